@@ -1,0 +1,123 @@
+"""Who leads an active-passive app, given what this node knows.
+
+The leader key changes only when the leader changes, so its revision is the epoch. A candidate
+replaces it by compare-and-set when nobody holds it, or when the holder's session is over; since an
+ended session stays ended, checking first and replacing after is safe. How long a candidate waits
+before it tries decides only who usually wins, never whether it is correct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
+import msgspec
+
+from phalanx.types import Candidate, LeaderRecord, SessionId
+
+HEAD_START_SECONDS = 0.030
+"""What a named successor has before everybody else."""
+
+RANK_STEP_SECONDS = 0.020
+"""What each less preferred candidate waits longer. About ten times a compare-and-set's round trip."""
+
+
+class View(msgspec.Struct, frozen=True):
+    """What one node knows about one app's election.
+
+    ``vacant_since``: when this node learned that the seat is free (meaningless while it is not).
+    ``not_before``: this node steps aside until then, after failures of its own.
+    """
+
+    me: SessionId
+    session_valid: bool
+    eligible: bool
+    leader: LeaderRecord
+    leader_over: bool
+    vacant_since: float
+    candidates: tuple[Candidate, ...] = ()
+    not_before: float = float("-inf")
+    leading: int | None = None
+    """The epoch this node holds and acts under, if it does."""
+
+
+class Idle(msgspec.Struct, frozen=True):
+    """Nothing to do until something changes."""
+
+
+class Wait(msgspec.Struct, frozen=True):
+    """Look again at that moment."""
+
+    until: float
+
+
+class Acquire(msgspec.Struct, frozen=True):
+    """Replace the leader key by compare-and-set on this revision (0: create it)."""
+
+    expected_revision: int
+
+
+class Begin(msgspec.Struct, frozen=True):
+    """The key names this very session although it does not act yet: take up the reign."""
+
+    epoch: int
+
+
+class Deposed(msgspec.Struct, frozen=True):
+    """This node acts under an epoch that is no longer the key's: stop at once."""
+
+    reason: str
+
+
+Action: TypeAlias = Idle | Wait | Acquire | Begin | Deposed
+
+
+def rank(me: SessionId, candidates: Iterable[Candidate], is_over: Callable[[SessionId], bool]) -> int:
+    """How many live, eligible candidates are preferred to *me*: higher priority, then node name."""
+    offers = [c for c in candidates if c.eligible and not is_over(c.session)]
+    mine = next((c for c in offers if c.session == me), None)
+    priority = mine.priority if mine else 0
+    return sum(1 for c in offers if c.session != me and (-c.priority, c.session.node) < (-priority, me.node))
+
+
+def choose_successor(
+    me: SessionId, candidates: Iterable[Candidate], is_over: Callable[[SessionId], bool]
+) -> str | None:
+    """The node that a release names: the most preferred live, eligible candidate but oneself."""
+    offers = [c for c in candidates if c.eligible and c.session != me and not is_over(c.session)]
+    best = min(offers, key=lambda c: (-c.priority, c.session.node), default=None)
+    return best.session.node if best else None
+
+
+def next_action(view: View, now: float, is_over: Callable[[SessionId], bool]) -> Action:
+    """What this node should do about the app's leader key."""
+    mine = view.leader.session == view.me
+    if view.leading is not None:
+        if not view.session_valid:
+            return Deposed("the session is no longer valid")
+        if not mine or view.leader.revision != view.leading:
+            holder = view.leader.session.node if view.leader.session else "nobody"
+            return Deposed(f"the leader key names {holder} at epoch {view.leader.revision}")
+        return Idle()
+    if not view.session_valid:
+        return Idle()
+    if mine:
+        # Our own write, found by the watch after its reply was lost or late.
+        return Begin(view.leader.revision)
+    if view.leader.session is not None and not view.leader_over:
+        return Idle()
+    if not view.eligible:
+        return Idle()
+    start = max(view.vacant_since + _delay(view, is_over), view.not_before)
+    if now < start:
+        return Wait(start)
+    return Acquire(view.leader.revision)
+
+
+def _delay(view: View, is_over: Callable[[SessionId], bool]) -> float:
+    if view.leader.session is None and view.leader.successor == view.me.node:
+        return 0.0
+    delay = rank(view.me, view.candidates, is_over) * RANK_STEP_SECONDS
+    if view.leader.session is None and view.leader.successor:
+        delay += HEAD_START_SECONDS
+    return delay

@@ -1,0 +1,87 @@
+"""When a node must stand down, when it must be killed: the rules of node and keeper about time.
+
+The node asks :func:`phase` for itself; the keeper asks :class:`Watchdog` about its node. The keeper
+acts later than the node should have, but early enough that its kills land before the session ends.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+from phalanx.decide.timing import Timing
+
+
+class Phase(StrEnum):
+    """What a node may do with its active sections at a moment of its session."""
+
+    WORK = "work"
+    STAND_DOWN = "stand-down"
+    """End every active section gracefully, now."""
+    FENCE = "fence"
+    """Kill whatever is still active, now."""
+    OVER = "over"
+    """Nothing may be active any more; this session is not used again."""
+
+
+def phase(now: float, valid_until: float, timing: Timing) -> Phase:
+    """The phase of a session that is valid until *valid_until*."""
+    if now >= valid_until:
+        return Phase.OVER
+    if now >= timing.fence_at(valid_until):
+        return Phase.FENCE
+    if now >= timing.stand_down_at(valid_until):
+        return Phase.STAND_DOWN
+    return Phase.WORK
+
+
+def next_phase_at(now: float, valid_until: float, timing: Timing) -> float:
+    """The next moment at which :func:`phase` changes if no renewal comes; +inf once it is over."""
+    moments = (timing.stand_down_at(valid_until), timing.fence_at(valid_until), valid_until)
+    return min((moment for moment in moments if moment > now), default=float("inf"))
+
+
+class Fencing(msgspec.Struct, frozen=True):
+    """Kill the node and all that it has registered. ``release``: then end its session."""
+
+    reason: str
+    release: bool
+
+
+class Watchdog:
+    """The keeper's judgement of its node. One life: after a fencing it is done."""
+
+    def __init__(self, timing: Timing, now: float) -> None:
+        self.timing = timing
+        self._last_beat = now
+        self._gone: str | None = None
+
+    def on_beat(self, now: float) -> None:
+        """The node's event loop ran."""
+        self._last_beat = now
+
+    def on_gone(self, reason: str) -> None:
+        """The node's end of the socket closed without a goodbye."""
+        self._gone = reason
+
+    def verdict(self, now: float, valid_until: float, *, has_resources: bool) -> Fencing | None:
+        """What to do now. *has_resources*: the node has registered something that is still active."""
+        if self._gone is not None:
+            return Fencing(self._gone, release=True)
+        if now - self._last_beat > self.timing.stall_limit:
+            return Fencing(
+                f"the event loop stood still for more than {self.timing.stall_limit:g} s", release=True
+            )
+        if has_resources and now >= self.kill_at(valid_until):
+            # No release: others judge the expiry by their own clocks, and NATS is away anyway.
+            return Fencing("the session ran out before the active sections had ended", release=False)
+        return None
+
+    def kill_at(self, valid_until: float) -> float:
+        """When the keeper kills: half-way through the fence budget, which the node has to itself before."""
+        return valid_until - self.timing.fence_budget / 2
+
+    def next_check(self, valid_until: float) -> float:
+        """The next moment at which :meth:`verdict` may change if nothing else happens."""
+        return min(self._last_beat + self.timing.stall_limit, self.kill_at(valid_until))

@@ -1,0 +1,157 @@
+"""Every error that Phalanx raises on purpose.
+
+::
+
+    PhalanxError
+    ├── ConfigError               a declaration is wrong: key, value, remedy (CLI exit code 2)
+    ├── StartError                a node cannot start
+    │   ├── NodeIdTaken           another live node has this id
+    │   ├── IdentityError         the platform in NATS is not the one that this node knows
+    │   └── NatsUnusable          NATS is not reachable, has no JetStream, or refuses our rights
+    ├── BusError                  NATS answered with an error, or not as expected
+    │   ├── BusUnavailable        not connected, or nobody serves that stream just now
+    │   ├── BusTimeout            no answer in time: the outcome is UNKNOWN
+    │   └── WrongRevision         a compare-and-set lost: somebody else wrote
+    ├── Fenced                    the write carried an old epoch; the server refused it
+    ├── NotActive                 this node is not active for that app
+    ├── SessionLost               the node's session is over
+    ├── KeyExists                 KV create of a key that is there
+    ├── LockTimeout               a lock was not free before the deadline
+    ├── LockLost                  a held lock is gone (with the session, or taken back)
+    ├── HookFailed                a hook raised, or overran its deadline
+    └── BackendError              a backend could not be prepared, started, stopped or fenced
+
+Errors carry fields, build their own message, and say what to do.
+"""
+
+from __future__ import annotations
+
+
+class PhalanxError(Exception):
+    """The root of all errors of this package."""
+
+
+class ConfigError(PhalanxError):
+    """A declaration is wrong. ``str()`` is one line: key, value, what is wrong, the remedy."""
+
+    def __init__(self, key: str, value: object, problem: str, remedy: str) -> None:
+        self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
+        super().__init__(f"{key} = {value!r}: {problem}; {remedy}")
+
+
+class StartError(PhalanxError):
+    """A node cannot start. ``remedy`` says what to do about it."""
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        self.problem, self.remedy = problem, remedy
+        super().__init__(f"{problem}; {remedy}")
+
+
+class NodeIdTaken(StartError):
+    """A live session already holds this node id."""
+
+    def __init__(self, node: str, session: str, host: str) -> None:
+        self.node, self.session, self.host = node, session, host
+        super().__init__(
+            f"node id {node!r} is taken by session {session} on host {host or 'unknown'}",
+            "stop that node or start this one under another id (node = ...)",
+        )
+
+
+class IdentityError(StartError):
+    """The platform found in NATS is not the one that this node belongs to, or lost a part."""
+
+
+class NatsUnusable(StartError):
+    """NATS cannot be reached, or cannot do what Phalanx needs."""
+
+
+class BusError(PhalanxError):
+    """NATS refused a request. ``code`` is the JetStream error code, 0 where there is none."""
+
+    def __init__(self, operation: str, description: str, code: int = 0) -> None:
+        self.operation, self.description, self.code = operation, description, code
+        super().__init__(f"{operation}: {description}" + (f" (NATS error {code})" if code else ""))
+
+
+class BusUnavailable(BusError):
+    """Not connected, or no server answers for that stream. Nothing was written."""
+
+
+class BusTimeout(BusError):
+    """No answer in time. Whether the request was carried out is unknown: read back."""
+
+
+class WrongRevision(BusError):
+    """A compare-and-set was refused. ``actual`` is the revision the server named, None if it did not."""
+
+    def __init__(self, subject: str, expected: int, actual: int | None) -> None:
+        self.subject, self.expected, self.actual = subject, expected, actual
+        super().__init__(f"write {subject}", f"expected revision {expected}, the server has {actual}", 10071)
+
+
+class Fenced(PhalanxError):
+    """The server refused a write because its epoch is not that of the present leader."""
+
+    def __init__(self, app: str, epoch: int) -> None:
+        self.app, self.epoch = app, epoch
+        super().__init__(
+            f"app {app!r}: epoch {epoch} is over, the write was refused by the server; "
+            "stop this work, another node leads (or will)"
+        )
+
+
+class NotActive(PhalanxError):
+    """This node is not active for that app."""
+
+    def __init__(self, app: str) -> None:
+        self.app = app
+        super().__init__(f"app {app!r} is not active on this node; use ctx only inside its active section")
+
+
+class SessionLost(PhalanxError):
+    """The node's session is over; all that hung on it has ended."""
+
+    def __init__(self, session: str, reason: str) -> None:
+        self.session, self.reason = session, reason
+        super().__init__(f"session {session} is over: {reason}")
+
+
+class KeyExists(PhalanxError):
+    """KV create found the key present."""
+
+    def __init__(self, key: str, revision: int | None) -> None:
+        self.key, self.revision = key, revision
+        super().__init__(f"key {key!r} exists already; use put(), or update() with its revision")
+
+
+class LockTimeout(PhalanxError):
+    """The lock was held by somebody else until the deadline."""
+
+    def __init__(self, name: str, seconds: float, holder: str) -> None:
+        self.name, self.seconds, self.holder = name, seconds, holder
+        super().__init__(f"lock {name!r} was not free within {seconds:g} s; held by {holder or 'unknown'}")
+
+
+class LockLost(PhalanxError):
+    """A lock that this process held is gone."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        self.name, self.reason = name, reason
+        super().__init__(f"lock {name!r} was lost: {reason}; do not go on with what it protected")
+
+
+class HookFailed(PhalanxError):
+    """A hook raised or overran. ``__cause__`` holds the exception where there was one."""
+
+    def __init__(self, app: str, hook: str, problem: str) -> None:
+        self.app, self.hook, self.problem = app, hook, problem
+        super().__init__(f"app {app!r}: hook {hook} {problem}")
+
+
+class BackendError(PhalanxError):
+    """A backend failed at one step: prepare, start, ready, stop, kill, fence."""
+
+    def __init__(self, app: str, step: str, problem: str, remedy: str = "") -> None:
+        self.app, self.step, self.problem, self.remedy = app, step, problem, remedy
+        super().__init__(f"app {app!r}: backend {step}: {problem}" + (f"; {remedy}" if remedy else ""))

@@ -1,0 +1,108 @@
+"""Every name that Phalanx uses in NATS. Nothing else spells a subject, a stream or a bucket.
+
+Platform, app and node names are DNS labels, so ``_`` and ``.`` can separate them.
+See docs/storage.md for what each of these holds.
+"""
+
+from __future__ import annotations
+
+from phalanx.types import SessionId
+
+RESERVED_APPS = frozenset({"platform", "services", "sessions", "events", "audit"})
+"""App names that would collide with the platform's own buckets and streams."""
+
+LEADER_KEY = "election.leader"
+FENCE_KEY = "election.fence"
+CANDIDATE_KEYS = "election.candidate"
+
+
+class Names:
+    """The names of one platform."""
+
+    def __init__(self, platform: str) -> None:
+        self.platform = platform
+        self.platform_bucket = f"{platform}_platform"
+        self.audit_stream = f"{platform}_audit"
+        self.audit_subjects = f"{platform}._.audit.>"
+
+    # --- KV buckets: a bucket B is the stream KV_B with subjects $KV.B.<key> (NATS ADR-8)
+
+    def app_bucket(self, app: str) -> str:
+        """The bucket of one app: leader key, candidates, its KV and its locks."""
+        return f"{self.platform}_{app}"
+
+    @staticmethod
+    def bucket_stream(bucket: str) -> str:
+        """The stream behind a bucket."""
+        return f"KV_{bucket}"
+
+    @staticmethod
+    def key_subject(bucket: str, key: str) -> str:
+        """The subject that stores *key* of *bucket*."""
+        return f"$KV.{bucket}.{key}"
+
+    def watch_prefix(self, app: str | None) -> str:
+        """Where an app's bucket (None: the platform's) republishes: ``<prefix>.<key>``."""
+        return f"{self.platform}.{app or '_'}.watch.kv"
+
+    # --- sessions: number n lives in stream <platform>_sessions_<n>
+
+    def session_stream(self, number: int) -> str:
+        """The session stream with that number. Numbers of replaced streams are not used again."""
+        return f"{self.platform}_sessions_{number}"
+
+    def session_number(self, stream: str) -> int:
+        """The inverse of :meth:`session_stream`."""
+        return int(stream.removeprefix(f"{self.platform}_sessions_"))
+
+    def session_subject(self, stream: str, session: SessionId) -> str:
+        """Where *session* keeps its key in that session stream."""
+        return f"{self.platform}._.session.{self.session_number(stream)}.{session}"
+
+    def session_subjects(self, stream: str) -> str:
+        """All subjects of that session stream."""
+        return f"{self.platform}._.session.{self.session_number(stream)}.>"
+
+    def session_watch(self, stream: str) -> str:
+        """Where that session stream republishes, as a subject prefix."""
+        return f"{self.platform}._.watch.session.{self.session_number(stream)}"
+
+    @staticmethod
+    def session_of(subject: str) -> SessionId:
+        """The session that a session subject (or its republished form) is about."""
+        node, nonce = subject.rsplit(".", 2)[1:]
+        return SessionId(node, nonce)
+
+    # --- keys of the platform's bucket
+
+    IDENTITY_KEY = "identity"
+    SESSIONS_KEY = "sessions"
+
+    @staticmethod
+    def member_key(node: str) -> str:
+        """Who has that node id."""
+        return f"member.{node}"
+
+    @staticmethod
+    def app_key(app: str) -> str:
+        """That an app was created once; its bucket must exist from then on."""
+        return f"app.{app}"
+
+    @staticmethod
+    def candidate_key(node: str) -> str:
+        """A node's offer to lead the app in whose bucket this key lies."""
+        return f"{CANDIDATE_KEYS}.{node}"
+
+    # --- core subjects
+
+    def audit_subject(self, category: str, action: str) -> str:
+        """Where an audit entry goes."""
+        return f"{self.platform}._.audit.{category}.{action}"
+
+    def status_subject(self) -> str:
+        """Every node answers a request here with its NodeStatus."""
+        return f"{self.platform}._.control.status"
+
+    def control_subject(self, app: str, action: str) -> str:
+        """Only the active node of *app* serves these, for example ``stepdown``."""
+        return f"{self.platform}._.control.app.{app}.{action}"

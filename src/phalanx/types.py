@@ -1,0 +1,141 @@
+"""The nouns that every layer shares: identities, fencing tokens, snapshots of state.
+
+Everything here is immutable and knows nothing of NATS, of clocks or of asyncio.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from enum import StrEnum
+from typing import NewType
+
+import msgspec
+
+NodeId = NewType("NodeId", str)
+"""A node's name, unique in its platform. A DNS label."""
+
+Epoch = NewType("Epoch", int)
+"""The fencing token of one reign over one app: the revision of its leader key. It only ever grows."""
+
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+
+
+def is_dns_label(name: str) -> bool:
+    """Whether *name* is a lower-case DNS label (RFC 1123): 1-63 of a-z, 0-9 and inner hyphens."""
+    return _LABEL.fullmatch(name) is not None
+
+
+class SessionId(msgspec.Struct, frozen=True, order=True):
+    """One life of one node. The nonce is random, so an id is never used a second time."""
+
+    node: str
+    nonce: str
+
+    @classmethod
+    def new(cls, node: str) -> SessionId:
+        """A session id that nobody has used before (64 random bits)."""
+        return cls(node, secrets.token_hex(8))
+
+    @classmethod
+    def parse(cls, text: str) -> SessionId:
+        """The inverse of ``str()``. Raises ValueError for anything else."""
+        node, separator, nonce = text.partition(".")
+        if not separator or not is_dns_label(node) or not nonce:
+            raise ValueError(f"not a session id: {text!r} (expected <node>.<nonce>)")
+        return cls(node, nonce)
+
+    def __str__(self) -> str:
+        return f"{self.node}.{self.nonce}"
+
+
+class Role(StrEnum):
+    """What a node is for one app right now."""
+
+    STARTING = "starting"
+    STANDBY = "standby"
+    ACTIVATING = "activating"
+    ACTIVE = "active"
+    STANDING_DOWN = "standing-down"
+    INELIGIBLE = "ineligible"
+    """Running, but no candidate: unhealthy, stepping aside after failures, or barred by an operator."""
+    STOPPED = "stopped"
+
+
+class Health(StrEnum):
+    """The verdict of an app's health checks on one node."""
+
+    UNKNOWN = "unknown"
+    HEALTHY = "healthy"
+    UNHEALTHY = "unhealthy"
+
+
+class LeaderRecord(msgspec.Struct, frozen=True):
+    """What the leader key of an app says, at one revision.
+
+    ``session`` is None when nobody leads: the key was released, or has never been written
+    (then ``revision`` is 0).
+    """
+
+    revision: int
+    session: SessionId | None = None
+    successor: str | None = None
+    nonce: str = ""
+    reason: str = ""
+
+    @property
+    def epoch(self) -> Epoch:
+        """The fencing token of this reign."""
+        return Epoch(self.revision)
+
+
+class Candidate(msgspec.Struct, frozen=True):
+    """A node's standing offer to lead one app. ``priority``: the higher one is preferred."""
+
+    session: SessionId
+    eligible: bool
+    priority: int = 0
+    reason: str = ""
+
+
+class Member(msgspec.Struct, frozen=True):
+    """A node of the platform as its member key describes it. Times are Unix seconds."""
+
+    node: str
+    session: SessionId
+    since: float
+    version: str
+    host: str = ""
+    pid: int = 0
+    labels: dict[str, str] = {}
+    apps: tuple[str, ...] = ()
+    http: str = ""
+    nats_server: str = ""
+
+
+class AppStatus(msgspec.Struct, frozen=True):
+    """One app on one node. ``since`` is Unix seconds: when the role was taken up."""
+
+    name: str
+    role: Role
+    health: Health = Health.UNKNOWN
+    epoch: int = 0
+    leader: str | None = None
+    since: float = 0.0
+    reason: str = ""
+
+
+class NodeStatus(msgspec.Struct, frozen=True):
+    """One node's own view of itself. ``session_left_seconds``: how long its session is valid still."""
+
+    platform: str
+    node: str
+    version: str
+    session: str = ""
+    session_left_seconds: float = 0.0
+    ready: bool = False
+    connected: bool = False
+    nats_server: str = ""
+    apps: tuple[AppStatus, ...] = ()
+    labels: dict[str, str] = {}
+    problems: tuple[str, ...] = ()
