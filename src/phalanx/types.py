@@ -139,3 +139,19 @@ class NodeStatus(msgspec.Struct, frozen=True):
     apps: tuple[AppStatus, ...] = ()
     labels: dict[str, str] = {}
     problems: tuple[str, ...] = ()
+
+
+class Resource(msgspec.Struct, frozen=True):
+    """Something that runs because an app is active on a node, and that must be gone before the next one.
+
+    It is registered with the keeper BEFORE it starts. ``kind``: ``process`` (killed by its marker
+    ``id`` and process group), or ``section`` (code inside the node itself: only killing the node ends
+    it). ``start_time`` is the process's start in clock ticks since boot, 0 where unknown.
+    """
+
+    kind: str
+    id: str
+    app: str
+    epoch: int
+    pgid: int = 0
+    start_time: int = 0

@@ -1,0 +1,138 @@
+"""What node and keeper say to each other: one JSON object a line over a socket pair.
+
+Both ends come from the same installation, started by the same process, so there is no version
+negotiation; an unknown message is an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import msgspec
+
+from phalanx.config import NatsOptions
+from phalanx.decide.session import StreamList
+from phalanx.decide.timing import Timing
+from phalanx.types import Resource, SessionId
+
+MAX_LINE_BYTES = 1 << 20
+MAX_UNSENT_BYTES = 4 << 20
+
+
+class Start(msgspec.Struct, frozen=True, tag="start"):
+    """Node to keeper, first: hold this session."""
+
+    platform: str
+    session: SessionId
+    streams: StreamList
+    timing: Timing
+    nats: NatsOptions
+    state_dir: str
+    host: str
+
+
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    """Node to keeper: the event loop runs."""
+
+
+class Register(msgspec.Struct, frozen=True, tag="register"):
+    """Node to keeper: this is about to start. Wait for Registered before it does."""
+
+    number: int
+    resource: Resource
+
+
+class Unregister(msgspec.Struct, frozen=True, tag="unregister"):
+    """Node to keeper: this has ended."""
+
+    id: str
+
+
+class Streams(msgspec.Struct, frozen=True, tag="streams"):
+    """Node to keeper: the list of session streams changed."""
+
+    streams: StreamList
+
+
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    """Node to keeper: everything has ended; end the session and yourself."""
+
+    reason: str
+
+
+class Established(msgspec.Struct, frozen=True, tag="established"):
+    """Keeper to node: a majority took the session's first renewal."""
+
+
+class ValidUntil(msgspec.Struct, frozen=True, tag="valid-until"):
+    """Keeper to node: the session is valid until then, on this machine's boot-time clock."""
+
+    moment: float
+    renewals: int
+
+
+class Registered(msgspec.Struct, frozen=True, tag="registered"):
+    """Keeper to node: from now on I kill this when you cannot."""
+
+    number: int
+
+
+class Lost(msgspec.Struct, frozen=True, tag="lost"):
+    """Keeper to node: the session is over (or never came to be)."""
+
+    reason: str
+
+
+class Released(msgspec.Struct, frozen=True, tag="released"):
+    """Keeper to node: the tombstones are written. ``complete``: by a majority."""
+
+    complete: bool
+
+
+FromNode = Start | Beat | Register | Unregister | Streams | Release
+FromKeeper = Established | ValidUntil | Registered | Lost | Released
+
+_encoder = msgspec.json.Encoder()
+_from_node = msgspec.json.Decoder(FromNode)
+_from_keeper = msgspec.json.Decoder(FromKeeper)
+
+
+def encode(message: FromNode | FromKeeper) -> bytes:
+    """One line."""
+    return _encoder.encode(message) + b"\n"
+
+
+class Lines:
+    """Cuts a byte stream into lines. Raises ValueError when one exceeds MAX_LINE_BYTES."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """The complete lines so far."""
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        if len(self._rest) > MAX_LINE_BYTES:
+            raise ValueError(f"a line of more than {MAX_LINE_BYTES} bytes")
+        yield from lines
+
+
+def decode_from_node(line: bytes) -> FromNode:
+    """A message of the node."""
+    return _from_node.decode(line)
+
+
+def decode_from_keeper(line: bytes) -> FromKeeper:
+    """A message of the keeper."""
+    return _from_keeper.decode(line)
+
+
+def send(transport: asyncio.WriteTransport, message: FromNode | FromKeeper) -> bool:
+    """Queue *message*; False if the other end is gone or has stopped reading for very long.
+
+    Never blocks: the keeper must go on while the node stands still, and the other way round.
+    """
+    if transport.is_closing() or transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
+        return False
+    transport.write(encode(message))
+    return True
