@@ -39,6 +39,10 @@ HOST = "127.0.0.1"
 SYSTEM_USER = "sys"
 """User and password of the system account, for ``$SYS`` requests and for removing peers."""
 
+POOL_SIZE = 3
+ROUTES_PER_PAIR = POOL_SIZE + 1
+"""The pool, and one route that the server keeps for the system account."""
+
 _live: set[NatsCluster] = set()
 
 
@@ -133,6 +137,7 @@ class NatsCluster:
         for each in range(self.size) if i is None else (i,):
             if not self.is_running(each):
                 self._spawn(each)
+                self._wait_listening(each)
 
     def kill(self, i: int = 0) -> None:
         """SIGKILL server *i* and wait until it is gone. Its store stays. Harmless if it is down."""
@@ -256,7 +261,11 @@ class NatsCluster:
         if not answering:
             return "no server runs"
         # Last, because the server logs a warning for every health check that fails.
-        return (self.size > 1 and self._unformed(answering)) or self._unhealthy(answering)
+        return (
+            (self.size > 1 and (self._unformed(answering) or self._unrouted(answering)))
+            or self._unhealthy(answering)
+            or ""
+        )
 
     def _unhealthy(self, servers: Sequence[int]) -> str:
         for i in servers:
@@ -274,6 +283,16 @@ class NatsCluster:
         current = {str(p["name"]) for p in peers if p.get("current") and not p.get("offline")}
         absent = {self._names[i] for i in servers} - current - {leader}
         return f"meta leader {leader} does not see {sorted(absent)} as current" if absent else ""
+
+    def _unrouted(self, servers: Sequence[int]) -> str:
+        """Every pair is connected by all routes of its pool; with fewer, early requests get lost."""
+        for i in servers:
+            routes: list[dict[str, Any]] = self.monitor(i, "/routez").get("routes") or []
+            remote = [str(route.get("remote_name")) for route in routes]
+            for other in servers:
+                if other != i and remote.count(self._names[other]) < ROUTES_PER_PAIR:
+                    return f"{self._names[i]} has too few routes to {self._names[other]}"
+        return ""
 
     # --- processes and their configuration
 
@@ -301,6 +320,19 @@ class NatsCluster:
                 preexec_fn=_die_with_parent(),
             )
 
+    def _wait_listening(self, i: int) -> None:
+        """Wait until server *i* takes routes (some 10 ms), so that the next one finds it at once.
+
+        Servers that start in the same instant dial each other crosswise, close the duplicates, and
+        dial again only after a second: that, not the election, would dominate the time to be ready.
+        A server that does not start is reported by ``wait_ready()``.
+        """
+        deadline = time.monotonic() + 1.0
+        while self.size > 1 and self.is_running(i) and time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection((HOST, self._route[i]), 0.2):
+                return
+            time.sleep(0.002)
+
     def _configuration(self, i: int) -> str:
         sync = ", sync_interval: always" if self._sync_always else ""
         lines = [
@@ -318,7 +350,7 @@ class NatsCluster:
             routes = ", ".join(f'"nats://{HOST}:{port}"' for j, port in enumerate(self._route) if j != i)
             lines.append(
                 f'cluster {{ name: {self._cluster_name}, listen: "{HOST}:{self._route[i]}", '
-                f"routes: [{routes}] }}"
+                f"pool_size: {POOL_SIZE}, routes: [{routes}] }}"
             )
         return "\n".join([*lines, self._extra, ""])
 
