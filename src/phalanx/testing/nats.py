@@ -434,6 +434,26 @@ class Ports:
         return True
 
 
+def stop_leftover(data_dir: str | Path) -> int | None:
+    """SIGKILL the embedded nats-server that a node left behind in *data_dir*, and wait for its end.
+
+    Only a process that the record there proves to be that server is touched. Returns its pid, or None
+    if none runs.
+    """
+    from phalanx.bus.server_process import ServerProcess
+
+    found = ServerProcess.find(Path(data_dir).absolute() / "nats")
+    if found is None:
+        return None
+    found.send(signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while found.is_alive():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nats-server {found.pid} did not end within 10 s of SIGKILL")
+        time.sleep(0.005)
+    return found.pid
+
+
 def _die_with_parent() -> Callable[[], None] | None:
     """Code for the child that makes the kernel kill it when this process dies (Linux).
 
