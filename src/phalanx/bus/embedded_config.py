@@ -154,7 +154,7 @@ def _error(field: str, value: object, problem: str, remedy: str) -> ConfigError:
 
 def _jetstream(config: EmbeddedNats, directory: Path) -> list[str]:
     store = Path(config.store_dir).absolute() if config.store_dir else directory / "store"
-    block = [f"store_dir: {_quoted(str(store))}", f"sync_interval: {config.sync}"]
+    block = [f"store_dir: {_quoted(str(store))}", f"sync_interval: {_quoted(config.sync)}"]
     if config.max_store:
         block.append(f"max_file_store: {config.max_store}")
     return [f"jetstream {{ {', '.join(block)} }}"]
