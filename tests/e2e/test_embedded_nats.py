@@ -19,7 +19,7 @@ import pytest
 from phalanx.bus.embedded import EmbeddedServer
 from phalanx.bus.standin import EmbeddedNats, Secret
 from phalanx.decide.backoff import Backoff
-from phalanx.errors import ConfigError, StartError
+from phalanx.errors import ConfigError, NatsUnusable, StartError
 from phalanx.testing.nats import Ports, stop_leftover
 
 
@@ -274,6 +274,15 @@ async def test_three_nodes_form_a_cluster_and_one_leaves_by_lame_duck(tmp_path: 
         assert loop.time() - began < 9
         assert servers[2].pid is None
         await js.publish("r3", b"2", timeout=10)
+
+
+async def test_one_of_three_servers_says_what_it_waits_for(data_dir: Path, ports: Ports) -> None:
+    """Without a majority JetStream does not answer: NatsUnusable says how many servers are needed."""
+    routes = tuple(f"127.0.0.1:{ports.take()}" for _ in range(3))
+    config = EmbeddedNats(port=ports.take(), cluster_port=int(routes[0].split(":")[1]), routes=routes)
+    async with server(data_dir, config) as embedded:
+        with pytest.raises(NatsUnusable, match="2 of the 3 servers"):
+            await embedded.wait_ready(0.5)
 
 
 def test_open_server_beyond_loopback_is_refused(tmp_path: Path) -> None:

@@ -143,8 +143,8 @@ class EmbeddedServer:
                         return
                     await asyncio.sleep(0.05)
         except TimeoutError:
-            servers = len(set(self._config.routes)) + 1
-            hint = f"; {servers // 2 + 1} of about {servers} servers have to run" if servers > 1 else ""
+            servers = embedded_config.cluster_size(self._config)
+            hint = f"; {servers // 2 + 1} of the {servers} servers have to run" if servers > 1 else ""
             raise NatsUnusable(
                 f"the embedded nats-server {self.server_name} was not ready after {timeout:g} s: {problem}",
                 f"see {self.log_path}{hint}",

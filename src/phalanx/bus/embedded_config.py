@@ -74,6 +74,12 @@ def plain(secret: Secret) -> str:
     return secret.reveal()
 
 
+def cluster_size(config: EmbeddedNats) -> int:
+    """How many servers the cluster has, whether or not the routes name this one too; 1 without routes."""
+    own = f"{bracketed(config.host)}:{config.cluster_port}"
+    return len({*config.routes} - {own}) + 1
+
+
 def bracketed(host: str) -> str:
     """*host* as it stands before a port: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host
