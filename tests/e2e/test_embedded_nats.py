@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import msgspec
 import nats
 import pytest
 
 from phalanx.bus.embedded import EmbeddedServer
+from phalanx.bus.server_process import ProcessRecord, ServerProcess
 from phalanx.bus.standin import EmbeddedNats, Secret
 from phalanx.decide.backoff import Backoff
 from phalanx.errors import ConfigError, NatsUnusable, StartError
@@ -202,6 +204,24 @@ async def test_pid_file_of_a_stranger_is_never_signalled(data_dir: Path, ports: 
     finally:
         stranger.kill()
         await stranger.wait()
+
+
+async def test_record_of_another_start_or_boot_is_not_this_process(data_dir: Path, ports: Ports) -> None:
+    """A server with our command line that started at another time, or before a reboot, is not adopted."""
+    async with server(data_dir, EmbeddedNats(port=ports.take())) as embedded:
+        path = data_dir / "nats" / "server.json"
+        record = ProcessRecord.read(path)
+        assert record is not None
+        for other in (
+            msgspec.structs.replace(record, started="1"),
+            msgspec.structs.replace(record, boot="an earlier one"),
+        ):
+            assert not ServerProcess(other).is_alive()
+        assert ServerProcess(record).is_alive()
+        path.unlink()  # as if the node had died before it wrote its record: the pid file still leads there
+        found = ServerProcess.find(data_dir / "nats")
+        assert found is not None
+        assert (found.pid, found.record.config) == (embedded.pid, "")
 
 
 async def test_port_in_use_is_refused_before_anything_starts(data_dir: Path, ports: Ports) -> None:

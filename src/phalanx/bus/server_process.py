@@ -76,18 +76,18 @@ class ServerProcess:
         """The server that was started for *directory* and still runs.
 
         A node that died between starting the server and writing its record left only the server's
-        own pid file; then the command line must name our configuration, and the digest is unknown.
+        own pid file, and the digest is unknown. Start times have a grain of 10 ms, so in either case
+        the command line must also be that of a nats-server with our configuration.
         """
-        record = ProcessRecord.read(directory / "server.json")
-        if record is not None:
-            found = cls(record)
-            if found.is_alive():
-                return found
+        records = [ProcessRecord.read(directory / "server.json")]
         with contextlib.suppress(FileNotFoundError, ValueError):
             pid = int((directory / "nats.pid").read_text())
-            if str(directory / "nats.conf") in _command(pid):
-                found = cls(ProcessRecord(pid, _start_time(pid), _boot_id(), ""))
-                return found if found.is_alive() else None
+            records.append(ProcessRecord(pid, _start_time(pid), _boot_id(), ""))
+        for record in records:
+            if record is not None and _runs_server(record.pid, directory / "nats.conf"):
+                found = cls(record)
+                if found.is_alive():
+                    return found
         return None
 
     @property
@@ -183,13 +183,15 @@ def _start_time(pid: int) -> str:
     return _ask_ps(pid, "lstart")
 
 
-def _command(pid: int) -> str:
+def _runs_server(pid: int, config: Path) -> bool:
     if sys.platform == "linux":
         try:
-            return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
         except OSError:
-            return ""
-    return _ask_ps(pid, "command")
+            return False
+        return Path(command[0]).name == "nats-server" and str(config) in command
+    command = _ask_ps(pid, "command")
+    return "nats-server" in command and str(config) in command
 
 
 def _ask_ps(pid: int, field: str) -> str:
