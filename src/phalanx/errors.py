@@ -4,6 +4,7 @@
 
     PhalanxError
     ├── ConfigError               a declaration is wrong: key, value, remedy (CLI exit code 2)
+    │   └── ConfigFileError       a configuration file is missing, or no TOML: line and column
     ├── StartError                a node cannot start
     │   ├── NodeIdTaken           another live node has this id
     │   ├── IdentityError         the platform in NATS is not the one that this node knows
@@ -31,12 +32,36 @@ class PhalanxError(Exception):
     """The root of all errors of this package."""
 
 
+def _shown(value: object) -> str:
+    """A wrong value, as one short line whatever it is."""
+    try:
+        text = repr(value)
+    except Exception as error:  # any object may be given by mistake, also one whose repr() fails
+        text = f"<{type(value).__name__}, repr() failed: {type(error).__name__}>"
+    return _one_line(text)
+
+
+def _one_line(text: str) -> str:
+    text = "".join(c if c.isprintable() else " " for c in text[:200])
+    return text if len(text) <= 120 else f"{text[:119]}…"
+
+
 class ConfigError(PhalanxError):
     """A declaration is wrong. ``str()`` is one line: key, value, what is wrong, the remedy."""
 
     def __init__(self, key: str, value: object, problem: str, remedy: str) -> None:
         self.key, self.value, self.problem, self.remedy = key, value, problem, remedy
-        super().__init__(f"{key} = {value!r}: {problem}; {remedy}")
+        super().__init__(f"{_one_line(key)} = {_shown(value)}: {problem}; {remedy}")
+
+
+class ConfigFileError(ConfigError):
+    """A file that cannot be read, or is no TOML. ``line`` and ``column`` count from 1 (0: unknown)."""
+
+    def __init__(self, path: str, line: int, column: int, problem: str, remedy: str) -> None:
+        self.line, self.column = line, column
+        super().__init__(path, None, problem, remedy)
+        place = f"{_one_line(path)}:{line}:{column}" if line else _one_line(path)
+        self.args = (f"{place}: {problem}; {remedy}",)
 
 
 class StartError(PhalanxError):

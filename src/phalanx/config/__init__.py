@@ -1,28 +1,24 @@
 """Declarations of a platform and its apps: in Python, or in ``phalanx.toml``. Frozen, checked once.
 
-``declarations`` says what there is; ``rules`` what one value may be; ``validate`` checks whole
-declarations and their relations; ``toml`` reads files; ``reference`` writes docs/configuration.md.
+``apps`` and ``node`` say what there is, ``rules`` and ``texts`` what one value may be, ``relations`` what
+must fit together; ``reader`` checks whole declarations, ``build`` those made in Python, ``toml`` files;
+``reference`` writes docs/configuration.md.
 """
 
-from phalanx.config.declarations import (
+from phalanx.config.apps import (
     ActivePassive,
     AppConfig,
     Backend,
     Check,
     CheckSettings,
     CommandCheck,
-    EmbeddedNats,
     FunctionCheck,
     HookTimeouts,
     HttpCheck,
-    HttpServer,
-    Logging,
-    NatsOptions,
-    PlatformConfig,
     Process,
     TcpCheck,
-    Timings,
 )
+from phalanx.config.node import EmbeddedNats, HttpServer, Logging, NatsOptions, PlatformConfig, Timings
 from phalanx.config.secret import Secret, hide_secrets, restore_secrets, reveal_secrets
 
 __all__ = [
