@@ -18,8 +18,11 @@ from phalanx.config.apps import (
     Process,
     TcpCheck,
 )
+from phalanx.config.build import build_app, build_platform
 from phalanx.config.node import EmbeddedNats, HttpServer, Logging, NatsOptions, PlatformConfig, Timings
+from phalanx.config.redact import redacted
 from phalanx.config.secret import Secret, hide_secrets, restore_secrets, reveal_secrets
+from phalanx.config.toml import check_toml, load_toml
 
 __all__ = [
     "ActivePassive",
@@ -40,7 +43,12 @@ __all__ = [
     "Secret",
     "TcpCheck",
     "Timings",
+    "build_app",
+    "build_platform",
+    "check_toml",
     "hide_secrets",
+    "load_toml",
+    "redacted",
     "restore_secrets",
     "reveal_secrets",
 ]

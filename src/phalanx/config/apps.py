@@ -123,6 +123,7 @@ class FunctionCheck(CheckSettings, frozen=True, tag="function", tag_field="type"
 
 
 Check = HttpCheck | TcpCheck | CommandCheck | FunctionCheck
+CHECKS = (HttpCheck, TcpCheck, CommandCheck, FunctionCheck)
 
 
 # --- backends
@@ -249,3 +250,15 @@ class AppConfig(msgspec.Struct, frozen=True, kw_only=True):
             default="see there",
         ),
     ] = Backoff()
+
+
+RETRY: dict[str, About] = {
+    "first": About("Delay after the first failure.", rules.Duration(0.01, 3600)),
+    "factor": About("How much longer each further delay is.", rules.Number(1, 10)),
+    "longest": About(
+        "The longest delay.",
+        rules.Duration(0.01, 86400),
+        trade_off="Short ones try a broken node again and again, long ones leave a repaired one idle.",
+    ),
+}
+"""The fields of ``retry``, whose type belongs to layer 1."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -174,8 +175,8 @@ class Command(msgspec.Struct, frozen=True):
             arguments = strings(key, value, remedy)
         if not arguments or not arguments[0]:
             raise ConfigError(key, value, "names no program", remedy)
-        if any("\0" in argument for argument in arguments):
-            raise ConfigError(key, value, "contains a NUL character", "remove it")
+        if not all(is_passable(argument) for argument in arguments):
+            raise ConfigError(key, value, "contains characters that no program can be given", "remove them")
         return arguments
 
 
@@ -207,8 +208,9 @@ class Environment(msgspec.Struct, frozen=True):
                 raise ConfigError(
                     f"{key}.{name}", text, "not the name of a variable", "use letters, digits, _"
                 )
-            if "\0" in text:
-                raise ConfigError(f"{key}.{name}", Secret("?"), "contains a NUL character", "remove it")
+            if not is_passable(text):
+                problem = "contains characters that no program can be given"
+                raise ConfigError(f"{key}.{name}", Secret("?"), problem, "remove them")
         return pairs
 
 
@@ -318,6 +320,14 @@ def string_map(key: str, value: object, words: str) -> dict[str, str]:
             raise ConfigError(f"{key}.{name}", text, f"{kind_of(text)}, not text", "put it in quotes")
         pairs[name] = text
     return pairs
+
+
+def is_passable(text: str) -> bool:
+    """Whether *text* can be an argument or an environment variable of a program."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def is_host(text: str) -> bool:
