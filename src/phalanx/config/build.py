@@ -23,7 +23,7 @@ VARIABLES = {
     "PHALANX_NODE": "Overrides `node`.",
     "PHALANX_DATA": "Overrides `data_dir`.",
     "PHALANX_NATS": "Overrides `nats`: URLs separated by commas, or `embedded`. Other options of declared "
-    "NATS servers (TLS, login) stay, unless the URLs hold a login. Empty ones count as not set.",
+    "NATS servers (TLS, login) stay, unless the URLs hold a login.",
     "PHALANX_HTTP": "Overrides `http`: `host:port`, a port, or `off`.",
 }
 """What the environment may override, so that one file or one program serves all nodes."""

@@ -89,9 +89,7 @@ class NatsOptions(_HidesSecrets, frozen=True, kw_only=True):
         About(
             "The servers; name all that there are. User and password, or a token, in a URL are taken "
             "out of it.",
-            rules.Nested(
-                "list of URLs: `nats://`, `tls://`, `ws://`, `wss://`; or one text, separated by commas"
-            ),
+            rules.Nested("list of URLs: `nats://` or `tls://`; or one text, separated by commas"),
         ),
     ] = default(("nats://127.0.0.1:4222",))
     user: Annotated[

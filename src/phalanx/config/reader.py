@@ -188,7 +188,7 @@ class Reader:
         near = difflib.get_close_matches(str(name), list(known), 1)
         remedy = f"did you mean {near[0]}?" if near else f"known are: {', '.join(known)}"
         if not isinstance(value, bool | int | float | str) or (secret and isinstance(value, str)):
-            value = f"({type(value).__name__})"  # it may hold a secret
+            value = "(not shown)"  # it may hold a secret
         return ConfigError(f"{key}.{name}" if key else str(name), value, "unknown key", remedy)
 
     def unknown(self, key: str, table: Mapping[str, object], known: Iterable[str]) -> None:

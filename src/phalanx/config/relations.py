@@ -10,6 +10,7 @@ from phalanx.config.apps import Check, Process
 from phalanx.config.node import EmbeddedNats, HttpServer, NatsOptions, PlatformConfig, Timings
 from phalanx.config.rules import seconds_text
 from phalanx.config.texts import split_address
+from phalanx.decide.backoff import Backoff
 from phalanx.errors import ConfigError
 
 HOLD_FACTOR = 0.95
@@ -31,6 +32,9 @@ def relations(config: object, key: str) -> Iterator[ConfigError]:
             yield from _process(config, key)
         case PlatformConfig():
             yield from _ports(config)
+        case Backoff() if config.longest < config.first:
+            problem = f"shorter than first = {seconds_text(config.first)}"
+            yield ConfigError(f"{key}.longest", config.longest, problem, "raise it")
         case _:
             pass
 

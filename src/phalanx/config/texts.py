@@ -149,7 +149,7 @@ class SecretRule(msgspec.Struct, frozen=True):
         text = secret.reveal()
         if not text.isprintable():
             raise ConfigError(
-                key, value, "contains control characters", "remove them (a line end at the end?)"
+                key, secret, "contains control characters", "remove them (a line end at the end?)"
             )
         if re.fullmatch(r"\$\{?[A-Za-z_][A-Za-z0-9_]*\}?", text):
             remedy = f"variables are not expanded here; use {key.rpartition('.')[2]}_env"
