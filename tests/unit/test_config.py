@@ -506,3 +506,20 @@ def test_errors_bear_any_object() -> None:
         error_of(lambda value=value: platform(http=value))
         error_of(lambda value=value: platform(http={"port": value}))
         error_of(lambda value=value: app(backend=value))
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "hint"),
+    [
+        (lambda: Process("x", stop_timout=5), "Process.stop_timout", "did you mean stop_timeout?"),
+        (lambda: NatsOptions(pasword="hunter2"), "NatsOptions.pasword", "did you mean password?"),
+        (lambda: HttpServer(bind=1), "HttpServer.bind", "known are: host, port, enabled"),
+        (lambda: Process(), "Process", "command"),
+        (lambda: Process("a", "b"), "Process", "command"),
+    ],
+)
+def test_wrongly_called_declaration(make: Any, key: str, hint: str) -> None:
+    """A misspelt or missing argument is a ConfigError too, before anything is checked or started."""
+    error = error_of(make)
+    assert (error.key, hint in error.remedy) == (key, True)
+    assert "hunter2" not in str(error)

@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
-import msgspec
-
 from phalanx.config import rules, texts
 from phalanx.config.aliases import CommandLine, PathText, Seconds, Texts, default
+from phalanx.config.declaration import Declaration
 from phalanx.config.rules import About
 from phalanx.decide.backoff import Backoff
 from phalanx.names import RESERVED_APPS
 
 
-class ActivePassive(msgspec.Struct, frozen=True, kw_only=True, tag="active-passive", tag_field="type"):
+class ActivePassive(Declaration, frozen=True, kw_only=True, tag="active-passive", tag_field="type"):
     """One active instance, the others on standby."""
 
     priority: Annotated[
@@ -35,7 +34,7 @@ class ActivePassive(msgspec.Struct, frozen=True, kw_only=True, tag="active-passi
 # --- health checks
 
 
-class CheckSettings(msgspec.Struct, frozen=True, kw_only=True):
+class CheckSettings(Declaration, frozen=True, kw_only=True):
     """What all health checks have."""
 
     name: Annotated[
@@ -129,7 +128,7 @@ CHECKS = (HttpCheck, TcpCheck, CommandCheck, FunctionCheck)
 # --- backends
 
 
-class _Program(msgspec.Struct, frozen=True):
+class _Program(Declaration, frozen=True):
     command: Annotated[CommandLine, About("The program and its arguments.", texts.Command())]
 
 
@@ -181,7 +180,7 @@ Backend = Process
 # --- apps
 
 
-class HookTimeouts(msgspec.Struct, frozen=True, kw_only=True):
+class HookTimeouts(Declaration, frozen=True, kw_only=True):
     """How long each hook may run. One that overruns is cancelled, and counts as failed."""
 
     on_start: Annotated[Seconds, About("Deadline of `on_start`.", rules.Duration(0.01, 3600))] = default(30.0)
@@ -210,7 +209,7 @@ class HookTimeouts(msgspec.Struct, frozen=True, kw_only=True):
     ] = default(5.0)
 
 
-class AppConfig(msgspec.Struct, frozen=True, kw_only=True):
+class AppConfig(Declaration, frozen=True, kw_only=True):
     """One app."""
 
     name: Annotated[

@@ -14,11 +14,12 @@ import msgspec
 
 from phalanx.config import rules, texts
 from phalanx.config.aliases import MaybeSeconds, PathText, Seconds, SecretText, Texts, default
+from phalanx.config.declaration import Declaration
 from phalanx.config.rules import About
 from phalanx.config.secret import Secret
 
 
-class Timings(msgspec.Struct, frozen=True, kw_only=True):
+class Timings(Declaration, frozen=True, kw_only=True):
     """What a failover costs, and what a session can bear. Must be the same on all nodes.
 
     They have to fit together: `3 × renew_every < ttl`, and
@@ -71,7 +72,7 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     ] = default(None)
 
 
-class _HidesSecrets(msgspec.Struct, frozen=True, kw_only=True):
+class _HidesSecrets(Declaration, frozen=True, kw_only=True):
     """A secret that was given as plain text is hidden before anybody can print it."""
 
     def __post_init__(self) -> None:
@@ -225,7 +226,7 @@ class EmbeddedNats(_HidesSecrets, frozen=True, kw_only=True):
     )
 
 
-class HttpServer(msgspec.Struct, frozen=True, kw_only=True):
+class HttpServer(Declaration, frozen=True, kw_only=True):
     """The node's own HTTP server: `/health`, `/ready`, `/status`, `/apps/…`, `/metrics`. Read-only."""
 
     host: Annotated[
@@ -240,7 +241,7 @@ class HttpServer(msgspec.Struct, frozen=True, kw_only=True):
     enabled: Annotated[bool, About("Whether it runs at all.", rules.Switch())] = True
 
 
-class Logging(msgspec.Struct, frozen=True, kw_only=True):
+class Logging(Declaration, frozen=True, kw_only=True):
     """The log, on standard error."""
 
     format: Annotated[
@@ -255,7 +256,7 @@ class Logging(msgspec.Struct, frozen=True, kw_only=True):
     ] = "info"
 
 
-class PlatformConfig(msgspec.Struct, frozen=True, kw_only=True):
+class PlatformConfig(Declaration, frozen=True, kw_only=True):
     """One node of a platform."""
 
     name: Annotated[str, About("The platform's name; the same on all nodes.", texts.Label("a platform"))]

@@ -6,7 +6,6 @@ None; whoever made the reader looks at ``errors`` before it uses anything.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +15,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 import msgspec
 
 from phalanx.config import apps, node
+from phalanx.config.declaration import unknown_key
 from phalanx.config.nats_urls import LOGIN_FIELDS, parse_urls
 from phalanx.config.relations import check_relations, relations
 from phalanx.config.rules import About, Nested, kind_of
@@ -116,7 +116,7 @@ class Reader:
             embedded = table.pop("embedded", False)
             if isinstance(embedded, Mapping):
                 for name in table:
-                    self.errors.append(self._unknown(key, name, table[name], ("embedded",), secret=True))
+                    self.errors.append(unknown_key(key, name, table[name], ("embedded",), secret=True))
                 return self.read(node.EmbeddedNats, cast("object", embedded), f"{key}.embedded")
             if not isinstance(embedded, bool):
                 problem = f"{kind_of(embedded)}, not a switch"
@@ -158,7 +158,7 @@ class Reader:
         for name in table:
             if name not in known:
                 secret = _holds_secrets(kind)
-                self.errors.append(self._unknown(key, name, table[name], known, secret=secret))
+                self.errors.append(unknown_key(key, name, table[name], known, secret=secret))
         values: dict[str, object] = {}
         for name, field in known.items():
             path = name if kind is node.PlatformConfig and name in SECTIONS else f"{key}.{name}"
@@ -183,19 +183,11 @@ class Reader:
             return str(self._directory / result)
         return result
 
-    @staticmethod
-    def _unknown(key: str, name: object, value: object, known: Iterable[str], *, secret: bool) -> ConfigError:
-        near = difflib.get_close_matches(str(name), list(known), 1)
-        remedy = f"did you mean {near[0]}?" if near else f"known are: {', '.join(known)}"
-        if not isinstance(value, bool | int | float | str) or (secret and isinstance(value, str)):
-            value = "(not shown)"  # it may hold a secret
-        return ConfigError(f"{key}.{name}" if key else str(name), value, "unknown key", remedy)
-
     def unknown(self, key: str, table: Mapping[str, object], known: Iterable[str]) -> None:
         """Note every key of *table* that is not *known*."""
         known = tuple(known)
         self.errors += [
-            self._unknown(key, name, table[name], known, secret=True) for name in table if name not in known
+            unknown_key(key, name, table[name], known, secret=True) for name in table if name not in known
         ]
 
     # --- declarations inside declarations

@@ -1,0 +1,1 @@
+"""Coordination: sessions, membership, elections, locks. They feed ``decide`` and do what it says."""

@@ -1,0 +1,315 @@
+"""One app's election on this node: watches the leader key, takes it, gives it back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+
+import msgspec
+
+from phalanx import system
+from phalanx.coord.register import Register
+from phalanx.coord.session import Session
+from phalanx.coord.watch import Watch
+from phalanx.decide import election as rules
+from phalanx.errors import BusError, WrongRevision
+from phalanx.names import CANDIDATE_KEYS, LEADER_KEY, Names
+from phalanx.ports import Bus, Connection, Fence, Record
+from phalanx.types import Candidate, Epoch, LeaderRecord, SessionId
+
+log = logging.getLogger("phalanx.election")
+
+RETRY_SECONDS = 0.1
+VERIFY_TIMEOUT_SECONDS = 1.0
+
+
+class _LeaderBody(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the leader key holds; the revision is the epoch and comes with the record."""
+
+    session: SessionId | None = None
+    successor: str | None = None
+    nonce: str = ""
+    reason: str = ""
+
+
+_leader_of = msgspec.json.Decoder(_LeaderBody).decode
+_candidate_of = msgspec.json.Decoder(Candidate).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class Reign:
+    """One tenure of this node over one app. It ends only by the holder: ask for it with :meth:`end`."""
+
+    def __init__(self, epoch: Epoch, fence: Fence) -> None:
+        self.epoch, self.fence = epoch, fence
+        self.ending = asyncio.Event()
+        self.reason = ""
+        self.deposed = False
+        """True when the leader key is no longer ours: nothing is left to hand over."""
+
+    def end(self, reason: str, *, deposed: bool = False) -> None:
+        """Ask the active section to end. The first reason stays."""
+        self.deposed = self.deposed or deposed
+        if not self.ending.is_set():
+            self.reason = reason
+            self.ending.set()
+
+
+class Election:
+    """The leader key of one app. One reign at a time: ``next_reign()``, work, ``release(reign)``."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        names: Names,
+        app: str,
+        session: Session,
+        register: Register,
+        *,
+        priority: int = 0,
+        on_leader: Callable[[LeaderRecord, LeaderRecord], None] = lambda old, new: None,
+        on_acquired: Callable[[LeaderRecord, float], None] = lambda record, waited: None,
+    ) -> None:
+        self._bus, self._names, self._app = bus, names, app
+        self._session, self._register, self._priority = session, register, priority
+        self._on_leader, self._on_acquired = on_leader, on_acquired
+        self._bucket = names.app_bucket(app)
+        self._stream = names.bucket_stream(self._bucket)
+        self._leader_subject = names.key_subject(self._bucket, LEADER_KEY)
+        self.leader = LeaderRecord(0)
+        self.leader_since = system.wall()
+        self._vacant_since = system.now()
+        self.candidates: dict[str, Candidate] = {}
+        self._eligible, self._not_before = False, float("-inf")
+        self._reign: Reign | None = None
+        self._unreleased: tuple[int, str, str | None] | None = None
+        self._reigns: asyncio.Queue[Reign] = asyncio.Queue(1)
+        self._changed = asyncio.Event()
+        self._offered: Candidate | None = None
+        self._watch = Watch(
+            bus, self._stream, f"{names.key_subject(self._bucket, 'election')}.>",
+            watch_prefix=f"{names.watch_prefix(app)}.election", on_record=self._on_record,
+        )
+
+    # --- for the app
+
+    @property
+    def reign(self) -> Reign | None:
+        """The present reign of this node, if it has one."""
+        return self._reign
+
+    def set_candidacy(self, eligible: bool, reason: str = "", not_before: float = float("-inf")) -> None:
+        """Whether this node may lead, and from when on (``system.now()``'s clock)."""
+        self._eligible, self._not_before = eligible, not_before
+        self._offer = Candidate(self._session.id, eligible, self._priority, reason)
+        self._changed.set()
+
+    async def next_reign(self) -> Reign:
+        """Wait until this node leads."""
+        return await self._reigns.get()
+
+    def successor(self) -> str | None:
+        """Who would take over best; None when nobody else is eligible."""
+        return rules.choose_successor(self._session.id, self.candidates.values(), self._register.is_over)
+
+    async def release(self, reign: Reign, reason: str, successor: str | None = None) -> None:
+        """Give the leader key back. Call only when the active section has ended.
+
+        If NATS does not answer, the release is tried again until the session ends.
+        """
+        self._reign = None
+        if not reign.deposed:
+            self._unreleased = (reign.epoch, reason, successor)
+            await self._try_release()
+        self._changed.set()
+
+    # --- the loop
+
+    async def run(self) -> None:
+        """Watch and act until cancelled."""
+        stop_listening = self._bus.on_connection(self._on_connection)
+        self._register.on_over(self._on_session_over)
+        self._session.on_change(self._changed.set)
+        self._verify = False
+        await self._watch.start()
+        try:
+            while True:
+                self._changed.clear()
+                wait = await self._step()
+                await self._pause(wait)
+        finally:
+            stop_listening()
+            self._register.off_over(self._on_session_over)
+            await self._watch.close()
+
+    async def _pause(self, seconds: float | None) -> None:
+        if seconds is None:
+            await self._changed.wait()
+            return
+        timer = asyncio.get_running_loop().call_later(max(0.001, seconds), self._changed.set)
+        try:
+            await self._changed.wait()
+        finally:
+            timer.cancel()
+
+    async def _step(self) -> float | None:
+        """Do what is due; returns after how many seconds to look again (None: when something changes)."""
+        if self._verify and self._reign is not None and not await self._verify_reign():
+            return RETRY_SECONDS
+        if self._unreleased is not None and not await self._try_release():
+            return RETRY_SECONDS
+        now = system.now()
+        action = rules.next_action(self._view(), now, self._register.is_over)
+        match action:
+            case rules.Acquire(expected):
+                return await self._acquire(expected)
+            case rules.Begin(epoch):
+                self._begin(epoch, 0.0)
+            case rules.Deposed(reason):
+                if self._reign is not None:
+                    self._reign.end(reason, deposed=self._session.is_valid)
+            case rules.Wait(until):
+                await self._publish_offer()
+                return until - now
+            case rules.Idle():
+                pass
+        return None if await self._publish_offer() else RETRY_SECONDS
+
+    def _view(self) -> rules.View:
+        holder = self.leader.session
+        return rules.View(
+            me=self._session.id,
+            session_valid=self._session.is_valid,
+            eligible=self._eligible,
+            leader=self.leader,
+            leader_over=holder is not None and self._register.is_over(holder),
+            vacant_since=self._vacant_since,
+            candidates=tuple(self.candidates.values()),
+            not_before=self._not_before,
+            leading=self._reign.epoch if self._reign else None,
+        )
+
+    async def _acquire(self, expected: int) -> float | None:
+        started = system.now()
+        nonce = secrets.token_hex(8)
+        body = _LeaderBody(session=self._session.id, nonce=nonce)
+        try:
+            revision = await self._bus.write(self._leader_subject, _encode(body), expect=expected, timeout=1.0)
+        except WrongRevision:
+            # Somebody else was faster; or it was our own write, or a spurious refusal: read back.
+            await self._read_leader()
+            return 0.0 if self.leader.revision == expected else None
+        except BusError as error:
+            log.warning("app %s: taking the leader key: %s", self._app, error)
+            await self._read_leader()
+            return RETRY_SECONDS
+        vacant_for = started - self._vacant_since
+        self._learn(_record(revision, body))
+        if self.leader.revision == revision:
+            self._begin(revision, vacant_for)
+        return None
+
+    def _begin(self, epoch: int, vacant_for: float) -> None:
+        reign = Reign(Epoch(epoch), Fence(self._leader_subject, epoch))
+        self._reign = reign
+        self._on_acquired(self.leader, vacant_for)
+        self._reigns.put_nowait(reign)
+
+    async def _try_release(self) -> bool:
+        if self._unreleased is None:
+            return True
+        epoch, reason, successor = self._unreleased
+        body = _LeaderBody(successor=successor, reason=reason, nonce=secrets.token_hex(8))
+        try:
+            revision = await self._bus.write(self._leader_subject, _encode(body), expect=epoch, timeout=1.0)
+        except WrongRevision:
+            self._unreleased = None  # replaced, or released by an attempt whose reply was lost
+            await self._read_leader()
+            return True
+        except BusError as error:
+            log.warning("app %s: releasing epoch %d: %s", self._app, epoch, error)
+            return False
+        self._unreleased = None
+        self._learn(_record(revision, body))
+        return True
+
+    async def _publish_offer(self) -> bool:
+        offer = self._offer
+        if offer is None or offer == self._offered:
+            return True
+        subject = self._names.key_subject(self._bucket, self._names.candidate_key(self._session.id.node))
+        try:
+            await self._bus.write(subject, _encode(offer), timeout=1.0)
+        except BusError as error:
+            log.warning("app %s: publishing the candidacy: %s", self._app, error)
+            return False
+        self._offered = offer
+        return True
+
+    _offer: Candidate | None = None
+    _verify: bool = False
+
+    async def _read_leader(self) -> bool:
+        """Learn the leader key from the stream's leader. False if it did not answer."""
+        try:
+            record = await self._bus.read(self._stream, self._leader_subject, timeout=VERIFY_TIMEOUT_SECONDS)
+        except BusError as error:
+            log.warning("app %s: reading the leader key: %s", self._app, error)
+            return False
+        if record is not None:
+            self._learn(_record(record.revision, _leader_of(record.data)))
+        return True
+
+    async def _verify_reign(self) -> bool:
+        """After a reconnection: is the leader key just as we wrote it? (Servers may have lost writes.)"""
+        try:
+            record = await self._bus.read(self._stream, self._leader_subject, timeout=VERIFY_TIMEOUT_SECONDS)
+        except BusError:
+            return False
+        self._verify = False
+        if self._reign is not None and (record is None or record.revision != self._reign.epoch):
+            found = record.revision if record else "nothing"
+            self._reign.end(f"after a reconnection the leader key is at {found}", deposed=True)
+        return True
+
+    # --- what was seen
+
+    def _on_connection(self, event: Connection) -> None:
+        if event is Connection.CONNECTED:
+            self._verify = True
+            self._changed.set()
+
+    def _on_session_over(self, session: SessionId) -> None:
+        if self.leader.session == session:
+            self._vacant_since = system.now()
+        self._changed.set()
+
+    def _on_record(self, record: Record) -> None:
+        key = record.subject.removeprefix(self._names.key_subject(self._bucket, ""))
+        if key == LEADER_KEY:
+            if not record.removed:
+                self._learn(_record(record.revision, _leader_of(record.data)))
+        elif key.startswith(CANDIDATE_KEYS) and not record.removed:
+            offer = _candidate_of(record.data)
+            self.candidates[offer.session.node] = offer
+        self._changed.set()
+
+    def _learn(self, record: LeaderRecord) -> None:
+        if record.revision <= self.leader.revision:
+            return
+        old, self.leader = self.leader, record
+        self.leader_since = system.wall()
+        if record.session is None:
+            self._vacant_since = system.now()
+        else:
+            self._register.note(record.session)
+            if self._register.is_over(record.session):
+                self._vacant_since = system.now()
+        self._changed.set()
+        self._on_leader(old, record)
+
+
+def _record(revision: int, body: _LeaderBody) -> LeaderRecord:
+    return LeaderRecord(revision, body.session, body.successor, body.nonce, body.reason)

@@ -1,0 +1,180 @@
+"""The platform's shared state: its identity, its members, its apps, its list of session streams."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+from phalanx import system
+from phalanx.coord.register import Register
+from phalanx.coord.watch import Watch
+from phalanx.decide.session import StreamList
+from phalanx.errors import BusError, IdentityError, NodeIdTaken, WrongRevision
+from phalanx.names import Names
+from phalanx.ports import Bus, Record
+from phalanx.types import Member
+
+log = logging.getLogger("phalanx.membership")
+
+T = TypeVar("T")
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """Made once with the platform's bucket; every node remembers the id it has joined."""
+
+    id: str
+    created: float
+
+    @classmethod
+    def new(cls) -> Identity:
+        """A fresh identity."""
+        return cls(secrets.token_hex(16), system.wall())
+
+
+class AppRegistration(msgspec.Struct, frozen=True):
+    """That an app was created once: from then on its bucket must exist."""
+
+    created: float
+    by: str
+
+
+class PlatformState:
+    """A watched copy of the platform's bucket, and the compare-and-sets on it."""
+
+    def __init__(self, bus: Bus, names: Names) -> None:
+        self._bus, self._names = bus, names
+        self._stream = names.bucket_stream(names.platform_bucket)
+        self.members: dict[str, Member] = {}
+        self.apps: dict[str, AppRegistration] = {}
+        self.streams: StreamList | None = None
+        self._member_revisions: dict[str, int] = {}
+        self._on_streams: list[Callable[[StreamList], None]] = []
+        self._watch = Watch(
+            bus,
+            self._stream,
+            f"{names.key_subject(names.platform_bucket, '>')}",
+            watch_prefix=names.watch_prefix(None),
+            on_record=self._on_record,
+        )
+
+    async def start(self) -> None:
+        """Begin to watch."""
+        await self._watch.start()
+
+    async def close(self) -> None:
+        """No longer watch."""
+        await self._watch.close()
+
+    def on_streams(self, callback: Callable[[StreamList], None]) -> None:
+        """Be told when the list of session streams changes."""
+        self._on_streams.append(callback)
+
+    def _subject(self, key: str) -> str:
+        return self._names.key_subject(self._names.platform_bucket, key)
+
+    async def read(self, key: str, kind: type[T]) -> tuple[T, int] | None:
+        """A key's value and revision, from the stream's leader."""
+        record = await self._bus.read(self._stream, self._subject(key))
+        if record is None or record.removed:
+            return None
+        return msgspec.json.decode(record.data, type=kind), record.revision
+
+    async def create_or_read(self, key: str, value: T) -> T:
+        """Create *key* with *value*, or return what somebody else has created before."""
+        kind = type(value)
+        if (found := await self.read(key, kind)) is not None:
+            return found[0]
+        try:
+            await self._bus.write(self._subject(key), _encode(value), expect=0)
+        except WrongRevision:
+            found = await self.read(key, kind)
+            if found is None:
+                raise IdentityError(
+                    f"the key {key!r} of bucket {self._names.platform_bucket!r} was removed while it was read",
+                    "nobody but Phalanx should write there; see docs/operations.md",
+                ) from None
+            return found[0]
+        return value
+
+    async def claim_member(self, member: Member, register: Register, wait_seconds: float) -> None:
+        """Take the node id for this session. Raises NodeIdTaken while another live session has it."""
+        subject = self._subject(self._names.member_key(member.node))
+        deadline = system.now() + wait_seconds
+        while True:
+            found = await self.read(self._names.member_key(member.node), Member)
+            revision = 0
+            if found is not None:
+                holder, revision = found
+                if holder.session == member.session:
+                    return
+                register.note(holder.session)
+                if not await register.wait_over(holder.session, deadline - system.now()):
+                    raise NodeIdTaken(member.node, str(holder.session), holder.host)
+            elif (record := await self._bus.read(self._stream, subject)) is not None:
+                revision = record.revision
+            try:
+                await self._bus.write(subject, _encode(member), expect=revision)
+            except WrongRevision:
+                continue  # another one was faster, or our own reply was lost: look again
+            return
+
+    async def update_member(self, member: Member) -> bool:
+        """Publish a changed description of this node. False when the id is no longer ours."""
+        found = await self.read(self._names.member_key(member.node), Member)
+        if found is None or found[0].session != member.session:
+            return False
+        try:
+            await self._bus.write(
+                self._subject(self._names.member_key(member.node)), _encode(member), expect=found[1]
+            )
+        except WrongRevision:
+            return False
+        return True
+
+    async def remove_member(self, node: str, member: Member) -> None:
+        """Take this node off the list after a graceful end. Best effort: a dead one stays listed as dead."""
+        try:
+            found = await self.read(self._names.member_key(node), Member)
+            if found is not None and found[0].session == member.session:
+                await self._bus.write(
+                    self._subject(self._names.member_key(node)),
+                    b"",
+                    expect=found[1],
+                    headers={"KV-Operation": "DEL"},
+                )
+        except BusError as error:
+            log.warning("leaving the member list: %s", error)
+
+    async def write_streams(self, streams: StreamList, expect_generation: int) -> bool:
+        """Replace the list of session streams if it is at *expect_generation*. False if it is not."""
+        found = await self.read(self._names.SESSIONS_KEY, StreamList)
+        if found is None or found[0].generation != expect_generation:
+            return False
+        try:
+            await self._bus.write(self._subject(self._names.SESSIONS_KEY), _encode(streams), expect=found[1])
+        except WrongRevision:
+            return False
+        return True
+
+    def _on_record(self, record: Record) -> None:
+        key = record.subject.removeprefix(self._subject(""))
+        if key == self._names.SESSIONS_KEY and not record.removed:
+            streams = msgspec.json.decode(record.data, type=StreamList)
+            if self.streams is None or streams.generation > self.streams.generation:
+                self.streams = streams
+                for callback in self._on_streams:
+                    callback(streams)
+        elif key.startswith("member."):
+            node = key.removeprefix("member.")
+            if record.removed:
+                self.members.pop(node, None)
+            else:
+                self.members[node] = msgspec.json.decode(record.data, type=Member)
+        elif key.startswith("app.") and not record.removed:
+            self.apps[key.removeprefix("app.")] = msgspec.json.decode(record.data, type=AppRegistration)

@@ -1,0 +1,239 @@
+"""Everybody's sessions, as this node observes them; and the tombstones it writes for the dead."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from phalanx import system
+from phalanx.coord.watch import Watch
+from phalanx.decide.session import Observer, SessionBody, StreamList, Tombstone
+from phalanx.decide.timing import Timing
+from phalanx.errors import BusError, WrongRevision
+from phalanx.keeper.renewing import TOMBSTONE_KEPT_SECONDS
+from phalanx.names import Names
+from phalanx.ports import Bus, Record
+from phalanx.types import SessionId
+
+log = logging.getLogger("phalanx.register")
+
+_body_of = msgspec.json.Decoder(SessionBody).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class Register:
+    """Drives :class:`phalanx.decide.session.Observer` from one watch per session stream."""
+
+    def __init__(
+        self, bus: Bus, names: Names, streams: StreamList, timing: Timing, me: SessionId | None = None
+    ) -> None:
+        self._bus, self._names, self._timing, self._me = bus, names, timing, me
+        self._observer = Observer(streams, timing, system.now())
+        self._watches: dict[str, Watch] = {}
+        self._callbacks: list[Callable[[SessionId], None]] = []
+        self._changed = asyncio.Event()
+        self._burying: dict[Tombstone, asyncio.Task[None]] = {}
+        self._caught_up: set[str] = set()
+        self.ready = asyncio.Event()
+        """Set once a majority of session streams has been read for the first time."""
+
+    # --- what is so
+
+    @property
+    def streams(self) -> StreamList:
+        """The list of session streams in use."""
+        return self._observer.streams
+
+    def is_over(self, session: SessionId) -> bool:
+        """Whether *session* has ended, for good."""
+        return self._observer.is_over(session)
+
+    def live(self) -> list[SessionId]:
+        """The sessions that are not over."""
+        return self._observer.live()
+
+    def seen_generation(self, session: SessionId) -> int:
+        """Under which generation of the stream list *session* renews by majority."""
+        return self._observer.seen_generation(session)
+
+    def caught_up(self, stream: str) -> bool:
+        """Whether the state of *stream* was read since it is in the list."""
+        return stream in self._caught_up
+
+    def note(self, session: SessionId) -> None:
+        """Something refers to *session*: judge it even if no stream holds it."""
+        self._observer.note(session, system.now())
+        self._changed.set()
+
+    def on_over(self, callback: Callable[[SessionId], None]) -> None:
+        """Be told of each session that ends."""
+        self._callbacks.append(callback)
+
+    def off_over(self, callback: Callable[[SessionId], None]) -> None:
+        """No longer be told."""
+        if callback in self._callbacks:
+            self._callbacks.remove(callback)
+
+    async def wait_over(self, session: SessionId, timeout: float) -> bool:
+        """Wait until *session* is over; False if *timeout* seconds passed first."""
+        done = asyncio.Event()
+
+        def ended(which: SessionId) -> None:
+            if which == session:
+                done.set()
+
+        self.on_over(ended)
+        try:
+            if self.is_over(session):
+                return True
+            await asyncio.wait_for(done.wait(), timeout)
+        except TimeoutError:
+            return False
+        finally:
+            self.off_over(ended)
+        return True
+
+    # --- the loop
+
+    async def use_streams(self, streams: StreamList) -> None:
+        """Follow a new list of session streams."""
+        self._tell(self._observer.on_streams(streams, system.now()))
+        await self._watch_streams()
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Watch and write tombstones until cancelled."""
+        await self._watch_streams()
+        try:
+            while True:
+                self._changed.clear()
+                now = system.now()
+                for tombstone in self._observer.tombstones(now, except_for=self._me):
+                    if tombstone not in self._burying:
+                        task = asyncio.create_task(self._bury(tombstone), name=f"bury {tombstone.session}")
+                        self._burying[tombstone] = task
+                # A stream that fell silent is heard again without any call of ours, so look regularly.
+                longest = self._timing.renew_every if self._suspects(now) else self._timing.ttl / 4
+                await self._pause(min(self._observer.next_check(now) - now, longest))
+        finally:
+            for task in self._burying.values():
+                task.cancel()
+            await asyncio.gather(*self._burying.values(), return_exceptions=True)
+            for watch in self._watches.values():
+                await watch.close()
+            self._watches.clear()
+
+    def _suspects(self, now: float) -> bool:
+        return self._observer.next_check(now) - now < self._timing.ttl / 4
+
+    async def _pause(self, seconds: float) -> None:
+        timer = asyncio.get_running_loop().call_later(max(0.01, seconds), self._changed.set)
+        try:
+            await self._changed.wait()
+        finally:
+            timer.cancel()
+
+    async def _watch_streams(self) -> None:
+        wanted = self._observer.streams.all_streams
+        for name in set(self._watches) - set(wanted):
+            await self._watches.pop(name).close()
+            self._caught_up.discard(name)
+        for name in wanted:
+            if name not in self._watches:
+                self._watches[name] = watch = self._make_watch(name)
+                await watch.start()
+
+    def _make_watch(self, stream: str) -> Watch:
+        return Watch(
+            self._bus,
+            stream,
+            self._names.session_subjects(stream),
+            watch_prefix=self._names.session_watch(stream),
+            on_record=lambda record: self._on_record(stream, record),
+            on_catch_up=lambda records, interrupted, asked_at: self._on_catch_up(
+                stream, records, interrupted, asked_at
+            ),
+            monotonic=False,
+        )
+
+    # --- what was seen
+
+    def _on_record(self, stream: str, record: Record) -> None:
+        session = self._names.session_of(record.subject)
+        if record.removed:
+            return  # a tombstone whose time is up: nobody refers to that session any more
+        over = self._observer.on_record(
+            stream, session, record.revision, _body_of(record.data), system.now()
+        )
+        self._tell(over)
+
+    def _on_catch_up(self, stream: str, records: list[Record], interrupted: bool, asked_at: float) -> None:
+        keys = {
+            self._names.session_of(record.subject): (record.revision, _body_of(record.data))
+            for record in records
+            if not record.removed
+        }
+        over = self._observer.on_catch_up(
+            stream, keys, system.now(), interrupted=interrupted, asked_at=asked_at
+        )
+        self._caught_up.add(stream)
+        if self._observer.streams.has_majority(self._caught_up):
+            self.ready.set()
+        self._tell(over)
+        self._changed.set()
+
+    def _tell(self, over: list[SessionId]) -> None:
+        for session in over:
+            log.info("session %s is over", session)
+            for callback in list(self._callbacks):
+                callback(session)
+        if over:
+            self._changed.set()
+
+    # --- what is done
+
+    async def _bury(self, tombstone: Tombstone) -> None:
+        body = SessionBody(
+            self._observer.streams.generation, True, "expired", self._me.node if self._me else "observer"
+        )
+        try:
+            revision = await self._bus.write(
+                self._names.session_subject(tombstone.stream, tombstone.session),
+                _encode(body),
+                expect=tombstone.revision,
+                ttl_seconds=TOMBSTONE_KEPT_SECONDS,
+                timeout=max(0.2, min(1.0, self._timing.ttl / 5)),
+            )
+            self._tell(
+                self._observer.on_record(tombstone.stream, tombstone.session, revision, body, system.now())
+            )
+        except WrongRevision:
+            log.debug("session %s was renewed in %s after all", tombstone.session, tombstone.stream)
+            await asyncio.sleep(self._timing.renew_every)  # the watch brings what was written
+        except BusError as error:
+            log.warning("ending session %s in %s: %s", tombstone.session, tombstone.stream, error)
+            await asyncio.sleep(self._timing.renew_every)
+        finally:
+            self._burying.pop(tombstone, None)
+            self._changed.set()
+
+    async def bury_own(self, session: SessionId, reason: str) -> None:
+        """End an earlier session of this very node, whose end this process vouches for. Best effort."""
+        for stream in self._observer.streams.all_streams:
+            subject = self._names.session_subject(stream, session)
+            try:
+                record = await self._bus.read(stream, subject, timeout=1.0)
+                if record is not None and not record.removed and _body_of(record.data).tombstone:
+                    continue
+                await self._bus.write(
+                    subject,
+                    _encode(SessionBody(self._observer.streams.generation, True, reason, session.node)),
+                    expect=record.revision if record else 0,
+                    ttl_seconds=TOMBSTONE_KEPT_SECONDS,
+                    timeout=1.0,
+                )
+            except BusError as error:
+                log.warning("ending the earlier session %s in %s: %s", session, stream, error)

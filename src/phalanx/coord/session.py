@@ -1,0 +1,205 @@
+"""The node's own session, as its keeper reports it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from phalanx import system
+from phalanx.config import NatsOptions
+from phalanx.decide.session import StreamList
+from phalanx.decide.timing import Timing
+from phalanx.errors import SessionLost
+from phalanx.keeper import wire
+from phalanx.types import Resource, SessionId
+
+log = logging.getLogger("phalanx.session")
+
+REGISTER_TIMEOUT_SECONDS = 2.0
+
+
+class Session:
+    """One session: starts a keeper, knows how long it is valid, registers what runs.
+
+    ``valid_until`` is on ``system.now()``'s clock and moves with every renewal. ``lost`` is set once,
+    with the reason in ``lost_reason``: then everything that hung on the session must end at once.
+    """
+
+    def __init__(self, session: SessionId, timing: Timing) -> None:
+        self.id, self.timing = session, timing
+        self.valid_until = float("-inf")
+        self.renewals = 0
+        self.established = asyncio.Event()
+        self.lost = asyncio.Event()
+        self.lost_reason = ""
+        self._released = asyncio.Event()
+        self._acks: dict[int, asyncio.Future[None]] = {}
+        self._numbers = itertools.count(1)
+        self._transport: asyncio.WriteTransport | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._beating: asyncio.Task[None] | None = None
+        self._on_change: list[Callable[[], None]] = []
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the session is this node's at this very moment."""
+        return not self.lost.is_set() and system.now() < self.valid_until
+
+    @property
+    def keeper_pid(self) -> int:
+        """The keeper's process id; 0 before it was started."""
+        return self._process.pid if self._process else 0
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        """Be told when validity moved or the session was lost."""
+        self._on_change.append(callback)
+
+    async def start(
+        self, platform: str, streams: StreamList, nats: NatsOptions, state_dir: Path, timeout: float
+    ) -> None:
+        """Start the keeper and wait for the session. Raises SessionLost when it cannot be had in time."""
+        mine, theirs = socket.socketpair()
+        mine.setblocking(False)
+        with theirs:
+            # Its own session, so that a terminal's signals do not reach it; see keeper/__main__.py.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "phalanx.keeper", str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(lambda: _Channel(self), sock=mine)
+        self._transport = transport
+        start = wire.Start(
+            platform, self.id, streams, self.timing, nats, str(state_dir), socket.gethostname()
+        )
+        wire.send(transport, start)
+        self._beating = asyncio.create_task(self._beat(), name="session beat")
+        waits = [asyncio.create_task(self.established.wait()), asyncio.create_task(self.lost.wait())]
+        try:
+            await asyncio.wait(waits, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waits:
+                task.cancel()
+        if not self.established.is_set():
+            reason = self.lost_reason or f"no majority of session streams answered within {timeout:g} s"
+            await self.close()
+            raise SessionLost(str(self.id), reason)
+
+    async def _beat(self) -> None:
+        interval = min(0.5, self.timing.stall_limit / 5)
+        while self._transport is not None and not self._transport.is_closing():
+            wire.send(self._transport, wire.Beat())
+            await asyncio.sleep(interval)
+
+    async def register(self, resource: Resource) -> None:
+        """Tell the keeper what is about to start. Raises SessionLost if it does not confirm in time."""
+        if self._transport is None or not self.is_valid:
+            raise SessionLost(str(self.id), self.lost_reason or "not valid")
+        number = next(self._numbers)
+        ack = self._acks[number] = asyncio.get_running_loop().create_future()
+        try:
+            wire.send(self._transport, wire.Register(number, resource))
+            await asyncio.wait_for(ack, REGISTER_TIMEOUT_SECONDS)
+        except TimeoutError:
+            self._lose("the keeper does not answer")
+            raise SessionLost(str(self.id), self.lost_reason) from None
+        finally:
+            self._acks.pop(number, None)
+
+    def unregister(self, resource_id: str) -> None:
+        """Tell the keeper that this has ended."""
+        if self._transport is not None:
+            wire.send(self._transport, wire.Unregister(resource_id))
+
+    def use_streams(self, streams: StreamList) -> None:
+        """Tell the keeper about a new list of session streams."""
+        if self._transport is not None:
+            wire.send(self._transport, wire.Streams(streams))
+
+    async def release(self, reason: str, timeout: float = 3.0) -> bool:
+        """End the session: the caller vouches that nothing hangs on it any more. True when a majority knows."""
+        if self._transport is None or self.lost.is_set():
+            return False
+        wire.send(self._transport, wire.Release(reason))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._released.wait(), timeout)
+        return self._released.is_set()
+
+    async def close(self) -> None:
+        """Let go of the keeper: it kills what is still registered and exits. Waits for its end, bounded."""
+        if self._transport is not None and not self.lost.is_set() and not self._released.is_set():
+            # Without a goodbye the keeper would take this for a crash, and kill this process.
+            wire.send(self._transport, wire.Release("closed"))
+        if self._beating is not None:
+            self._beating.cancel()
+            await asyncio.gather(self._beating, return_exceptions=True)
+        if self._transport is not None:
+            self._transport.close()
+        if self._process is not None:
+            await asyncio.to_thread(self._reap, self._process)
+
+    def _reap(self, process: subprocess.Popen[bytes]) -> None:
+        try:
+            process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            # Still trying to write tombstones without NATS. It has nothing to fence any more.
+            process.kill()
+            process.wait()
+
+    # --- what the keeper says
+
+    def on_message(self, message: wire.FromKeeper) -> None:
+        """One message of the keeper."""
+        match message:
+            case wire.Established():
+                self.established.set()
+            case wire.ValidUntil(moment, renewals):
+                self.valid_until, self.renewals = moment, renewals
+            case wire.Registered(number):
+                ack = self._acks.get(number)
+                if ack is not None and not ack.done():
+                    ack.set_result(None)
+            case wire.Lost(reason):
+                self._lose(reason)
+            case wire.Released(complete):
+                if complete:
+                    self._released.set()
+        for callback in self._on_change:
+            callback()
+
+    def on_closed(self) -> None:
+        """The keeper's end of the channel closed."""
+        if not self._released.is_set():
+            self._lose("the keeper is gone")
+
+    def _lose(self, reason: str) -> None:
+        if not self.lost.is_set():
+            self.lost_reason = reason
+            self.lost.set()
+            for ack in self._acks.values():
+                if not ack.done():
+                    ack.set_exception(SessionLost(str(self.id), reason))
+            for callback in self._on_change:
+                callback()
+
+
+class _Channel(asyncio.Protocol):
+    def __init__(self, session: Session) -> None:
+        self._session, self._lines = session, wire.Lines()
+
+    def data_received(self, data: bytes) -> None:
+        for line in self._lines.feed(data):
+            self._session.on_message(wire.decode_from_keeper(line))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._session.on_closed()

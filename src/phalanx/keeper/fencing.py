@@ -1,0 +1,102 @@
+"""What the node has running, and how the keeper makes sure that it is gone.
+
+The list is also kept in a file, so that a keeper which starts after both died (node and keeper
+killed at once) finds the left-overs and kills them before its node may become active.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+import msgspec
+
+from phalanx import system
+from phalanx.types import Resource
+
+log = logging.getLogger("phalanx.keeper")
+
+KILL_DEADLINE_SECONDS = 2.0
+
+
+class _File(msgspec.Struct):
+    boot_id: str
+    resources: list[Resource]
+
+
+class Registry:
+    """The registered resources, in memory and in ``<state_dir>/registered.json``."""
+
+    def __init__(self, state_dir: Path) -> None:
+        self._path = state_dir / "registered.json"
+        self._resources: dict[str, Resource] = {}
+
+    def __len__(self) -> int:
+        return len(self._resources)
+
+    @property
+    def resources(self) -> list[Resource]:
+        """What is registered, in order of registration."""
+        return list(self._resources.values())
+
+    @property
+    def has_sections(self) -> bool:
+        """Whether code inside the node itself is active."""
+        return any(resource.kind == "section" for resource in self._resources.values())
+
+    def add(self, resource: Resource) -> None:
+        """Register; returns once the file holds it too (sections die with the node: memory is enough)."""
+        self._resources[resource.id] = resource
+        if resource.kind != "section":
+            self._save()
+
+    def remove(self, resource_id: str) -> None:
+        """Forget something that has ended."""
+        gone = self._resources.pop(resource_id, None)
+        if gone is not None and gone.kind != "section":
+            self._save()
+
+    def _save(self) -> None:
+        # No fsync: after a power loss the boot id differs and nothing of this runs any more.
+        lasting = [r for r in self._resources.values() if r.kind != "section"]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_bytes(msgspec.json.encode(_File(system.boot_id(), lasting)))
+        temporary.replace(self._path)
+
+    def left_over(self) -> list[Resource]:
+        """What an earlier life of this node on this boot had registered and not removed."""
+        try:
+            saved = msgspec.json.decode(self._path.read_bytes(), type=_File)
+        except FileNotFoundError:
+            return []
+        except (msgspec.DecodeError, json.JSONDecodeError) as error:
+            log.error("%s is unreadable (%s): left-overs of an earlier life can't be known", self._path, error)
+            return []
+        return saved.resources if saved.boot_id == system.boot_id() else []
+
+
+def kill_node(pid: int) -> None:
+    """SIGKILL the node. The keeper is its child, so the pid is the node's while it is our parent."""
+    if os.getppid() == pid:
+        os.kill(pid, signal.SIGKILL)
+
+
+async def kill_processes(resources: list[Resource]) -> bool:
+    """SIGKILL every process of *resources*; True once all are seen to be gone."""
+    outcomes = await asyncio.gather(
+        *(asyncio.to_thread(_kill_one, resource) for resource in resources if resource.kind == "process")
+    )
+    return all(outcomes)
+
+
+def _kill_one(resource: Resource) -> bool:
+    report = system.kill_marked(resource.id, pgid=resource.pgid or None, deadline_seconds=KILL_DEADLINE_SECONDS)
+    if report.remaining:
+        log.error("app %s: processes %s do not die", resource.app, report.remaining)
+    elif report.killed:
+        log.warning("app %s: killed processes %s of epoch %d", resource.app, report.killed, resource.epoch)
+    return not report.remaining

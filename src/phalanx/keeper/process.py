@@ -1,0 +1,227 @@
+"""The keeper process: one loop that renews, watches its node, and fences when it must.
+
+Its life: Start from the node → kill left-overs → session established → renew until the node says
+Release, or dies, or stalls, or outlives its session → fence → end the session → exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from phalanx import system
+from phalanx.config import NatsOptions
+from phalanx.decide.keeper import Fencing, Watchdog
+from phalanx.errors import BusError, PhalanxError
+from phalanx.keeper import fencing, wire
+from phalanx.keeper.renewing import Renewer
+from phalanx.names import Names
+from phalanx.ports import Bus
+
+log = logging.getLogger("phalanx.keeper")
+
+Connect = Callable[[NatsOptions, str, float], Awaitable[Bus]]
+"""Builds the bus: options, client name, ping interval in seconds."""
+
+
+class Keeper:
+    """One keeper, for one session of one node."""
+
+    def __init__(self, channel: socket.socket, node_pid: int, connect: Connect) -> None:
+        self._channel, self._node_pid, self._connect = channel, node_pid, connect
+        self._wake = asyncio.Event()
+        self._started: asyncio.Future[wire.Start] = asyncio.get_running_loop().create_future()
+        self._release: wire.Release | None = None
+        self._gone: str | None = None
+        self._transport: asyncio.WriteTransport | None = None
+        self._registry: fencing.Registry | None = None
+        self._renewer: Renewer | None = None
+        self._watchdog: Watchdog | None = None
+        self._pending_streams: wire.Streams | None = None
+
+    async def run(self) -> None:
+        """Serve until the session has ended."""
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.connect_accepted_socket(lambda: _Channel(self), self._channel)
+        self._transport = transport
+        pidfd = system.watch_exit(self._node_pid, lambda: self._on_gone("the node's process ended"))
+        try:
+            start = await asyncio.wait_for(self._started, 30)
+            await self._serve(start)
+        finally:
+            if pidfd is not None:
+                pidfd()
+            transport.close()
+
+    async def _serve(self, start: wire.Start) -> None:
+        self._registry = fencing.Registry(Path(start.state_dir))
+        while not await fencing.kill_processes(self._registry.left_over()):
+            self._say(wire.Lost("left-overs of an earlier life do not die"))
+            await asyncio.sleep(1)
+        try:
+            # Pings notice a server that died without a word within three intervals.
+            bus = await self._connect(
+                start.nats, f"phalanx-keeper {start.session}", max(0.1, start.timing.ttl / 20)
+            )
+        except PhalanxError as error:
+            self._say(wire.Lost(str(error)))
+            return
+        self._watchdog = Watchdog(start.timing, system.now())
+        self._renewer = Renewer(
+            bus, Names(start.platform), start.session, start.streams, start.timing, self._wake.set
+        )
+        if self._pending_streams is not None:
+            self._renewer.holder.on_streams(self._pending_streams.streams)
+        try:
+            await self._hold(start, self._renewer, self._watchdog, self._registry)
+        finally:
+            await bus.close()
+
+    async def _hold(
+        self, start: wire.Start, renewer: Renewer, watchdog: Watchdog, registry: fencing.Registry
+    ) -> None:
+        holder, told, established = renewer.holder, float("-inf"), False
+        next_tick = 0.0
+        while True:
+            now = system.now()
+            if now >= next_tick:
+                renewer.tick()
+                next_tick = now + start.timing.renew_every
+            elif holder.reads():
+                renewer.tick()
+            valid = holder.is_valid(now)
+            if valid and not established:
+                established = True
+                self._say(wire.Established())
+            if valid and holder.valid_until > told:
+                told = holder.valid_until
+                self._say(wire.ValidUntil(told, renewer.renewals))
+            if self._release is not None:
+                await self._end(start, renewer, registry, self._release.reason, kill_node=False)
+                return
+            if self._gone is not None:
+                watchdog.on_gone(self._gone)
+            if established and not valid:
+                reason = "ended by others" if holder.is_ended else "no majority of renewals in time"
+                self._say(wire.Lost(reason))
+                await self._end(start, renewer, registry, reason, kill_node=registry.has_sections)
+                return
+            valid_until = holder.valid_until if established else now + start.timing.ttl
+            verdict = watchdog.verdict(now, valid_until, has_resources=len(registry) > 0)
+            if verdict is not None:
+                await self._fence(start, renewer, registry, verdict)
+                return
+            await self._sleep_until(min(next_tick, watchdog.next_check(valid_until), told if valid else next_tick))
+
+    async def _sleep_until(self, moment: float) -> None:
+        self._wake.clear()
+        timer = asyncio.get_running_loop().call_later(max(0.001, moment - system.now()), self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            timer.cancel()
+
+    async def _fence(
+        self, start: wire.Start, renewer: Renewer, registry: fencing.Registry, verdict: Fencing
+    ) -> None:
+        log.error("node %s: fencing it: %s", start.session.node, verdict.reason)
+        # At the end of a session only code inside the node forces us to kill the node itself.
+        kill_node = verdict.release or registry.has_sections
+        await self._end(start, renewer, registry, verdict.reason, kill_node=kill_node)
+
+    async def _end(
+        self,
+        start: wire.Start,
+        renewer: Renewer,
+        registry: fencing.Registry,
+        reason: str,
+        *,
+        kill_node: bool,
+    ) -> None:
+        """Kill what must be gone, then end the session. The order is the invariant: never release first."""
+        if kill_node:
+            fencing.kill_node(self._node_pid)
+        while not await fencing.kill_processes(registry.resources):
+            log.error("node %s: not releasing while processes of it still run", start.session.node)
+        for resource in registry.resources:
+            registry.remove(resource.id)
+        complete = await renewer.release(
+            reason, by=f"keeper of {start.session.node}", deadline=system.now() + 2 * start.timing.ttl
+        )
+        if not complete:
+            log.error("session %s: could not be released (%s); it expires instead", start.session, reason)
+        self._say(wire.Released(complete))
+
+    # --- what the node says
+
+    def on_message(self, message: wire.FromNode) -> None:
+        """One message of the node."""
+        if self._watchdog is not None:
+            self._watchdog.on_beat(system.now())
+        match message:
+            case wire.Start():
+                self._started.set_result(message)
+            case wire.Beat():
+                pass
+            case wire.Register(number, resource):
+                if self._registry is not None:
+                    self._registry.add(resource)
+                    self._say(wire.Registered(number))
+            case wire.Unregister(resource_id):
+                if self._registry is not None:
+                    self._registry.remove(resource_id)
+            case wire.Streams():
+                self._pending_streams = message
+                if self._renewer is not None:
+                    self._renewer.holder.on_streams(message.streams)
+                    self._wake.set()
+            case wire.Release():
+                self._release = message
+                self._wake.set()
+
+    def _on_gone(self, reason: str) -> None:
+        if self._gone is None:
+            self._gone = reason
+            self._wake.set()
+            if not self._started.done():
+                self._started.set_exception(EOFError(reason))
+
+    def on_closed(self) -> None:
+        """The node closed its end."""
+        self._on_gone("the node closed its channel")
+
+    def _say(self, message: wire.FromKeeper) -> None:
+        if self._transport is not None and not wire.send(self._transport, message):
+            self._on_gone("the node does not read")
+
+
+class _Channel(asyncio.Protocol):
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper, self._lines = keeper, wire.Lines()
+
+    def data_received(self, data: bytes) -> None:
+        for line in self._lines.feed(data):
+            self._keeper.on_message(wire.decode_from_node(line))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._keeper.on_closed()
+
+
+def harden() -> None:
+    """Make it unlikely that the kernel stops or kills this process before others. Best effort."""
+    for path, value in (("/proc/self/oom_score_adj", "-900"),):
+        try:
+            Path(path).write_text(value)
+        except OSError as error:
+            log.debug("%s: %s", path, error)
+    try:
+        os.nice(-10)
+    except OSError as error:
+        log.debug("nice: %s", error)
+
+
+__all__ = ["BusError", "Keeper", "harden"]
