@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+from phalanx.types import Resource
+
 
 class Message(msgspec.Struct, frozen=True):
     """A core NATS message. ``headers`` is empty where there are none."""
@@ -105,6 +107,20 @@ class Bus(Protocol):
         """
         ...
 
+    async def read_log(
+        self,
+        stream: str,
+        subjects: str,
+        *,
+        start: int = 1,
+        start_time: float | None = None,
+        limit: int = 256,
+        timeout: float = 2.0,
+    ) -> list[Record]:
+        """Up to *limit* records that match, in stream order, from sequence *start* on (or, if given, from
+        *start_time*, Unix seconds), by direct get. An empty list: nothing there (yet)."""
+        ...
+
     async def publish(
         self, subject: str, data: bytes = b"", *, headers: Mapping[str, str] | None = None
     ) -> None:
@@ -134,6 +150,52 @@ class Bus(Protocol):
 
     def on_connection(self, callback: Callable[[Connection], None]) -> Callable[[], None]:
         """Be told of connection changes; returns a function that ends this."""
+        ...
+
+
+class SectionContext(msgspec.Struct, frozen=True):
+    """What a backend needs to know of the active section it runs for.
+
+    ``register`` tells the keeper what is about to run and returns once it would be killed if this node
+    died; ``unregister`` takes it back. Registering the same id again replaces the entry.
+    """
+
+    platform: str
+    node: str
+    app: str
+    epoch: int
+    register: Callable[[Resource], Awaitable[None]]
+    unregister: Callable[[str], None]
+
+
+class Running(Protocol):
+    """One start of a backend, for one active section."""
+
+    @property
+    def ended(self) -> Awaitable[str]:
+        """Done when the program has ended by itself; the result says how (``exited with code 3``)."""
+        ...
+
+    async def stop(self, reason: str) -> None:
+        """End it gracefully within the declared time, else by SIGKILL; returns when all of it is gone.
+
+        Raises BackendError (step ``stop``) when processes do not die.
+        """
+        ...
+
+    async def kill(self) -> None:
+        """End it at once; returns when all of it is gone. Raises BackendError (step ``kill``)."""
+        ...
+
+
+class Backend(Protocol):
+    """Any program that runs while an app is active on a node: a process, a unit, a container."""
+
+    async def start(self, section: SectionContext) -> Running:
+        """Register, start, wait until ready. On any failure, cancellation too, nothing is left running.
+
+        Raises BackendError (step ``prepare``, ``start`` or ``ready``), SessionLost.
+        """
         ...
 
 
