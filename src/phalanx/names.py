@@ -12,7 +12,7 @@ RESERVED_APPS = frozenset({"platform", "services", "sessions", "events", "audit"
 """App names that would collide with the platform's own buckets and streams."""
 
 LEADER_KEY = "election.leader"
-FENCE_KEY = "election.fence"
+FENCE_KEY = "fence"
 CANDIDATE_KEYS = "election.candidate"
 
 

@@ -1,0 +1,718 @@
+"""The bus over nats-py: everything that :class:`phalanx.ports.Bus` promises.
+
+What nats-py does differently from what we promise, and how it is bridged here:
+
+* It keeps what was published while disconnected and sends it later. A compare-and-set must not arrive
+  long after it was decided: nothing is sent while disconnected, and what was queued when the
+  connection broke is dropped.
+* It waits for a broken transport to close in an orderly way, which with TLS over a pulled cable takes
+  half a minute: the transport is aborted.
+* A request on a connection that broke is not answered any more, but only its timeout tells: here it
+  fails at once (outcome unknown).
+* Some errors of the server (authorization, among them during its restart) close the client for good:
+  here a new one is made, and all subscriptions with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import inspect
+import itertools
+import logging
+import math
+import secrets
+import ssl
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, cast
+
+import msgspec
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription as NatsSubscription
+from nats.errors import Error as NatsError
+
+from phalanx.config.node import NatsOptions
+from phalanx.errors import BusError, BusTimeout, BusUnavailable, NatsUnusable, WrongRevision
+from phalanx.names import FENCE_KEY, LEADER_KEY
+from phalanx.ports import Connection, Fence, Message, Record
+
+log = logging.getLogger("phalanx.nats")
+
+WRONG_LAST_SEQUENCE = (10071, 10164)
+"""JSStreamWrongLastSequenceErrF, and its constant form: another compare-and-set is under way."""
+
+NO_MESSAGE_FOUND = 10037
+RECONNECT_SECONDS = 0.05
+REOPEN_SECONDS = (0.2, 5.0)
+"""First and longest delay before a client that the server closed for good is replaced."""
+
+
+class _Error(msgspec.Struct):
+    code: int = 0
+    err_code: int = 0
+    description: str = ""
+
+
+class _Ack(msgspec.Struct):
+    seq: int = 0
+    error: _Error | None = None
+
+
+class _Stored(msgspec.Struct):
+    subject: str
+    seq: int
+    time: str = ""
+    data: str = ""
+    hdrs: str = ""
+
+
+class _GetReply(msgspec.Struct):
+    message: _Stored | None = None
+    error: _Error | None = None
+
+
+_decode_ack = msgspec.json.Decoder(_Ack).decode
+_decode_get = msgspec.json.Decoder(_GetReply).decode
+_decode_any = msgspec.json.Decoder(dict[str, Any]).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class _Client(Client):
+    """nats-py's client that drops a broken transport at once."""
+
+    def __init__(self, on_broken: Callable[[], None]) -> None:
+        super().__init__()
+        self._on_broken = on_broken
+
+    async def _process_op_err(self, e: Exception) -> None:
+        if self.is_connected:
+            self._drop()
+        await super()._process_op_err(e)
+
+    def abort(self) -> None:
+        """Close the transport without waiting for anything."""
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+
+    def _drop(self) -> None:
+        # SUB commands among these are harmless to drop: the reconnection sends all subscriptions anew.
+        self._pending.clear()
+        self._pending_data_size = 0
+        self.abort()
+        self._on_broken()
+
+
+class _Subscription:
+    """One subscription, across replacements of the client."""
+
+    def __init__(
+        self,
+        bus: NatsBus,
+        subject: str,
+        queue: str,
+        on_message: Callable[[Message], Awaitable[None] | None],
+    ) -> None:
+        self._bus, self.subject, self.queue, self._on_message = bus, subject, queue, on_message
+        self._inner: NatsSubscription | None = None
+
+    async def attach(self, client: Client) -> None:
+        self._inner = await client.subscribe(self.subject, queue=self.queue, cb=self._deliver)
+
+    async def _deliver(self, msg: Msg) -> None:
+        try:
+            done = self._on_message(_message(msg))
+            if inspect.isawaitable(done):
+                await done
+        except Exception:
+            log.exception("a message on %s could not be handled", msg.subject)
+
+    async def unsubscribe(self) -> None:
+        inner, self._inner = self._inner, None
+        self._bus._forget(self)
+        if inner is not None:
+            with contextlib.suppress(NatsError):
+                await inner.unsubscribe()
+
+
+class NatsBus:
+    """One connection to NATS. Make it with :meth:`connect`, end it with :meth:`close`."""
+
+    def __init__(self, options: NatsOptions, name: str, ping_interval: float) -> None:
+        self._options, self._name, self._ping_interval = options, name, ping_interval
+        self._subscriptions: set[_Subscription] = set()
+        self._listeners: list[Callable[[Connection], None]] = []
+        self._waiting: dict[str, asyncio.Future[Msg]] = {}
+        self._gathering: set[asyncio.Queue[Msg | None]] = set()
+        self._tokens = itertools.count(1)
+        self._inbox = ""
+        self._closing = False
+        self._reopening: asyncio.Task[None] | None = None
+        self._last_error: Exception | None = None
+        self._refused: asyncio.Future[Exception] | None = None
+        self._client = _Client(self._on_broken)
+
+    @classmethod
+    async def connect(
+        cls, options: NatsOptions, *, name: str = "phalanx", ping_interval: float = 1.0, timeout: float = 10.0
+    ) -> NatsBus:
+        """Connect, within *timeout* seconds. Raises NatsUnusable, with what the servers answered.
+
+        A server that does not answer pings for three *ping_interval* seconds is given up for another.
+        """
+        bus = cls(options, name, ping_interval)
+        bus._refused = asyncio.get_running_loop().create_future()
+        opening = asyncio.create_task(bus._open(), name="nats connect")
+        try:
+            await asyncio.wait({opening, bus._refused}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if opening.done() and opening.exception() is None:
+                return bus
+            error = opening.exception() if opening.done() else bus._last_error
+        finally:
+            bus._refused = None
+            if not opening.done() or opening.exception() is not None:
+                bus._closing = True
+                opening.cancel()
+                await asyncio.gather(opening, return_exceptions=True)
+                await bus.close()
+        where = ", ".join(_without_login(url) for url in options.urls)
+        raise NatsUnusable(
+            f"cannot connect to NATS at {where}: {_plain(error)}", _remedy(error, timeout)
+        ) from error
+
+    async def _open(self) -> None:
+        client = _Client(self._on_broken)
+        self._client = client
+        await client.connect(
+            list(self._options.urls),
+            name=self._name,
+            error_cb=self._on_error,
+            disconnected_cb=self._on_disconnected,
+            reconnected_cb=self._on_reconnected,
+            closed_cb=self._on_closed,
+            max_reconnect_attempts=-1,
+            reconnect_time_wait=RECONNECT_SECONDS,  # pyright: ignore[reportArgumentType]
+            connect_timeout=max(0.25, min(2.0, 2 * self._ping_interval)),  # pyright: ignore[reportArgumentType]
+            ping_interval=self._ping_interval,  # pyright: ignore[reportArgumentType]
+            max_outstanding_pings=2,
+            **_login(self._options),
+            **_tls(self._options),
+        )
+        self._inbox = client.new_inbox()
+        await client.subscribe(f"{self._inbox}.*", cb=self._on_reply)
+        for subscription in list(self._subscriptions):
+            await subscription.attach(client)
+        await client.flush(timeout=2)
+
+    async def close(self) -> None:
+        """End the connection; requests under way fail. Bounded, also when the servers hang."""
+        self._closing = True
+        if self._reopening is not None:
+            self._reopening.cancel()
+            await asyncio.gather(self._reopening, return_exceptions=True)
+        client = self._client
+        if client.is_connected:
+            with contextlib.suppress(NatsError, OSError, TimeoutError):
+                await client.flush(timeout=1)
+        client.abort()
+        with contextlib.suppress(NatsError, OSError, TimeoutError, asyncio.CancelledError):
+            await asyncio.wait_for(client.close(), 2)
+        self._fail_requests("the connection was closed")
+        self._tell(Connection.CLOSED)
+
+    # --- what happens to the connection
+
+    def _on_broken(self) -> None:
+        self._fail_requests("the connection broke")
+        self._tell(Connection.DISCONNECTED)
+
+    def _fail_requests(self, why: str) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for future in waiting.values():
+            if not future.done():
+                future.set_exception(BusTimeout("request", f"{why}; whether it was carried out is unknown"))
+        for queue in self._gathering:
+            with contextlib.suppress(asyncio.QueueFull):
+                queue.put_nowait(None)
+
+    async def _on_error(self, error: Exception) -> None:
+        self._last_error = error
+        log.debug("nats: %s", _plain(error))
+        refused = self._refused
+        if refused is not None and not refused.done() and _is_refusal(error):
+            refused.set_result(error)
+
+    async def _on_disconnected(self) -> None:
+        self._fail_requests("the connection broke")
+
+    async def _on_reconnected(self) -> None:
+        self._tell(Connection.CONNECTED)
+
+    async def _on_closed(self) -> None:
+        if self._closing or (self._reopening is not None and not self._reopening.done()):
+            return
+        log.error("nats: the server ended the connection for good (%s); a new one is made", self._last_error)
+        self._on_broken()
+        self._reopening = asyncio.create_task(self._reopen(), name="nats reopen")
+
+    async def _reopen(self) -> None:
+        delay, longest = REOPEN_SECONDS
+        while not self._closing:
+            await asyncio.sleep(delay)
+            delay = min(longest, 2 * delay)
+            try:
+                async with asyncio.timeout(10):
+                    await self._open()
+            except (NatsError, OSError, TimeoutError) as error:
+                log.error("nats: reconnecting failed: %s", _plain(error))
+                self._client.abort()
+                continue
+            self._tell(Connection.CONNECTED)
+            return
+
+    def _tell(self, event: Connection) -> None:
+        for listener in list(self._listeners):
+            try:
+                listener(event)
+            except Exception:
+                log.exception("a listener for connection changes failed")
+
+    def on_connection(self, callback: Callable[[Connection], None]) -> Callable[[], None]:
+        """Be told of connection changes; returns a function that ends this."""
+        self._listeners.append(callback)
+
+        def stop() -> None:
+            if callback in self._listeners:
+                self._listeners.remove(callback)
+
+        return stop
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether requests can be sent now."""
+        return self._client.is_connected
+
+    @property
+    def server_name(self) -> str:
+        """The server this client is connected to at present, empty when it is not."""
+        return str(self._info.get("server_name", "")) if self.is_connected else ""
+
+    @property
+    def server_version(self) -> str:
+        """The version of the connected (or last connected) server."""
+        return str(self._info.get("version", ""))
+
+    @property
+    def cluster(self) -> str:
+        """The cluster name of the connected server; empty where there is no cluster."""
+        return str(self._info.get("cluster", ""))
+
+    @property
+    def connect_urls(self) -> tuple[str, ...]:
+        """Where the servers of the cluster listen, as the connected one knows them."""
+        return tuple(str(url) for url in self._info.get("connect_urls") or ())
+
+    @property
+    def max_payload(self) -> int:
+        """The largest message that the server takes, in bytes."""
+        return self._client.max_payload
+
+    @property
+    def _info(self) -> dict[str, Any]:
+        return cast("dict[str, Any]", getattr(self._client, "_server_info", None) or {})
+
+    # --- requests
+
+    async def _on_reply(self, msg: Msg) -> None:
+        future = self._waiting.pop(msg.subject.rpartition(".")[2], None)
+        if future is not None and not future.done():
+            future.set_result(msg)
+
+    async def _ask(
+        self, operation: str, subject: str, data: bytes, headers: dict[str, str] | None, timeout: float
+    ) -> Msg:
+        """One request, one reply. Raises BusUnavailable, BusTimeout, BusError."""
+        client = self._client
+        if not client.is_connected:
+            raise BusUnavailable(operation, "not connected to NATS")
+        loop = asyncio.get_running_loop()
+        token = str(next(self._tokens))
+        future: asyncio.Future[Msg] = loop.create_future()
+        self._waiting[token] = future
+        timer = loop.call_later(timeout, _expire, future, operation, timeout)
+        try:
+            await client.publish(subject, data, reply=f"{self._inbox}.{token}", headers=headers)
+            msg = await future
+        except (NatsError, OSError) as error:
+            raise BusError(operation, _plain(error)) from error
+        finally:
+            timer.cancel()
+            self._waiting.pop(token, None)
+        if msg.headers is not None and not msg.data and msg.headers.get("Status") == "503":
+            raise BusUnavailable(operation, "nobody answers there just now")
+        return msg
+
+    async def write(
+        self,
+        subject: str,
+        data: bytes = b"",
+        *,
+        expect: int | None = None,
+        fence: Fence | None = None,
+        headers: Mapping[str, str] | None = None,
+        ttl_seconds: float | None = None,
+        timeout: float = 2.0,
+    ) -> int:
+        """See :meth:`phalanx.ports.Bus.write`."""
+        all_headers = dict(headers) if headers else {}
+        if ttl_seconds is not None:
+            all_headers["Nats-TTL"] = f"{max(1, math.ceil(ttl_seconds))}s"  # ADR-43: whole seconds
+        if expect is not None:
+            all_headers["Nats-Expected-Last-Subject-Sequence"] = str(expect)
+            if fence is not None:
+                return await self._write_batch(subject, data, expect, fence, all_headers, timeout)
+        elif fence is not None:
+            all_headers.update(_fence_headers(fence))
+        operation = f"write {subject}"
+        msg = await self._ask(operation, subject, data, all_headers or None, timeout)
+        ack = _decode_ack(msg.data)
+        if ack.error is not None:
+            if expect is not None:
+                raise _refusal(operation, ack.error, subject, expect)
+            raise _refusal(
+                operation, ack.error, fence.subject if fence else subject, fence.revision if fence else 0
+            )
+        return ack.seq
+
+    async def _write_batch(
+        self, subject: str, data: bytes, expect: int, fence: Fence, headers: dict[str, str], timeout: float
+    ) -> int:
+        """Key and fence in one atomic batch (ADR-50): a message may carry only one expectation.
+
+        The fence's message is stored beside the leader key, where nobody reads it.
+        """
+        batch = secrets.token_hex(12)
+        beside = f"{fence.subject.removesuffix(LEADER_KEY)}{FENCE_KEY}"
+        first = {**_fence_headers(fence), "Nats-Batch-Id": batch, "Nats-Batch-Sequence": "1"}
+        last = {**headers, "Nats-Batch-Id": batch, "Nats-Batch-Sequence": "2", "Nats-Batch-Commit": "1"}
+        operation = f"write {subject}"
+        begun = await self._ask(operation, beside, b"", first, timeout)
+        if begun.data and (refused := _decode_ack(begun.data)).error is not None:
+            raise _refusal(operation, refused.error, fence.subject, fence.revision)
+        ack = _decode_ack((await self._ask(operation, subject, data, last, timeout)).data)
+        if ack.error is not None:
+            # The server does not say which of the two expectations failed: the caller looks.
+            raise _refusal(operation, ack.error, "", expect)
+        return ack.seq
+
+    async def read(self, stream: str, subject: str, *, timeout: float = 2.0) -> Record | None:
+        """See :meth:`phalanx.ports.Bus.read`."""
+        operation = f"read {subject}"
+        request = _encode({"last_by_subj": subject})
+        msg = await self._ask(operation, f"$JS.API.STREAM.MSG.GET.{stream}", request, None, timeout)
+        reply = _decode_get(msg.data)
+        if reply.error is not None:
+            if reply.error.err_code == NO_MESSAGE_FOUND:
+                return None
+            raise BusError(operation, reply.error.description, reply.error.err_code)
+        if reply.message is None:
+            raise BusError(operation, "an answer without a message")
+        stored = reply.message
+        headers = _parse_headers(base64.b64decode(stored.hdrs)) if stored.hdrs else {}
+        data = base64.b64decode(stored.data) if stored.data else b""
+        return Record(stored.subject, data, stored.seq, headers, _time(stored.time), _is_removed(headers))
+
+    async def snapshot(self, stream: str, subjects: str, *, timeout: float = 2.0) -> list[Record]:
+        """See :meth:`phalanx.ports.Bus.snapshot`."""
+        operation = f"snapshot {subjects}"
+        records, status = await self._gather(
+            operation, stream, {"multi_last": [subjects], "batch": 1024}, timeout
+        )
+        if status.startswith("413"):
+            return await self._snapshot_of_many(stream, subjects, timeout)
+        return sorted(records, key=lambda record: record.revision)
+
+    async def _snapshot_of_many(self, stream: str, subjects: str, timeout: float) -> list[Record]:
+        """More subjects than ``multi_last`` answers (1024): the whole log, of which the last counts."""
+        last: dict[str, Record] = {}
+        start = 1
+        while page := await self.read_log(stream, subjects, start=start, limit=1000, timeout=timeout):
+            last.update((record.subject, record) for record in page)
+            start = page[-1].revision + 1
+        return sorted(last.values(), key=lambda record: record.revision)
+
+    async def read_log(
+        self,
+        stream: str,
+        subjects: str,
+        *,
+        start: int = 1,
+        start_time: float | None = None,
+        limit: int = 256,
+        timeout: float = 2.0,
+    ) -> list[Record]:
+        """See :meth:`phalanx.ports.Bus.read_log`."""
+        request: dict[str, Any] = {"next_by_subj": subjects, "batch": limit}
+        if start_time is not None:
+            request["start_time"] = datetime.fromtimestamp(start_time, UTC).isoformat()
+        else:
+            request["seq"] = max(1, start)
+        return (await self._gather(f"read log {subjects}", stream, request, timeout))[0]
+
+    async def _gather(
+        self, operation: str, stream: str, request: dict[str, Any], timeout: float
+    ) -> tuple[list[Record], str]:
+        """A direct get with many answers (ADR-31): records up to the end-of-batch, and its status."""
+        client = self._client
+        if not client.is_connected:
+            raise BusUnavailable(operation, "not connected to NATS")
+        queue: asyncio.Queue[Msg | None] = asyncio.Queue(4096)
+        inbox = client.new_inbox()
+
+        async def keep(msg: Msg) -> None:
+            await queue.put(msg)
+
+        self._gathering.add(queue)
+        records: list[Record] = []
+        try:
+            answers = await client.subscribe(inbox, cb=keep)
+            try:
+                async with asyncio.timeout(timeout):
+                    await client.publish(f"$JS.API.DIRECT.GET.{stream}", _encode(request), reply=inbox)
+                    while True:
+                        msg = await queue.get()
+                        if msg is None:
+                            raise BusTimeout(operation, "the connection broke")
+                        status = _status(msg)
+                        if status is None:
+                            records.append(_direct_record(msg))
+                        elif status.startswith("503"):
+                            raise BusUnavailable(operation, "nobody answers there just now")
+                        elif status[:3] in ("204", "404", "413"):
+                            return records, status
+                        else:
+                            raise BusError(operation, status)
+            finally:
+                await answers.unsubscribe()
+        except TimeoutError:
+            raise BusTimeout(operation, f"no complete answer within {timeout:g} s") from None
+        except (NatsError, OSError) as error:
+            raise BusError(operation, _plain(error)) from error
+        finally:
+            self._gathering.discard(queue)
+
+    async def publish(
+        self, subject: str, data: bytes = b"", *, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """See :meth:`phalanx.ports.Bus.publish`."""
+        if not self._client.is_connected:
+            raise BusUnavailable(f"publish {subject}", "not connected to NATS")
+        try:
+            await self._client.publish(subject, data, headers=dict(headers) if headers else None)
+        except (NatsError, OSError) as error:
+            raise BusError(f"publish {subject}", _plain(error)) from error
+
+    async def request(
+        self,
+        subject: str,
+        data: bytes = b"",
+        *,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 2.0,
+    ) -> Message:
+        """See :meth:`phalanx.ports.Bus.request`."""
+        msg = await self._ask(
+            f"request {subject}", subject, data, dict(headers) if headers else None, timeout
+        )
+        return _message(msg)
+
+    async def gather(
+        self, subject: str, data: bytes = b"", *, timeout: float = 1.0, most: int = 1024
+    ) -> list[Message]:
+        """A core request with many answers: all that came within *timeout* seconds, at most *most*."""
+        client = self._client
+        if not client.is_connected:
+            raise BusUnavailable(f"request {subject}", "not connected to NATS")
+        answers: list[Message] = []
+        enough = asyncio.Event()
+
+        async def keep(msg: Msg) -> None:
+            if _status(msg) is not None:
+                enough.set()  # no responders
+            elif len(answers) < most:
+                answers.append(_message(msg))
+                if len(answers) == most:
+                    enough.set()
+
+        inbox = client.new_inbox()
+        try:
+            subscription = await client.subscribe(inbox, cb=keep)
+            try:
+                await client.publish(subject, data, reply=inbox)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(enough.wait(), timeout)
+            finally:
+                await subscription.unsubscribe()
+        except (NatsError, OSError) as error:
+            raise BusError(f"request {subject}", _plain(error)) from error
+        return answers
+
+    async def subscribe(
+        self, subject: str, on_message: Callable[[Message], Awaitable[None] | None], *, queue: str = ""
+    ) -> _Subscription:
+        """See :meth:`phalanx.ports.Bus.subscribe`."""
+        subscription = _Subscription(self, subject, queue, on_message)
+        self._subscriptions.add(subscription)
+        try:
+            await subscription.attach(self._client)
+        except NatsError as error:
+            if self._closing or not self._client.is_closed:
+                self._subscriptions.discard(subscription)
+                raise BusError(f"subscribe {subject}", _plain(error)) from error
+            # The client is being replaced; the new one takes this subscription with the others.
+        return subscription
+
+    def _forget(self, subscription: _Subscription) -> None:
+        self._subscriptions.discard(subscription)
+
+    async def api(self, subject: str, request: Mapping[str, Any], *, timeout: float = 5.0) -> dict[str, Any]:
+        """See :meth:`phalanx.ports.Bus.api`."""
+        data = _encode(request) if request else b""
+        msg = await self._ask(f"JetStream {subject}", f"$JS.API.{subject}", data, None, timeout)
+        answer = _decode_any(msg.data)
+        if (error := answer.get("error")) is not None:
+            raise BusError(
+                f"JetStream {subject}", str(error.get("description", error)), int(error.get("err_code", 0))
+            )
+        return answer
+
+
+# --- small things
+
+
+def _expire(future: asyncio.Future[Msg], operation: str, timeout: float) -> None:
+    if not future.done():
+        future.set_exception(BusTimeout(operation, f"no answer within {timeout:g} s; the outcome is unknown"))
+
+
+def _fence_headers(fence: Fence) -> dict[str, str]:
+    return {
+        "Nats-Expected-Last-Subject-Sequence": str(fence.revision),
+        "Nats-Expected-Last-Subject-Sequence-Subject": fence.subject,
+    }
+
+
+def _refusal(operation: str, error: _Error, subject: str, expected: int) -> BusError:
+    if error.err_code not in WRONG_LAST_SEQUENCE:
+        return BusError(operation, error.description, error.err_code)
+    number = error.description.rpartition(":")[2].strip()
+    return WrongRevision(subject, expected, int(number) if number.isdigit() else None)
+
+
+def _message(msg: Msg) -> Message:
+    return Message(msg.subject, msg.data, msg.headers or {}, msg.reply)
+
+
+def _status(msg: Msg) -> str | None:
+    """The status line of a message without content (``204 EOB``), None for any other."""
+    headers = msg.headers
+    if headers is None or "Status" not in headers:
+        return None
+    return f"{headers['Status']} {headers.get('Description', '')}".strip()
+
+
+def _direct_record(msg: Msg) -> Record:
+    headers = msg.headers or {}
+    return Record(
+        headers["Nats-Subject"],
+        msg.data,
+        int(headers["Nats-Sequence"]),
+        headers,
+        _time(headers.get("Nats-Time-Stamp", "")),
+        _is_removed(headers),
+    )
+
+
+def _is_removed(headers: Mapping[str, str]) -> bool:
+    """ADR-8 and ADR-43: a KV delete or purge, or the marker that a server writes at the end of a TTL."""
+    return "Nats-Marker-Reason" in headers or headers.get("KV-Operation") in ("DEL", "PURGE")
+
+
+def _time(text: str) -> float:
+    try:
+        # Nanoseconds are more than fromisoformat of Python 3.11 takes.
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return 0.0
+
+
+def _parse_headers(raw: bytes) -> dict[str, str]:
+    lines = raw.decode(errors="replace").split("\r\n")[1:]
+    return {
+        name.strip(): value.strip()
+        for name, separator, value in (line.partition(":") for line in lines)
+        if separator
+    }
+
+
+def _login(options: NatsOptions) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    if options.user:
+        given["user"], given["password"] = options.user, options.password.reveal()
+    if options.token:
+        given["token"] = options.token.reveal()
+    if options.nkey_seed:
+        given["nkeys_seed_str"] = options.nkey_seed.reveal()
+    if options.nkey_seed_file:
+        given["nkeys_seed"] = options.nkey_seed_file
+    if options.credentials:
+        given["user_credentials"] = options.credentials
+    return given
+
+
+def _tls(options: NatsOptions) -> dict[str, Any]:
+    wanted = options.tls_ca or options.tls_cert or any(url.startswith("tls:") for url in options.urls)
+    if not wanted:
+        return {}
+    try:
+        context = ssl.create_default_context(cafile=options.tls_ca or None)
+        if options.tls_cert:
+            context.load_cert_chain(options.tls_cert, options.tls_key)
+    except (OSError, ssl.SSLError) as error:
+        which = options.tls_ca or options.tls_cert
+        raise NatsUnusable(
+            f"the TLS files cannot be used ({which}): {error}",
+            "check nats.tls_ca, nats.tls_cert, nats.tls_key",
+        ) from error
+    return {"tls": context, **({"tls_hostname": options.tls_hostname} if options.tls_hostname else {})}
+
+
+def _without_login(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def _plain(error: BaseException | None) -> str:
+    if error is None:
+        return "no answer"
+    text = str(error).strip()
+    return text if text else type(error).__name__
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether trying again in a moment is pointless: login or certificate are wrong."""
+    text = str(error).lower()
+    return (
+        "authorization" in text or "authentication" in text or isinstance(error, ssl.SSLCertVerificationError)
+    )
+
+
+def _remedy(error: BaseException | None, timeout: float) -> str:
+    if isinstance(error, ssl.SSLError):
+        return "check nats.tls_ca and the names in the servers' certificates (nats.tls_hostname)"
+    if isinstance(error, Exception) and _is_refusal(error):
+        return "check the login (nats.user, nats.password, nats.token, nats.nkey_seed, nats.credentials)"
+    return f"check nats.urls, and that a nats-server listens there (tried for {timeout:g} s)"

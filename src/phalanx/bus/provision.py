@@ -1,0 +1,235 @@
+"""The streams and buckets of a platform: made once, found again, never silently made anew."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from phalanx import system
+from phalanx.bus.connection import NatsBus
+from phalanx.decide.session import StreamList
+from phalanx.errors import BusError, BusTimeout, BusUnavailable, IdentityError, NatsUnusable
+from phalanx.names import Names
+from phalanx.ports import Bus
+
+log = logging.getLogger("phalanx.nats")
+
+STREAM_NOT_FOUND = 10059
+NAME_IN_USE = 10058
+JETSTREAM_NOT_ENABLED = (10076, 10039, 10035)
+NO_PEERS = (10005, 10074, 10023)
+META_UNAVAILABLE_SECONDS = 15.0
+"""How long a creation is tried: without its meta leader JetStream creates nothing for up to 9 s."""
+
+PLACEMENT_TRIES = 24
+MARKER_SECONDS = 3600
+MIN_SERVER = (2, 12)
+AUDIT_MAX_AGE_SECONDS = 90 * 86400
+AUDIT_MAX_BYTES = 1 << 30
+
+
+async def check_nats(bus: NatsBus) -> dict[str, Any]:
+    """The account's JetStream information. Raises NatsUnusable if Phalanx can't work with this NATS."""
+    version = tuple(
+        int(part) for part in bus.server_version.partition("-")[0].split(".")[:2] if part.isdigit()
+    )
+    if version < MIN_SERVER:
+        raise NatsUnusable(
+            f"nats-server {bus.server_version} at {bus.server_name} is too old",
+            f"upgrade it to {'.'.join(map(str, MIN_SERVER))} or later (atomic batches, per-key TTL)",
+        )
+    deadline = system.now() + META_UNAVAILABLE_SECONDS
+    while True:
+        try:
+            return await bus.api("INFO", {})
+        except BusError as error:
+            if isinstance(error, BusUnavailable | BusTimeout) and system.now() < deadline and bus.cluster:
+                await asyncio.sleep(0.1)  # a cluster that is just forming
+                continue
+            raise NatsUnusable(
+                f"JetStream is not available on {bus.server_name or 'the server'} ({error.description})",
+                "enable it (nats-server -js, or a jetstream block) for this account, and allow this user "
+                "$JS.API.> (see: phalanx nats permissions)",
+            ) from error
+
+
+def known_servers(bus: NatsBus) -> int:
+    """How many servers of its cluster the connected server knows at present, itself included."""
+    if not bus.cluster:
+        return 1
+    return max(1, len(set(bus.connect_urls)))
+
+
+def wanted_replicas(bus: NatsBus, declared: int | None) -> int:
+    """As declared; else three with three servers or more, else one."""
+    return declared or (3 if known_servers(bus) >= 3 else 1)
+
+
+# --- configurations
+
+
+def bucket_config(
+    names: Names, bucket: str, app: str | None, *, history: int, replicas: int
+) -> dict[str, Any]:
+    """A KV bucket (ADR-8) that republishes what it stores; see docs/storage.md."""
+    return {
+        "name": names.bucket_stream(bucket),
+        "subjects": [names.key_subject(bucket, ">")],
+        "storage": "file",
+        "num_replicas": replicas,
+        "max_msgs_per_subject": history,
+        "discard": "new",
+        "deny_delete": True,
+        "allow_rollup_hdrs": True,
+        "allow_direct": True,
+        "allow_atomic": True,
+        "allow_msg_ttl": True,
+        "subject_delete_marker_ttl": MARKER_SECONDS * 1_000_000_000,
+        "duplicate_window": 120_000_000_000,
+        "republish": {"src": names.key_subject(bucket, ">"), "dest": f"{names.watch_prefix(app)}.>"},
+    }
+
+
+def session_config(names: Names, stream: str, *, replicas: int = 1) -> dict[str, Any]:
+    """A session stream: one key for each session, one replica."""
+    return {
+        "name": stream,
+        "subjects": [names.session_subjects(stream)],
+        "storage": "file",
+        "num_replicas": replicas,
+        "max_msgs_per_subject": 1,
+        "allow_direct": True,
+        "allow_msg_ttl": True,
+        "duplicate_window": 1_000_000_000,
+        "republish": {"src": names.session_subjects(stream), "dest": f"{names.session_watch(stream)}.>"},
+    }
+
+
+def audit_config(names: Names, *, replicas: int) -> dict[str, Any]:
+    """The audit log: 90 days, at most 1 GiB."""
+    return {
+        "name": names.audit_stream,
+        "subjects": [names.audit_subjects],
+        "storage": "file",
+        "num_replicas": replicas,
+        "max_age": AUDIT_MAX_AGE_SECONDS * 1_000_000_000,
+        "max_bytes": AUDIT_MAX_BYTES,
+        "discard": "old",
+        "allow_direct": True,
+        "duplicate_window": 600_000_000_000,
+    }
+
+
+# --- creation
+
+
+async def stream_info(bus: Bus, stream: str) -> dict[str, Any] | None:
+    """What JetStream says of *stream*; None if there is none. Tries while JetStream has no leader."""
+    deadline = system.now() + META_UNAVAILABLE_SECONDS
+    while True:
+        try:
+            return await bus.api(f"STREAM.INFO.{stream}", {}, timeout=2.0)
+        except (BusUnavailable, BusTimeout):
+            if system.now() >= deadline:
+                raise
+            await asyncio.sleep(0.2)
+        except BusError as error:
+            if error.code == STREAM_NOT_FOUND:
+                return None
+            raise
+
+
+async def create_stream(bus: Bus, config: dict[str, Any]) -> dict[str, Any]:
+    """Create *config*'s stream, or find the one that is there and bring history and replicas in line.
+
+    Tries while JetStream has no leader. Raises NatsUnusable when it refuses.
+    """
+    name = config["name"]
+    deadline = system.now() + META_UNAVAILABLE_SECONDS
+    while True:
+        try:
+            return await bus.api(f"STREAM.CREATE.{name}", config)
+        except (BusUnavailable, BusTimeout) as error:
+            problem: BusError = error
+        except BusError as error:
+            if error.code == NAME_IN_USE:
+                return await _bring_in_line(bus, config)
+            if error.code not in NO_PEERS:
+                raise NatsUnusable(f"stream {name} cannot be created: {error}", "see docs/nats.md") from error
+            problem = error
+        if system.now() >= deadline:
+            raise NatsUnusable(
+                f"stream {name} cannot be created: {problem}",
+                f"it needs {config['num_replicas']} JetStream servers that run and have free storage",
+            ) from problem
+        await asyncio.sleep(0.2)
+
+
+async def _bring_in_line(bus: Bus, config: dict[str, Any]) -> dict[str, Any]:
+    """An existing stream: history follows the declaration, replicas only grow."""
+    name = config["name"]
+    info = await stream_info(bus, name)
+    if info is None:
+        return await bus.api(f"STREAM.CREATE.{name}", config)
+    present: dict[str, Any] = info["config"]
+    changed: dict[str, Any] = {}
+    if present.get("max_msgs_per_subject") != config.get("max_msgs_per_subject", -1):
+        changed["max_msgs_per_subject"] = config["max_msgs_per_subject"]
+    if present.get("num_replicas", 1) < config["num_replicas"]:
+        changed["num_replicas"] = config["num_replicas"]
+    if present.get("subjects") != config["subjects"] or present.get("republish") != config.get("republish"):
+        raise IdentityError(
+            f"stream {name} exists, but Phalanx did not make it so (its subjects or republish differ)",
+            "rename the platform, or remove that stream if nothing needs it",
+        )
+    if not changed:
+        return info
+    log.warning("stream %s: bringing %s in line with the declaration", name, changed)
+    try:
+        return await bus.api(f"STREAM.UPDATE.{name}", {**present, **changed}, timeout=10.0)
+    except BusError as error:
+        # It works as it is; a later start tries again.
+        log.error("stream %s could not be updated to %s: %s", name, changed, error)
+        return info
+
+
+async def create_session_streams(bus: NatsBus, names: Names, *, servers: int) -> StreamList:
+    """Make the first session streams: three, each on another server, or one where there are fewer.
+
+    The caller holds the platform's set-up lock and has not published a list yet.
+    """
+    if servers < 3:
+        await create_stream(bus, session_config(names, names.session_stream(1)))
+        return StreamList(1, (names.session_stream(1),))
+    used: dict[str, str] = {}
+    for number in (1, 2, 3):
+        stream = names.session_stream(number)
+        server = await place_session_stream(bus, names, stream, avoid=set(used))
+        if server is None:
+            log.error("session streams can't be placed on three servers; one replicated stream is used")
+            single = names.session_stream(4)
+            await create_stream(bus, session_config(names, single, replicas=3))
+            return StreamList(1, (single,))
+        used[server] = stream
+    return StreamList(1, tuple(used.values()))
+
+
+async def place_session_stream(bus: Bus, names: Names, stream: str, avoid: set[str]) -> str | None:
+    """Create *stream* on a server that is not in *avoid*; its name, None if that can't be had.
+
+    JetStream has no placement by server name: a stream that came to the wrong place is deleted and made
+    again. Only an empty stream, which no list names yet, is ever deleted.
+    """
+    for _ in range(PLACEMENT_TRIES):
+        info = await create_stream(bus, session_config(names, stream))
+        server = str((info.get("cluster") or {}).get("leader", ""))
+        if server and server not in avoid:
+            return server
+        if not server:
+            info = await stream_info(bus, stream) or {}
+            server = str((info.get("cluster") or {}).get("leader", ""))
+            if server and server not in avoid:
+                return server
+        await bus.api(f"STREAM.DELETE.{stream}", {})
+    return None
