@@ -114,6 +114,17 @@ def is_running(pid: int) -> bool:
     return not _output("ps", "-o", "stat=", "-p", str(pid)).startswith("Z") and process_start_time(pid) != 0
 
 
+def command_line(pid: int) -> list[str]:
+    """The program and arguments of *pid*; empty if it is gone. macOS: split at every space."""
+    if not LINUX:
+        return _output("ps", "-o", "command=", "-p", str(pid)).split()
+    try:
+        data = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return [os.fsdecode(argument) for argument in data.removesuffix(b"\0").split(b"\0")] if data else []
+
+
 class ProcessRef(NamedTuple):
     """A process for certain: a pid alone may belong to somebody else by now."""
 
@@ -132,8 +143,11 @@ class ProcessRef(NamedTuple):
         )
 
 
-def _open_pidfd(pid: int) -> int | None:
-    """None where the kernel or a sandbox has no pidfd. Raises ProcessLookupError."""
+def open_pidfd(pid: int) -> int | None:
+    """A descriptor of *pid*, readable once it has ended; the caller closes it. See pidfd_open(2).
+
+    None where the kernel or a sandbox has no pidfd. Raises ProcessLookupError if there is no such process.
+    """
     if sys.platform != "linux":
         return None
     try:
@@ -151,7 +165,7 @@ def watch_exit(pid: int, on_exit: Callable[[], None]) -> Callable[[], None] | No
     """
     loop = asyncio.get_running_loop()
     try:
-        descriptor = _open_pidfd(pid)
+        descriptor = open_pidfd(pid)
     except ProcessLookupError:
         return loop.call_soon(on_exit).cancel
     if descriptor is None:
@@ -342,7 +356,7 @@ def _kill_and_wait(victims: dict[int, int], deadline: float) -> list[int]:
     try:
         for pid, started in victims.items():
             with contextlib.suppress(ProcessLookupError):
-                descriptor = _open_pidfd(pid)
+                descriptor = open_pidfd(pid)
                 if descriptor is not None:
                     watched[descriptor] = pid
                 if process_start_time(pid) != started:

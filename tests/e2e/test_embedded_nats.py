@@ -19,7 +19,7 @@ import pytest
 
 from phalanx.bus.embedded import EmbeddedServer
 from phalanx.bus.server_process import ProcessRecord, ServerProcess
-from phalanx.bus.standin import EmbeddedNats, Secret
+from phalanx.config import EmbeddedNats, Secret
 from phalanx.decide.backoff import Backoff
 from phalanx.errors import ConfigError, NatsUnusable, StartError
 from phalanx.testing.nats import Ports, stop_leftover
@@ -72,7 +72,7 @@ async def publish_and_read(embedded: EmbeddedServer) -> bytes:
     """Store one message in a new or present stream and read it back, with the server's own options."""
     options = embedded.options
     client = await nats.connect(
-        list(options.servers),
+        list(options.urls),
         user=options.user or None,
         password=options.password.reveal() or None,
         token=options.token.reveal() or None,
@@ -127,7 +127,7 @@ async def test_server_survives_the_sigkill_of_its_node_and_is_adopted(
     script = (
         "import asyncio, time\n"
         "from phalanx.bus.embedded import EmbeddedServer\n"
-        "from phalanx.bus.standin import EmbeddedNats\n"
+        "from phalanx.config import EmbeddedNats\n"
         "async def main():\n"
         f"    server = EmbeddedServer(EmbeddedNats(port={port}), platform='prod', node='n1',"
         f" data_dir={str(data_dir)!r})\n"
@@ -213,7 +213,7 @@ async def test_record_of_another_start_or_boot_is_not_this_process(data_dir: Pat
         record = ProcessRecord.read(path)
         assert record is not None
         for other in (
-            msgspec.structs.replace(record, started="1"),
+            msgspec.structs.replace(record, started=1),
             msgspec.structs.replace(record, boot="an earlier one"),
         ):
             assert not ServerProcess(other).is_alive()
@@ -277,7 +277,7 @@ async def test_three_nodes_form_a_cluster_and_one_leaves_by_lame_duck(tmp_path: 
             servers.append(embedded)
         for embedded in servers:
             await embedded.wait_ready(20)
-        client = await nats.connect(list(servers[0].options.servers), user="u", password="p")
+        client = await nats.connect(list(servers[0].options.urls), user="u", password="p")
         stack.push_async_callback(client.close)
         js = client.jetstream()
         async with asyncio.timeout(20):

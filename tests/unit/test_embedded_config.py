@@ -11,14 +11,13 @@ import pytest
 from phalanx.bus import embedded_config
 from phalanx.bus.binary import nats_server_binary
 from phalanx.bus.embedded import EmbeddedServer
-from phalanx.bus.standin import EmbeddedNats, Secret
+from phalanx.config import EmbeddedNats, Secret
 from phalanx.errors import ConfigError
 
 
 def rendered(config: EmbeddedNats, directory: Path = Path("/data/nats")) -> str:
     """The text for node n1 of platform prod."""
-    embedded_config.check(config)
-    return embedded_config.render(config, "prod", "n1", directory)
+    return embedded_config.render(embedded_config.checked(config), "prod", "n1", directory)
 
 
 def test_single_server_has_no_cluster_and_syncs_always() -> None:
@@ -75,8 +74,8 @@ def test_nats_server_accepts_what_is_written(config: EmbeddedNats, tmp_path: Pat
         (EmbeddedNats(monitor_port=4222), "nats.embedded.monitor_port = 4222"),
         (EmbeddedNats(sync="sometimes"), "nats.embedded.sync = 'sometimes'"),
         (EmbeddedNats(max_store="lots"), "nats.embedded.max_store = 'lots'"),
-        (EmbeddedNats(routes=("nats://b:6222",)), "nats.embedded.routes = 'nats://b:6222'"),
-        (EmbeddedNats(routes=("localhost:99999",)), "nats.embedded.routes = 'localhost:99999'"),
+        (EmbeddedNats(routes=("nats://b:6222",)), "nats.embedded.routes[0] = 'nats://b:6222'"),
+        (EmbeddedNats(routes=("localhost:99999",)), "nats.embedded.routes[0] = 'localhost:99999'"),
         (EmbeddedNats(routes=("10.0.0.2:6222",)), "could not reach this one"),
         (EmbeddedNats(host="0.0.0.0"), "without authentication"),
         (EmbeddedNats(host="nats.example"), "without authentication"),
@@ -102,5 +101,23 @@ def test_options_lead_to_this_machine_even_when_listening_everywhere(tmp_path: P
     """A node connects to its own server by loopback, with the credentials that the server asks for."""
     config = EmbeddedNats(host="0.0.0.0", port=4300, user="u", password=Secret("p"))
     options = EmbeddedServer(config, platform="prod", node="n1", data_dir=tmp_path).options
-    assert options.servers == ("nats://127.0.0.1:4300",)
+    assert options.urls == ("nats://127.0.0.1:4300",)
     assert (options.user, options.password.reveal()) == ("u", "p")
+    assert (options.server_name, options.replicas) == ("prod-n1", None)
+
+
+def test_options_carry_the_declared_copies_and_the_name_of_this_host_s_server(tmp_path: Path) -> None:
+    """The bus learns which server is its own, so that streams can be led elsewhere, and how many copies."""
+    config = EmbeddedNats(routes=("localhost:6222", "localhost:6223"), replicas=3, server_name="mine")
+    options = EmbeddedServer(config, platform="prod", node="n1", data_dir=tmp_path).options
+    assert options.urls == ("nats://127.0.0.1:4222",)
+    assert (options.server_name, options.replicas) == ("mine", 3)
+
+
+def test_passwords_given_as_plain_text_are_hidden_and_written(tmp_path: Path) -> None:
+    """A declaration made by hand with a plain password works as one with a Secret does."""
+    config = EmbeddedNats(user="u", password="plain")
+    assert 'password: "plain"' in rendered(config)
+    assert EmbeddedServer(config, platform="prod", node="n1", data_dir=tmp_path).options.password == Secret(
+        "plain"
+    )

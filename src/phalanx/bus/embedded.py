@@ -31,7 +31,7 @@ from nats.errors import Error as NatsError
 from phalanx.bus import embedded_config
 from phalanx.bus.binary import nats_server_binary
 from phalanx.bus.server_process import ServerProcess
-from phalanx.bus.standin import EmbeddedNats, NatsOptions
+from phalanx.config import EmbeddedNats, NatsOptions
 from phalanx.decide.backoff import Backoff
 from phalanx.errors import NatsUnusable, StartError
 
@@ -70,7 +70,7 @@ class EmbeddedServer:
         on_event: Callable[[str, str], None] = _ignore,
         restart: Backoff = Backoff(first=0.2, longest=10.0),  # noqa: B008 - frozen
     ) -> None:
-        embedded_config.check(config)
+        config = embedded_config.checked(config)
         self._config, self._on_event, self._restart = config, on_event, restart
         self._directory = Path(data_dir).absolute() / "nats"
         self._text = embedded_config.render(config, platform, node, self._directory)
@@ -86,13 +86,15 @@ class EmbeddedServer:
         scheme = "tls" if config.tls_cert else "nats"
         host = embedded_config.bracketed(embedded_config.local_host(config))
         return NatsOptions(
-            servers=(f"{scheme}://{host}:{config.port}",),
+            urls=(f"{scheme}://{host}:{config.port}",),
             user=config.user,
             password=config.password,
             token=config.token,
             tls_ca=config.tls_ca,
             tls_cert=config.tls_cert if config.tls_ca else "",
             tls_key=config.tls_key if config.tls_ca else "",
+            server_name=self.server_name,
+            replicas=config.replicas,
         )
 
     @property
@@ -159,13 +161,13 @@ class EmbeddedServer:
 
         try:
             await client.connect(
-                list(options.servers),
+                list(options.urls),
                 allow_reconnect=False,
                 connect_timeout=2,
                 error_cb=ignore,
                 user=options.user or None,
-                password=embedded_config.plain(options.password) or None,
-                token=embedded_config.plain(options.token) or None,
+                password=options.password.reveal() or None,
+                token=options.token.reveal() or None,
                 tls=_tls_context(options),
             )
             answer = await client.request("$JS.API.INFO", timeout=1)
@@ -374,7 +376,7 @@ class EmbeddedServer:
 
 
 def _tls_context(options: NatsOptions) -> ssl.SSLContext | None:
-    if not options.servers[0].startswith("tls:"):
+    if not options.urls[0].startswith("tls:"):
         return None
     context = ssl.create_default_context(cafile=options.tls_ca or None)
     if options.tls_cert:

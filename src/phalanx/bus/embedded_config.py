@@ -1,17 +1,19 @@
-"""From the declaration of an embedded server to nats-server's configuration, or a ConfigError.
+"""From the declaration of an embedded server to nats-server's configuration.
 
 Format: https://docs.nats.io/running-a-nats-service/configuration
 """
 
 from __future__ import annotations
 
-import ipaddress
-import re
 from pathlib import Path
 from urllib.parse import quote
 
-from phalanx.bus.standin import EmbeddedNats, Secret
+from phalanx.config import EmbeddedNats
+from phalanx.config.reader import Reader
 from phalanx.errors import ConfigError
+
+KEY = "nats.embedded"
+"""Where the declaration stands in phalanx.toml, for the keys of errors."""
 
 ROUTE_USER = "route"
 """The user of the routes; its password is the declaration's ``route_secret``."""
@@ -19,21 +21,17 @@ ROUTE_USER = "route"
 LAME_DUCK_GRACE_SECONDS = 0.2
 """How long a server that steps aside keeps its clients before it closes them one by one."""
 
-_DURATION = re.compile(r"[1-9][0-9]*(ms|s|m|h)")
-_SIZE = re.compile(r"[1-9][0-9]*([KMGT](i?B)?)?")
-_HOST_PORT = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^\s:/@\[\]]+):([0-9]{1,5})")
-_AUTHENTICATE = "set user and password, or token (or listen on 127.0.0.1)"
 
+def checked(config: EmbeddedNats) -> EmbeddedNats:
+    """*config* as config's own rules read it: a declaration that was built by hand has met none of them.
 
-def check(config: EmbeddedNats) -> None:
-    """Raise ConfigError for the first thing in *config* that is wrong, or would leave a server open."""
-    _check_ports(config)
-    _check_access(config)
-    _check_routes(config)
-    if config.sync != "always" and not _DURATION.fullmatch(config.sync):
-        raise _error("sync", config.sync, "neither always nor a duration", "write always, 500ms, 10s or 2m")
-    if config.max_store and not _SIZE.fullmatch(config.max_store):
-        raise _error("max_store", config.max_store, "not a size", "write a number and a unit, such as 10GB")
+    Raises ConfigError for the first thing that is wrong, or would leave the server open to strangers.
+    """
+    reader = Reader()
+    result = reader.read(EmbeddedNats, config, KEY)
+    if result is None:
+        raise reader.errors[0]
+    return result
 
 
 def render(config: EmbeddedNats, platform: str, node: str, directory: Path) -> str:
@@ -69,11 +67,6 @@ def local_host(config: EmbeddedNats) -> str:
     return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)
 
 
-def plain(secret: Secret) -> str:
-    """The secret itself, for the configuration file and for logging in."""
-    return secret.reveal()
-
-
 def cluster_size(config: EmbeddedNats) -> int:
     """How many servers the cluster has, whether or not the routes name this one too; 1 without routes."""
     own = f"{bracketed(config.host)}:{config.cluster_port}"
@@ -83,76 +76,6 @@ def cluster_size(config: EmbeddedNats) -> int:
 def bracketed(host: str) -> str:
     """*host* as it stands before a port: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host
-
-
-def is_loopback(host: str) -> bool:
-    """Whether *host* can only be reached from this machine. Names other than localhost count as not."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-# --- checks
-
-
-def _check_ports(config: EmbeddedNats) -> None:
-    ports = {"port": config.port}
-    if config.routes:
-        ports["cluster_port"] = config.cluster_port
-    if config.monitor_port:
-        ports["monitor_port"] = config.monitor_port
-    seen: dict[int, str] = {}
-    for field, port in ports.items():
-        if not 1 <= port <= 65535:
-            raise _error(field, port, "not a port", "choose one from 1 to 65535")
-        if port in seen:
-            raise _error(field, port, f"{seen[port]} has the same", "choose different ports")
-        seen[port] = field
-
-
-def _check_access(config: EmbeddedNats) -> None:
-    password, token = plain(config.password), plain(config.token)
-    if bool(config.user) != bool(password):
-        missing = "password" if config.user else "user"
-        raise _error(missing, "", "user and password belong together", "set both or neither")
-    if config.user and token:
-        raise _error("user", config.user, "user and token exclude each other", "keep one of them")
-    for field, secret in (("password", password), ("token", token)):
-        if secret.startswith(("$2a$", "$2b$", "$2x$", "$2y$")):
-            raise _error(field, "(secret)", "nats-server would take it for a bcrypt hash", "choose another")
-    if bool(config.tls_cert) != bool(config.tls_key):
-        missing = "tls_key" if config.tls_cert else "tls_cert"
-        raise _error(missing, "", "tls_cert and tls_key belong together", "set both or neither")
-    if is_loopback(config.host):
-        return
-    if not (config.user or token):
-        raise _error("host", config.host, "listens beyond this machine without authentication", _AUTHENTICATE)
-    if config.routes and not plain(config.route_secret):
-        raise _error(
-            "route_secret",
-            "",
-            f"routes on {config.host} would be open to anybody",
-            "set the same on all nodes",
-        )
-
-
-def _check_routes(config: EmbeddedNats) -> None:
-    for route in config.routes:
-        match = _HOST_PORT.fullmatch(route)
-        if match is None or not 1 <= int(match[2]) <= 65535:
-            raise _error("routes", route, "not host:port", "name another node's host and its cluster_port")
-        if is_loopback(config.host) and not is_loopback(match[1].strip("[]")):
-            raise _error(
-                "host",
-                config.host,
-                f"the server at {route} could not reach this one",
-                "listen on an address that the other nodes reach",
-            )
-
-
-def _error(field: str, value: object, problem: str, remedy: str) -> ConfigError:
-    return ConfigError(f"nats.embedded.{field}", value, problem, remedy)
 
 
 # --- blocks of the file
@@ -169,9 +92,9 @@ def _jetstream(config: EmbeddedNats, directory: Path) -> list[str]:
 def _authorization(config: EmbeddedNats) -> list[str]:
     if config.user:
         return [
-            f"authorization {{ user: {_quoted(config.user)}, password: {_quoted(plain(config.password))} }}"
+            f"authorization {{ user: {_quoted(config.user)}, password: {_quoted(config.password.reveal())} }}"
         ]
-    if token := plain(config.token):
+    if token := config.token.reveal():
         return [f"authorization {{ token: {_quoted(token)} }}"]
     return []
 
@@ -186,7 +109,7 @@ def _tls(config: EmbeddedNats, indent: str) -> list[str]:
 
 
 def _cluster(config: EmbeddedNats, platform: str) -> list[str]:
-    secret = plain(config.route_secret)
+    secret = config.route_secret.reveal()
     login = f"{ROUTE_USER}:{quote(secret, safe='')}@" if secret else ""
     lines = [
         "cluster {",
@@ -206,5 +129,5 @@ def _cluster(config: EmbeddedNats, platform: str) -> list[str]:
 def _quoted(text: str) -> str:
     """A string of nats-server's configuration. Control characters have no place in any of them."""
     if not text.isprintable():
-        raise _error("", "(a value)", "contains control characters", "remove them")
+        raise ConfigError(KEY, "(a value)", "contains control characters", "remove them")
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

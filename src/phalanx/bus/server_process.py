@@ -16,15 +16,14 @@ from pathlib import Path
 
 import msgspec
 
-_POLL_SECONDS = 0.25
-"""How often a process is looked at where the kernel has no pidfd."""
+from phalanx import system
 
 
 class ProcessRecord(msgspec.Struct, frozen=True):
     """One process of one boot of this machine. ``config``: a digest of what the server runs with."""
 
     pid: int
-    started: str
+    started: int
     boot: str
     config: str
 
@@ -51,7 +50,8 @@ class ServerProcess:
         self._pidfd: int | None = None
         self.record = record
         self._child = child
-        self._pidfd = _open_pidfd(record.pid)
+        with contextlib.suppress(ProcessLookupError):
+            self._pidfd = system.open_pidfd(record.pid)
         if not self.is_alive():
             self._close()
 
@@ -69,7 +69,9 @@ class ServerProcess:
             )
         finally:
             os.close(descriptor)
-        return cls(ProcessRecord(child.pid, _start_time(child.pid), _boot_id(), digest), child)
+        return cls(
+            ProcessRecord(child.pid, system.process_start_time(child.pid), system.boot_id(), digest), child
+        )
 
     @classmethod
     def find(cls, directory: Path) -> ServerProcess | None:
@@ -82,7 +84,7 @@ class ServerProcess:
         records = [ProcessRecord.read(directory / "server.json")]
         with contextlib.suppress(FileNotFoundError, ValueError):
             pid = int((directory / "nats.pid").read_text())
-            records.append(ProcessRecord(pid, _start_time(pid), _boot_id(), ""))
+            records.append(_record_of(pid, ""))
         for record in records:
             if record is not None and _runs_server(record.pid, directory / "nats.conf"):
                 found = cls(record)
@@ -99,8 +101,8 @@ class ServerProcess:
         """Whether it is still this very process, and no zombie."""
         if self._child is not None:
             return self._child.poll() is None
-        started = _start_time(self.record.pid)
-        return bool(started) and started == self.record.started and self.record.boot == _boot_id()
+        same = system.ProcessRef(self.record.pid, self.record.started).alive()
+        return same and self.record.boot == system.boot_id()
 
     def send(self, number: signal.Signals) -> None:
         """Signal it, if it is alive."""
@@ -131,24 +133,12 @@ class ServerProcess:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
     async def _ended(self) -> None:
-        if self._pidfd is None:
-            while self.is_alive():  # noqa: ASYNC110 - no event tells of the end of somebody else's child
-                await asyncio.sleep(_POLL_SECONDS)
-            return
-        loop, ended = asyncio.get_running_loop(), asyncio.Event()
-        # A pidfd becomes readable when the process ends. Each waiter brings its own descriptor,
-        # because a loop has room for one reader per descriptor.
-        descriptor = os.dup(self._pidfd)
-        loop.add_reader(descriptor, ended.set)
-        try:
-            if self.is_alive():
-                await ended.wait()
-            # It is readable a moment before the exit code can be collected.
-            while self.is_alive():  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
-        finally:
-            loop.remove_reader(descriptor)
-            os.close(descriptor)
+        # Nothing runs between the look and the watch, so the watch is on this process and no later one.
+        if self.is_alive():
+            await system.wait_exit(self.record.pid)
+        # It has ended a moment before its exit code can be collected.
+        while self.is_alive():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
 
     def _close(self) -> None:
         if self._pidfd is not None:
@@ -162,52 +152,10 @@ class ServerProcess:
             self._child.returncode = self._child.poll() or 0
 
 
-def _open_pidfd(pid: int) -> int | None:
-    if sys.platform != "linux":
-        return None
-    try:
-        return os.pidfd_open(pid)
-    except OSError:  # gone already, or a kernel or sandbox without pidfd: polling does it
-        return None
-
-
-def _start_time(pid: int) -> str:
-    """When the process started, in whatever unit the system has; empty if it is gone or a zombie."""
-    if sys.platform == "linux":
-        try:
-            # proc_pid_stat(5): after the name in parentheses, field 3 is the state, 22 the start time.
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            return ""
-        return "" if fields[0] in "ZX" else fields[19]
-    return _ask_ps(pid, "lstart")
+def _record_of(pid: int, digest: str) -> ProcessRecord:
+    return ProcessRecord(pid, system.process_start_time(pid), system.boot_id(), digest)
 
 
 def _runs_server(pid: int, config: Path) -> bool:
-    if sys.platform == "linux":
-        try:
-            command = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
-        except OSError:
-            return False
-        return Path(command[0]).name == "nats-server" and str(config) in command
-    command = _ask_ps(pid, "command")
-    return "nats-server" in command and str(config) in command
-
-
-def _ask_ps(pid: int, field: str) -> str:
-    answer = subprocess.run(
-        ["ps", "-o", f"stat=,{field}=", "-p", str(pid)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=5,
-    )
-    state, _, value = answer.stdout.strip().partition(" ")
-    return "" if state.startswith("Z") else value.strip()
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:  # macOS: lstart is absolute there, so no boot id is needed
-        return ""
+    command = system.command_line(pid)
+    return bool(command) and Path(command[0]).name == "nats-server" and str(config) in command
