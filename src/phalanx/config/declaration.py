@@ -31,7 +31,7 @@ class _Strict(msgspec.StructMeta):
 
     if not TYPE_CHECKING:
 
-        def __call__(cls, *arguments: Any, **fields: Any) -> Any:
+        def __call__(cls, *arguments: Any, **fields: Any) -> Any:  # noqa: N805 - of a metaclass
             for name, value in fields.items():
                 if name not in cls.__struct_fields__:
                     raise unknown_key(cls.__name__, name, value, cls.__struct_fields__, secret=True)

@@ -196,7 +196,9 @@ class Election:
         nonce = secrets.token_hex(8)
         body = _LeaderBody(session=self._session.id, nonce=nonce)
         try:
-            revision = await self._bus.write(self._leader_subject, _encode(body), expect=expected, timeout=1.0)
+            revision = await self._bus.write(
+                self._leader_subject, _encode(body), expect=expected, timeout=1.0
+            )
         except WrongRevision:
             # Somebody else was faster; or it was our own write, or a spurious refusal: read back.
             await self._read_leader()

@@ -96,7 +96,7 @@ class PlatformState:
             found = await self.read(key, kind)
             if found is None:
                 raise IdentityError(
-                    f"the key {key!r} of bucket {self._names.platform_bucket!r} was removed while it was read",
+                    f"key {key!r} of bucket {self._names.platform_bucket!r} was removed while it was read",
                     "nobody but Phalanx should write there; see docs/operations.md",
                 ) from None
             return found[0]

@@ -69,13 +69,7 @@ class Session:
         mine, theirs = socket.socketpair()
         mine.setblocking(False)
         with theirs:
-            # Its own session, so that a terminal's signals do not reach it; see keeper/__main__.py.
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "phalanx.keeper", str(theirs.fileno()), str(os.getpid())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            self._process = _start_keeper(theirs)
         loop = asyncio.get_running_loop()
         transport, _ = await loop.create_connection(lambda: _Channel(self), sock=mine)
         self._transport = transport
@@ -127,7 +121,7 @@ class Session:
             wire.send(self._transport, wire.Streams(streams))
 
     async def release(self, reason: str, timeout: float = 3.0) -> bool:
-        """End the session: the caller vouches that nothing hangs on it any more. True when a majority knows."""
+        """End the session: the caller vouches that nothing hangs on it. True when a majority knows."""
         if self._transport is None or self.lost.is_set():
             return False
         wire.send(self._transport, wire.Release(reason))
@@ -191,6 +185,16 @@ class Session:
                     ack.set_exception(SessionLost(str(self.id), reason))
             for callback in self._on_change:
                 callback()
+
+
+def _start_keeper(channel: socket.socket) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "phalanx.keeper", str(channel.fileno()), str(os.getpid())],
+        pass_fds=[channel.fileno()],
+        stdin=subprocess.DEVNULL,
+        # A session of its own, so that a terminal's signals do not reach it; see keeper/__main__.py.
+        start_new_session=True,
+    )
 
 
 class _Channel(asyncio.Protocol):

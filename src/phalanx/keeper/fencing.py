@@ -74,7 +74,7 @@ class Registry:
         except FileNotFoundError:
             return []
         except (msgspec.DecodeError, json.JSONDecodeError) as error:
-            log.error("%s is unreadable (%s): left-overs of an earlier life can't be known", self._path, error)
+            log.error("%s is unreadable (%s): left-overs can't be known", self._path, error)
             return []
         return saved.resources if saved.boot_id == system.boot_id() else []
 
@@ -94,7 +94,9 @@ async def kill_processes(resources: list[Resource]) -> bool:
 
 
 def _kill_one(resource: Resource) -> bool:
-    report = system.kill_marked(resource.id, pgid=resource.pgid or None, deadline_seconds=KILL_DEADLINE_SECONDS)
+    report = system.kill_marked(
+        resource.id, pgid=resource.pgid or None, deadline_seconds=KILL_DEADLINE_SECONDS
+    )
     if report.remaining:
         log.error("app %s: processes %s do not die", resource.app, report.remaining)
     elif report.killed:

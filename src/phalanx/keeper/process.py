@@ -12,11 +12,12 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Protocol
 
 from phalanx import system
 from phalanx.config import NatsOptions
 from phalanx.decide.keeper import Fencing, Watchdog
-from phalanx.errors import BusError, PhalanxError
+from phalanx.errors import PhalanxError
 from phalanx.keeper import fencing, wire
 from phalanx.keeper.renewing import Renewer
 from phalanx.names import Names
@@ -24,7 +25,16 @@ from phalanx.ports import Bus
 
 log = logging.getLogger("phalanx.keeper")
 
-Connect = Callable[[NatsOptions, str, float], Awaitable[Bus]]
+
+class OwnBus(Bus, Protocol):
+    """A bus whose connection nobody else uses."""
+
+    async def close(self) -> None:
+        """End the connection."""
+        ...
+
+
+Connect = Callable[[NatsOptions, str, float], Awaitable[OwnBus]]
 """Builds the bus: options, client name, ping interval in seconds."""
 
 
@@ -115,7 +125,8 @@ class Keeper:
             if verdict is not None:
                 await self._fence(start, renewer, registry, verdict)
                 return
-            await self._sleep_until(min(next_tick, watchdog.next_check(valid_until), told if valid else next_tick))
+            ends = told if valid else next_tick
+            await self._sleep_until(min(next_tick, watchdog.next_check(valid_until), ends))
 
     async def _sleep_until(self, moment: float) -> None:
         self._wake.clear()
@@ -213,15 +224,12 @@ class _Channel(asyncio.Protocol):
 
 def harden() -> None:
     """Make it unlikely that the kernel stops or kills this process before others. Best effort."""
-    for path, value in (("/proc/self/oom_score_adj", "-900"),):
-        try:
-            Path(path).write_text(value)
-        except OSError as error:
-            log.debug("%s: %s", path, error)
+    path = Path("/proc/self/oom_score_adj")
+    try:
+        path.write_text("-900")
+    except OSError as error:
+        log.debug("%s: %s", path, error)
     try:
         os.nice(-10)
     except OSError as error:
         log.debug("nice: %s", error)
-
-
-__all__ = ["BusError", "Keeper", "harden"]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from phalanx.config import NatsOptions
+from phalanx.config import NatsOptions, restore_secrets, reveal_secrets
 from phalanx.decide.session import StreamList
 from phalanx.decide.timing import Timing
 from phalanx.types import Resource, SessionId
@@ -93,8 +93,9 @@ class Released(msgspec.Struct, frozen=True, tag="released"):
 FromNode = Start | Beat | Register | Unregister | Streams | Release
 FromKeeper = Established | ValidUntil | Registered | Lost | Released
 
-_encoder = msgspec.json.Encoder()
-_from_node = msgspec.json.Decoder(FromNode)
+# The socket pair is the one place where secrets travel in clear: nobody else can read it.
+_encoder = msgspec.json.Encoder(enc_hook=reveal_secrets)
+_from_node: msgspec.json.Decoder[FromNode] = msgspec.json.Decoder(FromNode, dec_hook=restore_secrets)
 _from_keeper = msgspec.json.Decoder(FromKeeper)
 
 
