@@ -1,0 +1,155 @@
+"""Phalanx: high availability for ordinary programs, native to NATS.
+
+The public names, and nothing else. They are imported on first use, so that the keeper, which lives in
+this package too, stays small.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from phalanx.app import ActiveContext, App, AppContext, HealthChange, LeaderChange
+    from phalanx.config import (
+        ActivePassive,
+        CommandCheck,
+        EmbeddedNats,
+        FunctionCheck,
+        HookTimeouts,
+        HttpCheck,
+        HttpServer,
+        Logging,
+        NatsOptions,
+        Process,
+        Secret,
+        TcpCheck,
+        Timings,
+    )
+    from phalanx.decide.backoff import Backoff
+    from phalanx.errors import (
+        BackendError,
+        BusError,
+        BusTimeout,
+        BusUnavailable,
+        ConfigError,
+        Fenced,
+        HookFailed,
+        IdentityError,
+        KeyExists,
+        LockLost,
+        LockTimeout,
+        NatsUnusable,
+        NodeIdTaken,
+        NotActive,
+        PhalanxError,
+        SessionLost,
+        StartError,
+        WrongRevision,
+    )
+    from phalanx.platform import Platform
+    from phalanx.types import AppStatus, Health, Member, NodeStatus, Role
+    from phalanx.version import VERSION as __version__
+
+_WHERE = {
+    "phalanx.app": ("ActiveContext", "App", "AppContext", "HealthChange", "LeaderChange"),
+    "phalanx.config": (
+        "ActivePassive",
+        "CommandCheck",
+        "EmbeddedNats",
+        "FunctionCheck",
+        "HookTimeouts",
+        "HttpCheck",
+        "HttpServer",
+        "Logging",
+        "NatsOptions",
+        "Process",
+        "Secret",
+        "TcpCheck",
+        "Timings",
+    ),
+    "phalanx.decide.backoff": ("Backoff",),
+    "phalanx.errors": (
+        "BackendError",
+        "BusError",
+        "BusTimeout",
+        "BusUnavailable",
+        "ConfigError",
+        "Fenced",
+        "HookFailed",
+        "IdentityError",
+        "KeyExists",
+        "LockLost",
+        "LockTimeout",
+        "NatsUnusable",
+        "NodeIdTaken",
+        "NotActive",
+        "PhalanxError",
+        "SessionLost",
+        "StartError",
+        "WrongRevision",
+    ),
+    "phalanx.platform": ("Platform",),
+    "phalanx.types": ("AppStatus", "Health", "Member", "NodeStatus", "Role"),
+}
+_MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
+
+__all__ = [  # noqa: RUF022 - what a reader looks for first comes first
+    "Platform",
+    "App",
+    "ActivePassive",
+    "Process",
+    "ActiveContext",
+    "AppContext",
+    "LeaderChange",
+    "HealthChange",
+    "HttpCheck",
+    "TcpCheck",
+    "CommandCheck",
+    "FunctionCheck",
+    "HookTimeouts",
+    "Backoff",
+    "Timings",
+    "NatsOptions",
+    "EmbeddedNats",
+    "HttpServer",
+    "Logging",
+    "Secret",
+    "Role",
+    "Health",
+    "AppStatus",
+    "NodeStatus",
+    "Member",
+    "PhalanxError",
+    "ConfigError",
+    "StartError",
+    "NodeIdTaken",
+    "IdentityError",
+    "NatsUnusable",
+    "BusError",
+    "BusUnavailable",
+    "BusTimeout",
+    "WrongRevision",
+    "Fenced",
+    "NotActive",
+    "SessionLost",
+    "KeyExists",
+    "LockTimeout",
+    "LockLost",
+    "HookFailed",
+    "BackendError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from phalanx.version import VERSION
+
+        return VERSION
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'phalanx' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value

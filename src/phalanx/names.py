@@ -77,6 +77,7 @@ class Names:
 
     IDENTITY_KEY = "identity"
     SESSIONS_KEY = "sessions"
+    SETUP_KEY = "setup"
 
     @staticmethod
     def member_key(node: str) -> str:

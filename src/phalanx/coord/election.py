@@ -14,7 +14,7 @@ from phalanx.coord.register import Register
 from phalanx.coord.session import Session
 from phalanx.coord.watch import Watch
 from phalanx.decide import election as rules
-from phalanx.errors import BusError, WrongRevision
+from phalanx.errors import BusError, ConfigError, WrongRevision
 from phalanx.names import CANDIDATE_KEYS, LEADER_KEY, Names
 from phalanx.ports import Bus, Connection, Fence, Record
 from phalanx.types import Candidate, Epoch, LeaderRecord, SessionId
@@ -89,8 +89,11 @@ class Election:
         self._changed = asyncio.Event()
         self._offered: Candidate | None = None
         self._watch = Watch(
-            bus, self._stream, f"{names.key_subject(self._bucket, 'election')}.>",
-            watch_prefix=f"{names.watch_prefix(app)}.election", on_record=self._on_record,
+            bus,
+            self._stream,
+            f"{names.key_subject(self._bucket, 'election')}.>",
+            watch_prefix=f"{names.watch_prefix(app)}.election",
+            on_record=self._on_record,
         )
 
     # --- for the app
@@ -114,6 +117,18 @@ class Election:
         """Who would take over best; None when nobody else is eligible."""
         return rules.choose_successor(self._session.id, self.candidates.values(), self._register.is_over)
 
+    def check_successor(self, node: str) -> str:
+        """*node*, if it is a live candidate that could take over. Raises ConfigError if it is not."""
+        offers = [o for o in self.candidates.values() if not self._register.is_over(o.session)]
+        others = [o for o in offers if o.session != self._session.id]
+        able = sorted(o.session.node for o in others if o.eligible)
+        if node in able:
+            return node
+        offer = next((o for o in others if o.session.node == node), None)
+        problem = f"is no candidate now: {offer.reason or 'it says so'}" if offer else "is no live standby"
+        remedy = f"choose one of {', '.join(able)}" if able else "there is no other eligible node"
+        raise ConfigError("node", node, f"{problem} of app {self._app}", remedy)
+
     async def release(self, reign: Reign, reason: str, successor: str | None = None) -> None:
         """Give the leader key back. Call only when the active section has ended.
 
@@ -132,7 +147,6 @@ class Election:
         stop_listening = self._bus.on_connection(self._on_connection)
         self._register.on_over(self._on_session_over)
         self._session.on_change(self._changed.set)
-        self._verify = False
         await self._watch.start()
         try:
             while True:
@@ -142,6 +156,7 @@ class Election:
         finally:
             stop_listening()
             self._register.off_over(self._on_session_over)
+            self._session.off_change(self._changed.set)
             await self._watch.close()
 
     async def _pause(self, seconds: float | None) -> None:
@@ -182,7 +197,7 @@ class Election:
         return rules.View(
             me=self._session.id,
             session_valid=self._session.is_valid,
-            eligible=self._eligible,
+            eligible=self._eligible and self._session.may_begin,
             leader=self.leader,
             leader_over=holder is not None and self._register.is_over(holder),
             vacant_since=self._vacant_since,

@@ -102,6 +102,27 @@ class PlatformState:
             return found[0]
         return value
 
+    async def take_setup_lock(self, node: str, seconds: float) -> bool:
+        """Become the one node that makes the platform's session streams. Lapses after *seconds*."""
+        try:
+            await self._bus.write(
+                self._subject(self._names.SETUP_KEY), node.encode(), expect=0, ttl_seconds=seconds
+            )
+        except WrongRevision:
+            record = await self._bus.read(self._stream, self._subject(self._names.SETUP_KEY))
+            if record is None or not record.removed:
+                return False
+            try:
+                await self._bus.write(
+                    self._subject(self._names.SETUP_KEY),
+                    node.encode(),
+                    expect=record.revision,
+                    ttl_seconds=seconds,
+                )
+            except WrongRevision:
+                return False
+        return True
+
     async def claim_member(self, member: Member, register: Register, wait_seconds: float) -> None:
         """Take the node id for this session. Raises NodeIdTaken while another live session has it."""
         subject = self._subject(self._names.member_key(member.node))

@@ -30,7 +30,9 @@ class Register:
     def __init__(
         self, bus: Bus, names: Names, streams: StreamList, timing: Timing, me: SessionId | None = None
     ) -> None:
-        self._bus, self._names, self._timing, self._me = bus, names, timing, me
+        self._bus, self._names, self._timing = bus, names, timing
+        self.me = me
+        """This node's own session, which it never ends as an observer."""
         self._observer = Observer(streams, timing, system.now())
         self._watches: dict[str, Watch] = {}
         self._callbacks: list[Callable[[SessionId], None]] = []
@@ -111,7 +113,7 @@ class Register:
             while True:
                 self._changed.clear()
                 now = system.now()
-                for tombstone in self._observer.tombstones(now, except_for=self._me):
+                for tombstone in self._observer.tombstones(now, except_for=self.me):
                     if tombstone not in self._burying:
                         task = asyncio.create_task(self._bury(tombstone), name=f"bury {tombstone.session}")
                         self._burying[tombstone] = task
@@ -165,9 +167,7 @@ class Register:
         session = self._names.session_of(record.subject)
         if record.removed:
             return  # a tombstone whose time is up: nobody refers to that session any more
-        over = self._observer.on_record(
-            stream, session, record.revision, _body_of(record.data), system.now()
-        )
+        over = self._observer.on_record(stream, session, record.revision, _body_of(record.data), system.now())
         self._tell(over)
 
     def _on_catch_up(self, stream: str, records: list[Record], interrupted: bool, asked_at: float) -> None:
@@ -197,7 +197,7 @@ class Register:
 
     async def _bury(self, tombstone: Tombstone) -> None:
         body = SessionBody(
-            self._observer.streams.generation, True, "expired", self._me.node if self._me else "observer"
+            self._observer.streams.generation, True, "expired", self.me.node if self.me else "observer"
         )
         try:
             revision = await self._bus.write(

@@ -54,12 +54,17 @@ class Session:
         return not self.lost.is_set() and system.now() < self.valid_until
 
     @property
+    def may_begin(self) -> bool:
+        """Whether there is time enough to begin something: the session does not run out just now."""
+        return not self.lost.is_set() and system.now() < self.timing.stand_down_at(self.valid_until)
+
+    @property
     def keeper_pid(self) -> int:
         """The keeper's process id; 0 before it was started."""
         return self._process.pid if self._process else 0
 
     def on_change(self, callback: Callable[[], None]) -> None:
-        """Be told when validity moved or the session was lost."""
+        """Be told when the session was lost, or may be used (again) after it nearly ran out."""
         self._on_change.append(callback)
 
     async def start(
@@ -158,7 +163,10 @@ class Session:
             case wire.Established():
                 self.established.set()
             case wire.ValidUntil(moment, renewals):
+                could_begin = self.may_begin
                 self.valid_until, self.renewals = moment, renewals
+                if not could_begin:
+                    self._tell()
             case wire.Registered(number):
                 ack = self._acks.get(number)
                 if ack is not None and not ack.done():
@@ -168,8 +176,15 @@ class Session:
             case wire.Released(complete):
                 if complete:
                     self._released.set()
-        for callback in self._on_change:
+
+    def _tell(self) -> None:
+        for callback in list(self._on_change):
             callback()
+
+    def off_change(self, callback: Callable[[], None]) -> None:
+        """No longer be told."""
+        if callback in self._on_change:
+            self._on_change.remove(callback)
 
     def on_closed(self) -> None:
         """The keeper's end of the channel closed."""
@@ -183,8 +198,7 @@ class Session:
             for ack in self._acks.values():
                 if not ack.done():
                     ack.set_exception(SessionLost(str(self.id), reason))
-            for callback in self._on_change:
-                callback()
+            self._tell()
 
 
 def _start_keeper(channel: socket.socket) -> subprocess.Popen[bytes]:

@@ -1,0 +1,556 @@
+"""One app on one node: what it declares, and what it is made of while its platform runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from phalanx import system
+from phalanx.config import AppConfig
+from phalanx.coord.election import Election, Reign
+from phalanx.coord.kv import AppKV
+from phalanx.coord.locks import Locks
+from phalanx.coord.register import Register
+from phalanx.coord.session import Session
+from phalanx.decide.activation import STEP_ASIDE_SECONDS, Failures
+from phalanx.errors import HookFailed, NotActive, StartError
+from phalanx.hooks import Hooks
+from phalanx.names import Names
+from phalanx.observe.health import HealthMonitor
+from phalanx.observe.journal import Journal
+from phalanx.ports import Backend, Bus, Fence, SectionContext
+from phalanx.section import Section
+from phalanx.types import AppStatus, Health, LeaderRecord, Role
+
+log = logging.getLogger("phalanx.app")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+MAX_WAITING_EVENTS = 64
+"""Leader and health changes that wait for their hook; older ones make room and are logged."""
+
+SUCCESSOR_NONE = "no other eligible node"
+
+
+class LeaderChange(msgspec.Struct, frozen=True):
+    """What ``on_leader_change`` is told. ``leader`` is a node id, None while nobody leads."""
+
+    app: str
+    leader: str | None
+    previous: str | None
+    epoch: int
+    reason: str = ""
+
+
+class HealthChange(msgspec.Struct, frozen=True):
+    """What ``on_health_change`` is told."""
+
+    app: str
+    health: Health
+    reason: str
+
+
+class AppContext:
+    """What ``on_start`` and ``on_stop`` get. There may be no session then, so there are no locks here."""
+
+    def __init__(self, app: App) -> None:
+        self.app, self.node, self.kv = app.name, app.node, app.kv
+
+
+class ActiveContext:
+    """What ``on_active`` and ``on_passive`` get: everything that belongs to one active section.
+
+    Writes through ``kv`` and ``lock`` carry the epoch; once another node leads the server refuses them
+    (``Fenced``).
+    """
+
+    def __init__(self, app: str, node: str, epoch: int, fence: Fence, kv: AppKV, locks: Locks) -> None:
+        self.app, self.node, self.epoch, self.kv = app, node, epoch, kv
+        self.fence = fence
+        self._locks = locks
+        self.cancelled_event = asyncio.Event()
+        self.ready_event = asyncio.Event()
+        self.is_cooperative = False
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def cancelled(self) -> asyncio.Event:
+        """Set when the section has to end.
+
+        An ``on_active`` that has looked at this is given the time of ``hook_timeouts.on_passive`` to end
+        by itself; one that has not is cancelled (``asyncio.CancelledError``) at once.
+        """
+        self.is_cooperative = True
+        return self.cancelled_event
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the section has to end. Also for hooks that run in a thread."""
+        self.is_cooperative = True
+        return self.cancelled_event.is_set()
+
+    def ready(self) -> None:
+        """Say that the app serves now, from an ``on_active`` that goes on running. From any thread."""
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is self._loop:
+            self.ready_event.set()
+        else:
+            self._loop.call_soon_threadsafe(self.ready_event.set)
+
+    def lock(self, name: str, *, timeout: float = 10.0) -> Any:
+        """One of the app's locks, held under this epoch. *timeout* in seconds."""
+        return self._locks.lock(name, timeout=timeout)
+
+
+class NodeParts(Protocol):
+    """What an app gets from its node."""
+
+    bus: Bus
+    names: Names
+    node: str
+    journal: Journal
+
+    async def register(self, resource: Any) -> None: ...
+    def unregister(self, resource_id: str) -> None: ...
+    def on_stuck(self, app: App, reason: str) -> None: ...
+    def on_app_changed(self, app: App) -> None: ...
+
+
+class App:
+    """An active-passive app. Made by :meth:`phalanx.Platform.app`, never directly."""
+
+    def __init__(self, config: AppConfig, backend: Backend | None) -> None:
+        self.config, self.name = config, config.name
+        self._backend = backend
+        self.hooks = Hooks(config.name, config.hook_timeouts, self._on_hook_run)
+        self.health = HealthMonitor(config.name, config.checks, self._on_health)
+        self._role, self._since, self._reason = Role.STOPPED, system.wall(), ""
+        self._failures = Failures()
+        self._parts: NodeParts | None = None
+        self._session: Session | None = None
+        self._election: Election | None = None
+        self._locks: Locks | None = None
+        self._kv: AppKV | None = None
+        self._section: Section | None = None
+        self._context: ActiveContext | None = None
+        self._has_standby_checks = any(check.when == "always" for check in config.checks)
+        self._started = False
+        self._barred = ""
+        self._target: str | None = None
+        self._events: deque[tuple[str, object]] = deque()
+        self._event_waits = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    # --- declaring
+
+    def on_start(self, function: F) -> F:
+        """Runs once when the node starts, before it may become active. A failure bars the node."""
+        self.hooks.add("on_start", function)
+        return function
+
+    def on_stop(self, function: F) -> F:
+        """Runs once when the node stops, after the app has been handed over."""
+        self.hooks.add("on_stop", function)
+        return function
+
+    def on_active(self, function: F) -> F:
+        """Runs when this node becomes active, with an :class:`ActiveContext`.
+
+        The app is active when it returns or calls ``ctx.ready()``. It may go on running for the whole
+        section; it is cancelled when the section ends.
+        """
+        self.hooks.add("on_active", function)
+        return function
+
+    def on_passive(self, function: F) -> F:
+        """Runs at a graceful end of the active section, after ``on_active`` has ended."""
+        self.hooks.add("on_passive", function)
+        return function
+
+    def on_leader_change(self, function: F) -> F:
+        """Runs on every node when the leader changes, with a :class:`LeaderChange`."""
+        self.hooks.add("on_leader_change", function)
+        return function
+
+    def on_health_change(self, function: F) -> F:
+        """Runs when the verdict of this node's health checks changes, with a :class:`HealthChange`."""
+        self.hooks.add("on_health_change", function)
+        return function
+
+    # --- what is so
+
+    @property
+    def node(self) -> str:
+        """This node's id. Raises StartError before the platform was started."""
+        return self._running_parts.node
+
+    @property
+    def role(self) -> Role:
+        """What this node is for the app."""
+        return self._role
+
+    @property
+    def is_active(self) -> bool:
+        """Whether this node is active for the app."""
+        return self._role is Role.ACTIVE
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the present section of this node. Raises NotActive outside of one."""
+        if self._context is None:
+            raise NotActive(self.name)
+        return self._context.epoch
+
+    @property
+    def leader(self) -> str | None:
+        """The node that leads, as this node knows; None while nobody does."""
+        record = self._election.leader if self._election is not None else None
+        return record.session.node if record is not None and record.session is not None else None
+
+    @property
+    def kv(self) -> AppKV:
+        """The app's own key-value store, for any node and any role (not fenced: see ``ctx.kv``)."""
+        if self._kv is None:
+            raise StartError(f"app {self.name!r} has no KV yet", "use it while the platform runs")
+        return self._kv
+
+    @property
+    def locks(self) -> Locks:
+        """The app's locks."""
+        if self._locks is None:
+            raise StartError(f"app {self.name!r} has no locks yet", "use them while the platform runs")
+        return self._locks
+
+    def lock(self, name: str, *, timeout: float = 10.0) -> Any:
+        """One of the app's locks, held through this node's session: ``async with app.lock("x") as held``."""
+        return self.locks.lock(name, timeout=timeout)
+
+    @property
+    def _running_parts(self) -> NodeParts:
+        if self._parts is None:
+            raise StartError(f"app {self.name!r} does not run yet", "start its platform first")
+        return self._parts
+
+    def status(self) -> AppStatus:
+        """The app on this node, as /status shows it."""
+        leader = self._election.leader if self._election is not None else None
+        return AppStatus(
+            self.name,
+            self._role,
+            self.health.verdict,
+            leader.revision if leader is not None and leader.session is not None else 0,
+            self.leader,
+            self._since,
+            self._reason,
+        )
+
+    async def wait_for_role(self, *roles: Role, timeout: float) -> Role:
+        """Wait until this node's role is one of *roles*. Raises TimeoutError after *timeout* seconds."""
+        async with asyncio.timeout(timeout):
+            while self._role not in roles:
+                await self._changed.wait()
+        return self._role
+
+    async def step_down(self, reason: str = "asked to step down", to: str | None = None) -> str | None:
+        """End this node's active section gracefully; another node takes over. Returns who is named for it.
+
+        *to*: the node to hand over to. Raises NotActive, and ConfigError for a node that is no candidate.
+        """
+        election, section = self._election, self._section
+        if election is None or section is None:
+            raise NotActive(self.name)
+        successor = election.check_successor(to) if to is not None else election.successor()
+        self._target = successor
+        self._failures = Failures(
+            self._failures.count, system.now() + STEP_ASIDE_SECONDS, self._failures.reason
+        )
+        self._journal_app("handing-over", f"{reason}; to {successor or SUCCESSOR_NONE}")
+        section.reign.end(reason)
+        await self._idle.wait()
+        return successor
+
+    # --- life on a node
+
+    async def start(self, parts: NodeParts) -> None:
+        """Run ``on_start``. A failure bars this node from the app; the others are not affected."""
+        self._parts = parts
+        names = parts.names
+        self._kv = AppKV(parts.bus, names, self.name)
+        self._set_role(Role.STARTING)
+        if "on_start" in self.hooks:
+            try:
+                await self.hooks.call("on_start", AppContext(self))
+            except HookFailed as error:
+                self._barred = str(error)
+                self._journal_app("hook-failed", str(error), level=logging.ERROR)
+        self._started = True
+
+    async def stop(self) -> None:
+        """Run ``on_stop``. The active section has ended before."""
+        if not self._started:
+            return
+        try:
+            await self.hooks.call("on_stop", AppContext(self))
+        except HookFailed as error:
+            self._journal_app("hook-failed", str(error), level=logging.ERROR)
+        self.hooks.close()
+        self._set_role(Role.STOPPED)
+        self._started = False
+
+    async def serve(self, session: Session, register: Register) -> None:
+        """Take part in the election under *session* until cancelled. End the section before: ``wind_up``."""
+        parts = self._running_parts
+        self._session = session
+        self._locks = Locks(parts.bus, parts.names, self.name, session, register)
+        self._election = election = Election(
+            parts.bus,
+            parts.names,
+            self.name,
+            session,
+            register,
+            priority=self.config.pattern.priority,
+            on_leader=self._on_leader,
+            on_acquired=self._on_acquired,
+        )
+        self._offer_candidacy()
+        self._set_role(self._passive_role())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(election.run(), name=f"{self.name} election")
+                tasks.create_task(self.health.run(), name=f"{self.name} health")
+                tasks.create_task(self._run_events(), name=f"{self.name} events")
+                while True:
+                    reign = await election.next_reign()
+                    await self._run_reign(election, reign)
+        finally:
+            self._election, self._locks, self._session = None, None, None
+
+    async def _run_reign(self, election: Election, reign: Reign) -> None:
+        parts = self._running_parts
+        self._idle.clear()
+        try:
+            await self._run_section(election, reign, parts)
+        finally:
+            self._section = self._context = None
+            self._idle.set()
+
+    async def _run_section(self, election: Election, reign: Reign, parts: NodeParts) -> None:
+        epoch = int(reign.epoch)
+        assert self._session is not None and self._locks is not None  # noqa: PT018 - serve() has set both
+        context = ActiveContext(
+            self.name,
+            parts.node,
+            epoch,
+            reign.fence,
+            AppKV(parts.bus, parts.names, self.name, fence=lambda: reign.fence, epoch=lambda: epoch),
+            self._locks.under(reign.fence, epoch),
+        )
+        section = Section(
+            reign,
+            SectionContext(
+                parts.names.platform, parts.node, self.name, epoch, parts.register, parts.unregister
+            ),
+            self.hooks,
+            self._backend,
+            context,
+            on_active_timeout=float(self.config.hook_timeouts.on_active),
+            on_passive_timeout=float(self.config.hook_timeouts.on_passive),
+            on_role=self._on_section_role,
+            on_step=self._on_step,
+        )
+        self._section, self._context, self._target = section, context, None
+        began = system.now()
+        self._set_role(Role.ACTIVATING)
+        self.health.set_active(True)
+        watch_stuck = asyncio.create_task(self._watch_stuck(section))
+        try:
+            await section.run()
+        finally:
+            self.health.set_active(False)
+            watch_stuck.cancel()
+        await self._after_section(election, section, system.now() - began)
+
+    async def _watch_stuck(self, section: Section) -> None:
+        await section.stuck.wait()
+        self._running_parts.on_stuck(self, section.reign.reason)
+
+    async def _after_section(self, election: Election, section: Section, lasted: float) -> None:
+        """The section has ended: count failures, say who is next, give the key back."""
+        now = system.now()
+        reason = section.reign.reason
+        if section.failure is not None:
+            self._failures = self._failures.failed(now, str(section.failure), self.config.retry)
+            delay = self._failures.not_before - now
+            action = "activation-failed" if section.active_since is None else "section-failed"
+            self._journal_app(
+                action,
+                f"{section.failure}; failure {self._failures.count} in a row, not before {delay:.1f} s again",
+                level=logging.ERROR,
+            )
+        elif section.active_since is not None:
+            self._failures = self._failures.was_active(now - section.active_since)
+        self._offer_candidacy()
+        successor = self._target if self._target is not None else election.successor()
+        await election.release(section.reign, reason, successor)
+        self._journal_app("released", f"{reason}; next: {successor or SUCCESSOR_NONE}", lasted, section)
+        self._set_role(self._passive_role(), reason)
+
+    def end_section(self, reason: str) -> None:
+        """Ask the active section to end gracefully, naming a successor. Nothing to do if there is none."""
+        if self._section is not None:
+            if self._election is not None and not self._section.reign.ending.is_set():
+                self._target = self._election.successor()
+                self._journal_app("handing-over", f"{reason}; to {self._target or SUCCESSOR_NONE}")
+            self._section.reign.end(reason)
+
+    def bar(self, reason: str) -> None:
+        """This node is no candidate from now on (``""``: it is again)."""
+        self._barred = reason
+        self._offer_candidacy()
+        if self._section is None and self._started:
+            self._set_role(self._passive_role())
+
+    def fence(self, reason: str) -> None:
+        """End the active section at once."""
+        if self._section is not None:
+            self._section.fence(reason)
+
+    async def wait_idle(self) -> None:
+        """Wait until no section runs here."""
+        await self._idle.wait()
+
+    @property
+    def has_section(self) -> bool:
+        """Whether something of an active section may run here."""
+        return self._section is not None
+
+    # --- candidacy
+
+    def _ineligible_because(self) -> str:
+        if self._barred:
+            return self._barred
+        verdict = self.health.standby_verdict
+        if verdict is Health.UNHEALTHY:
+            return f"unhealthy: {self.health.reason}"
+        if verdict is Health.UNKNOWN and self._has_standby_checks:
+            return "its health checks have not answered yet"
+        return ""
+
+    def _passive_role(self) -> Role:
+        return Role.INELIGIBLE if self._ineligible_because() else Role.STANDBY
+
+    def _offer_candidacy(self) -> None:
+        if self._election is not None:
+            reason = self._ineligible_because()
+            self._election.set_candidacy(not reason, reason, self._failures.not_before)
+
+    # --- what happens
+
+    def _set_role(self, role: Role, reason: str = "") -> None:
+        if role is Role.INELIGIBLE:
+            reason = self._ineligible_because()
+        if role is self._role and reason == self._reason:
+            return
+        changed = role is not self._role
+        self._role, self._reason = role, reason
+        if changed:
+            self._since = system.wall()
+            if self._parts is not None:
+                self._parts.on_app_changed(self)
+        self._wake()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def _on_section_role(self, role: Role) -> None:
+        section = self._section
+        reason = section.reign.reason if section is not None else ""
+        if role is Role.ACTIVE:
+            self._journal_app("active", "", section=section)
+        elif role is Role.STANDING_DOWN:
+            self._journal_app("standing-down", reason)
+        self._set_role(role, reason)
+
+    def _on_step(self, step: str, seconds: float, problem: str) -> None:
+        parts = self._running_parts
+        epoch = self._context.epoch if self._context is not None else 0
+        parts.journal.step(self.name, step, epoch, seconds, problem)
+
+    def _on_hook_run(self, hook: str, seconds: float) -> None:
+        if self._parts is not None:
+            self._parts.journal.hook(self.name, hook, seconds)
+
+    def _on_acquired(self, record: LeaderRecord, vacant_for: float) -> None:
+        self._running_parts.journal.app(
+            self.name, "leader-acquired", epoch=record.revision, duration_seconds=vacant_for
+        )
+
+    def _on_leader(self, old: LeaderRecord, new: LeaderRecord) -> None:
+        before = old.session.node if old.session is not None else None
+        after = new.session.node if new.session is not None else None
+        if before != after or old.revision == 0:
+            change = LeaderChange(self.name, after, before, new.revision, new.reason)
+            self._queue_event("on_leader_change", change)
+            self._running_parts.journal.leader_seen(self.name, after, new.revision, new.reason)
+        self._wake()
+
+    def _on_health(self, health: Health, reason: str) -> None:
+        self._journal_app("health-changed", f"{health}: {reason}" if reason else str(health))
+        self._queue_event("on_health_change", HealthChange(self.name, health, reason))
+        section = self._section
+        if section is not None and health is Health.UNHEALTHY:
+            self._failures = self._failures.failed(system.now(), reason, self.config.retry)
+            self.end_section(f"unhealthy: {reason}")
+        self._offer_candidacy()
+        if section is None and self._started and self._election is not None:
+            self._set_role(self._passive_role())
+
+    def _queue_event(self, hook: str, argument: object) -> None:
+        if hook not in self.hooks:
+            return
+        if len(self._events) >= MAX_WAITING_EVENTS:
+            dropped = self._events.popleft()
+            log.error("app %s: %s is too slow, an event was dropped: %s", self.name, *dropped)
+        self._events.append((hook, argument))
+        self._event_waits.set()
+
+    async def _run_events(self) -> None:
+        while True:
+            await self._event_waits.wait()
+            self._event_waits.clear()
+            while self._events:
+                # on_active goes first: a failover must not wait for a hook that only tells of it.
+                while self._role is Role.ACTIVATING:
+                    await self.wait_for_role(*(set(Role) - {Role.ACTIVATING}), timeout=3600)
+                hook, argument = self._events.popleft()
+                try:
+                    await self.hooks.call(hook, argument)
+                except HookFailed as error:
+                    self._journal_app("hook-failed", str(error), level=logging.ERROR)
+
+    def _journal_app(
+        self,
+        action: str,
+        reason: str,
+        duration_seconds: float | None = None,
+        section: Section | None = None,
+        level: int = logging.INFO,
+    ) -> None:
+        epoch = self._context.epoch if self._context is not None else 0
+        self._running_parts.journal.app(
+            self.name, action, epoch=epoch, reason=reason, duration_seconds=duration_seconds, level=level
+        )
+
+
+__all__ = ["ActiveContext", "App", "AppContext", "HealthChange", "LeaderChange"]

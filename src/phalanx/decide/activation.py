@@ -1,0 +1,83 @@
+"""Which steps make an app active, in which order, and what undoes them.
+
+Becoming active goes through the steps in order; standing down undoes what was done, backwards. The
+first failing step turns the whole thing around. Later steps of the design (seal, promote, capture,
+virtual IP, services) take their places in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import StrEnum
+
+import msgspec
+
+from phalanx.decide.backoff import Backoff
+
+STABLE_SECONDS = 60.0
+"""A section that was active for this long counts as healthy: failures before it are forgotten."""
+
+STEP_ASIDE_SECONDS = 2.0
+"""How long a node that was asked to step down leaves the app to others, if there are any."""
+
+
+class Step(StrEnum):
+    """One step of becoming active. The order of the members is the order of the steps."""
+
+    REGISTER = "register"
+    """The keeper learns that code of this section runs inside the node."""
+    BACKEND = "backend"
+    """The backend runs and is ready (it registers itself before it starts)."""
+    ON_ACTIVE = "on_active"
+    """The hook has returned, or has said that it serves."""
+
+
+class Undo(StrEnum):
+    """One step of standing down."""
+
+    END_ON_ACTIVE = "end-on_active"
+    ON_PASSIVE = "on_passive"
+    STOP_BACKEND = "stop-backend"
+    UNREGISTER = "unregister"
+
+
+def steps(*, has_backend: bool, has_hooks: bool) -> tuple[Step, ...]:
+    """What becoming active takes."""
+    wanted = {Step.REGISTER: has_hooks, Step.BACKEND: has_backend, Step.ON_ACTIVE: has_hooks}
+    return tuple(step for step in Step if wanted[step])
+
+
+def undoing(begun: Iterable[Step], *, graceful: bool) -> tuple[Undo, ...]:
+    """What undoes the steps that have *begun*, also a step that failed or was interrupted half-way.
+
+    ``on_passive`` is for a graceful end only; the backend's own end is graceful or not by the caller.
+    A section stays registered until all code of it has ended.
+    """
+    done = set(begun)
+    plan: list[Undo] = []
+    if Step.ON_ACTIVE in done:
+        plan.append(Undo.END_ON_ACTIVE)
+        if graceful:
+            plan.append(Undo.ON_PASSIVE)
+    if Step.BACKEND in done:
+        plan.append(Undo.STOP_BACKEND)
+    if Step.REGISTER in done:
+        plan.append(Undo.UNREGISTER)
+    return tuple(plan)
+
+
+class Failures(msgspec.Struct, frozen=True):
+    """Failed activations of one app on one node, in a row. ``not_before``: when it may try again."""
+
+    count: int = 0
+    not_before: float = float("-inf")
+    reason: str = ""
+
+    def failed(self, now: float, reason: str, retry: Backoff) -> Failures:
+        """One more."""
+        count = self.count + 1
+        return Failures(count, now + retry.delay(count), reason)
+
+    def was_active(self, seconds: float) -> Failures:
+        """A section ended without a failure of its own after it had been active for *seconds*."""
+        return Failures() if seconds >= STABLE_SECONDS else self

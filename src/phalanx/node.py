@@ -1,0 +1,692 @@
+"""One running node: owns every part, their order of start and stop, and its sessions one after the other.
+
+Life of a node: data directory and its lock → embedded NATS → connection → streams and identity →
+membership → (session → apps → end of the session)* → stop, in reverse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from phalanx import system
+from phalanx.app import App
+from phalanx.bus import provision
+from phalanx.bus.connection import NatsBus
+from phalanx.config import EmbeddedNats, NatsOptions, PlatformConfig
+from phalanx.control import Control
+from phalanx.coord.membership import AppRegistration, Identity, PlatformState
+from phalanx.coord.register import Register
+from phalanx.coord.repair import Repair
+from phalanx.coord.session import Session
+from phalanx.coord.steering import Steering
+from phalanx.decide.backoff import Backoff
+from phalanx.decide.keeper import Phase, next_phase_at, phase
+from phalanx.decide.session import StreamList
+from phalanx.decide.timing import Timing
+from phalanx.errors import (
+    BusError,
+    IdentityError,
+    NodeIdTaken,
+    SessionLost,
+    StartError,
+)
+from phalanx.names import Names
+from phalanx.observe.audit import AuditLog
+from phalanx.observe.http import StatusServer
+from phalanx.observe.journal import Journal
+from phalanx.observe.metrics import Metrics
+from phalanx.ports import Connection
+from phalanx.types import Member, NodeStatus, Resource, Role, SessionId
+from phalanx.version import VERSION
+
+log = logging.getLogger("phalanx.node")
+
+SETUP_LOCK_SECONDS = 30.0
+SETUP_WAIT_SECONDS = 60.0
+STUCK_SECONDS = 10.0
+"""A section that should have ended and does not: after this long the node kills itself."""
+
+FENCE_WAIT_SECONDS = 3.0
+SESSION_RETRY = Backoff(first=0.2, longest=5.0)
+
+
+def timing_of(config: PlatformConfig) -> Timing:
+    """The checked durations of the declaration, with the proportions filled in."""
+    t = config.timings
+    return Timing.of(
+        float(t.ttl),
+        renew_every=t.renew_every,  # pyright: ignore[reportArgumentType]
+        fence_budget=t.fence_budget,  # pyright: ignore[reportArgumentType]
+        grace=t.grace,  # pyright: ignore[reportArgumentType]
+        stall_limit=t.stall_limit,  # pyright: ignore[reportArgumentType]
+    )
+
+
+class Node:
+    """Made and driven by :class:`phalanx.Platform`."""
+
+    def __init__(self, config: PlatformConfig, apps: Iterable[App]) -> None:
+        self.config, self.names, self.node = config, Names(config.name), config.node
+        self.timing = timing_of(config)
+        self.apps = {app.name: app for app in apps}
+        self.data_dir = Path(str(config.data_dir))
+        self.session: Session | None = None
+        self.journal: Journal
+        self.bus: NatsBus
+        self.state: PlatformState
+        self._register: Register
+        self._metrics = Metrics(config.name, config.node, VERSION)
+        self.has_started = False
+        self._earlier_renewals = 0
+        self._stopping = asyncio.Event()
+        self._stop_reason = ""
+        self._hurry = asyncio.Event()
+        self._wake = asyncio.Event()
+        self._serving = asyncio.Event()
+        self._disconnected_at: float | None = None
+        self._member: Member | None = None
+        self._previous: SessionId | None = None
+        self._since = system.wall()
+        self._problems: dict[str, str] = {}
+        self._local_server = ""
+        self.http_address = ""
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- the whole life
+
+    async def run(self, started: asyncio.Future[None] | None = None) -> None:
+        """From start to stop. *started* is done once the node takes part. Raises StartError and others."""
+        async with contextlib.AsyncExitStack() as stack:
+            await self._open(stack)
+            lives = asyncio.create_task(self._lives(started), name="sessions")
+            try:
+                await lives
+            finally:
+                if not lives.done():
+                    lives.cancel()
+                    await asyncio.gather(lives, return_exceptions=True)
+                with contextlib.suppress(OSError):
+                    system.notify("STOPPING=1")
+
+    def stop(self, reason: str = "the node is stopping") -> None:
+        """Hand everything over and end. A second call ends without grace."""
+        if self._stopping.is_set():
+            self._hurry.set()
+        self._stop_reason = self._stop_reason or reason
+        self._stopping.set()
+        self._wake.set()
+
+    async def _open(self, stack: contextlib.AsyncExitStack) -> None:
+        """Everything that outlives a session. What was opened is on *stack*."""
+        self._lock_data_dir(stack)
+        audit = AuditLog(self.names, self.node, self.data_dir / "audit")
+        stack.callback(audit.close)
+        self.audit = audit
+        self.journal = Journal(audit, self._metrics)
+        self._metrics.read_undelivered(lambda: audit.undelivered)
+        self._metrics.read_renewals(self._renewals)
+        for app in self.apps:
+            self._metrics.declare_app(app)
+        options = await self._start_embedded(stack)
+        self._options = options
+        self.bus = await NatsBus.connect(
+            options, name=f"phalanx {self.names.platform}/{self.node}", ping_interval=self._ping_interval
+        )
+        stack.push_async_callback(self.bus.close)
+        stack.callback(self.bus.on_connection(self._on_connection))
+        await self._provision()
+        delivering = asyncio.create_task(audit.run(self.bus), name="audit delivery")
+        stack.push_async_callback(self._end_delivery, delivering)
+        await self._watch_platform(stack)
+        await self._start_http(stack)
+        for app in self.apps.values():
+            await app.start(self)
+            stack.push_async_callback(app.stop)
+        self.journal.node("started", version=VERSION, nats_server=self.bus.server_name)
+        stack.callback(lambda: self.journal.node("stopped", reason=self._stop_reason))
+
+    async def _end_delivery(self, delivering: asyncio.Task[None]) -> None:
+        if not await self.audit.flush(1.0):
+            log.warning("%d audit entries stay on disk for the next start", self.audit.undelivered)
+        delivering.cancel()
+        await asyncio.gather(delivering, return_exceptions=True)
+
+    @property
+    def _ping_interval(self) -> float:
+        # Three unanswered pings give a server up: within a third of the TTL, so that the session outlives it.
+        return max(0.1, self.timing.ttl / 10)
+
+    def _lock_data_dir(self, stack: contextlib.AsyncExitStack) -> None:
+        try:
+            self.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = system.lock_file(self.data_dir / "lock")
+        except BlockingIOError as error:
+            raise StartError(
+                f"another node runs in {self.data_dir} ({error.strerror})",
+                "give each node its own data_dir (PHALANX_DATA)",
+            ) from None
+        except OSError as error:
+            raise StartError(
+                f"the data directory {self.data_dir} cannot be used ({error.strerror})",
+                "set data_dir (or PHALANX_DATA) to a folder that this user can write",
+            ) from None
+        stack.callback(lock.release)
+
+    async def _start_embedded(self, stack: contextlib.AsyncExitStack) -> NatsOptions:
+        nats = self.config.nats
+        if isinstance(nats, NatsOptions):
+            self._local_server, self._replicas = nats.server_name, nats.replicas
+            return nats
+        assert isinstance(nats, EmbeddedNats)
+        from phalanx.bus.embedded import EmbeddedServer
+
+        server = EmbeddedServer(
+            nats,
+            platform=self.names.platform,
+            node=self.node,
+            data_dir=self.data_dir,
+            on_event=self._on_server_event,
+        )
+        await server.start()
+        stack.push_async_callback(server.stop)
+        await server.wait_ready(60.0)
+        self._local_server, self._replicas = server.server_name, nats.replicas
+        return server.options
+
+    def _on_server_event(self, kind: str, detail: str) -> None:
+        self.journal.nats(f"server-{kind}", detail, logging.WARNING if kind == "exited" else logging.INFO)
+
+    # --- what must exist
+
+    async def _provision(self) -> None:
+        await provision.check_nats(self.bus)
+        replicas = provision.wanted_replicas(self.bus, self._replicas)
+        await self._join_platform(replicas)
+        await provision.create_stream(self.bus, provision.audit_config(self.names, replicas=replicas))
+        for app in self.apps.values():
+            await self._provision_app(app, replicas)
+
+    async def _join_platform(self, replicas: int) -> None:
+        """The platform's bucket and identity: joined, or made when this node never knew one."""
+        names = self.names
+        known = self._known_identity()
+        stream = names.bucket_stream(names.platform_bucket)
+        if known is not None and await provision.stream_info(self.bus, stream) is None:
+            raise IdentityError(
+                f"the bucket {names.platform_bucket!r} is gone, but this node belongs to platform {known.id}",
+                "NATS lost its data, or this is another NATS. Restore it; or, to start a new platform "
+                f"without the old data, remove {self._identity_path} on every node (docs/operations.md)",
+            )
+        await provision.create_stream(
+            self.bus,
+            provision.bucket_config(names, names.platform_bucket, None, history=4, replicas=replicas),
+        )
+        self.state = PlatformState(self.bus, names)
+        identity = await self.state.create_or_read(names.IDENTITY_KEY, Identity.new())
+        if known is not None and known.id != identity.id:
+            raise IdentityError(
+                f"this node belongs to platform {known.id}, but NATS holds another one called "
+                f"{names.platform!r} ({identity.id})",
+                f"connect it to its own NATS; or remove {self._identity_path} to join the other platform",
+            )
+        if known is None:
+            temporary = self._identity_path.with_suffix(".new")
+            temporary.write_bytes(msgspec.json.encode(identity))
+            temporary.replace(self._identity_path)
+        self._streams = await self._session_streams()
+
+    @property
+    def _identity_path(self) -> Path:
+        return self.data_dir / "identity.json"
+
+    def _known_identity(self) -> Identity | None:
+        try:
+            return msgspec.json.decode(self._identity_path.read_bytes(), type=Identity)
+        except FileNotFoundError:
+            return None
+        except msgspec.DecodeError as error:
+            raise IdentityError(
+                f"{self._identity_path} is damaged ({error})",
+                "remove it if this NATS is the right one",
+            ) from None
+
+    async def _session_streams(self) -> StreamList:
+        """The list of session streams; made by one node, under a lock that lapses with its maker."""
+        deadline = system.now() + SETUP_WAIT_SECONDS
+        while True:
+            found = await self.state.read(self.names.SESSIONS_KEY, StreamList)
+            if found is not None:
+                return found[0]
+            if await self.state.take_setup_lock(self.node, SETUP_LOCK_SECONDS):
+                servers = provision.known_servers(self.bus)
+                streams = await provision.create_session_streams(self.bus, self.names, servers=servers)
+                streams = await self.state.create_or_read(self.names.SESSIONS_KEY, streams)
+                self.journal.platform("session-streams-made", ", ".join(streams.all_streams))
+                return streams
+            if system.now() > deadline:
+                raise StartError(
+                    "another node has been setting up the platform for too long", "see that node's log"
+                )
+            await asyncio.sleep(0.1)
+
+    async def _place_session_stream(self, stream: str, avoid: set[str]) -> str | None:
+        return await provision.place_session_stream(self.bus, self.names, stream, avoid)
+
+    async def _provision_app(self, app: App, replicas: int) -> None:
+        """The app's bucket. One that was there once and has vanished is never made anew silently."""
+        names, bucket = self.names, self.names.app_bucket(app.name)
+        registered = await self.state.read(names.app_key(app.name), AppRegistration)
+        stream = names.bucket_stream(bucket)
+        if registered is not None and await provision.stream_info(self.bus, stream) is None:
+            raise IdentityError(
+                f"the bucket {bucket!r} of app {app.name!r} is gone, though the app was created once",
+                "restore it from a backup; or accept the loss: see docs/operations.md, 'A bucket has vanished'",
+            )
+        await provision.create_stream(
+            self.bus,
+            provision.bucket_config(
+                names, bucket, app.name, history=app.config.kv_history, replicas=replicas
+            ),
+        )
+        if registered is None:
+            await self.state.create_or_read(
+                names.app_key(app.name), AppRegistration(system.wall(), self.node)
+            )
+
+    async def _watch_platform(self, stack: contextlib.AsyncExitStack) -> None:
+        await self.state.start()
+        stack.push_async_callback(self.state.close)
+        streams = self.state.streams or self._streams
+        self._register = Register(self.bus, self.names, streams, self.timing)
+        self._own(stack, self._register.run(), "session register")
+        self.state.on_streams(self._use_streams)
+        async with asyncio.timeout(30):
+            await self._register.ready.wait()
+        self._repair = Repair(
+            self.bus, self.names, self.state, self._register, self.journal, self._place_session_stream
+        )
+        self._own(stack, self._repair.run(), "session stream repair")
+        self._steering = Steering(self.bus, self.names, self._local_server, self.journal)
+        self._own(stack, self._steering.run(self._active_apps), "steering")
+        self._own(stack, self._watch_buckets(), "bucket check")
+        self._own(stack, self._measure_lag(), "loop lag")
+        control = Control(self)
+        await control.start()
+        stack.push_async_callback(control.stop)
+
+    def _own(self, stack: contextlib.AsyncExitStack, work: object, name: str) -> None:
+        """A task for the whole life of the node. Its failure is a failure of the node."""
+        task: asyncio.Task[None] = asyncio.create_task(work, name=name)  # type: ignore[arg-type]
+
+        def done(ended: asyncio.Task[None]) -> None:
+            if not ended.cancelled() and (error := ended.exception()) is not None:
+                log.critical("the task %s failed", name, exc_info=error)
+                self._problems[name] = f"the task {name} failed: {error}"
+                self.stop(f"internal error in {name}")
+
+        task.add_done_callback(done)
+
+        async def end() -> None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        stack.push_async_callback(end)
+
+    def _use_streams(self, streams: StreamList) -> None:
+        async def use() -> None:
+            await self._register.use_streams(streams)
+
+        self._background(use(), "use streams")
+        if self.session is not None:
+            self.session.use_streams(streams)
+
+    def _background(self, work: object, name: str) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work, name=name)  # type: ignore[arg-type]
+        self._tasks.add(task)
+
+        def done(ended: asyncio.Task[None]) -> None:
+            self._tasks.discard(ended)
+            if not ended.cancelled() and (error := ended.exception()) is not None:
+                log.error("%s failed", name, exc_info=error)
+
+        task.add_done_callback(done)
+
+    def _active_apps(self) -> list[str]:
+        return [app.name for app in self.apps.values() if app.is_active]
+
+    async def _watch_buckets(self) -> None:
+        """Say so when a bucket vanishes while everything runs: nothing else would be noticed but errors."""
+        wanted = [self.names.platform_bucket, *(self.names.app_bucket(name) for name in self.apps)]
+        while True:
+            await asyncio.sleep(30)
+            for bucket in wanted:
+                key = f"bucket {bucket}"
+                try:
+                    gone = await provision.stream_info(self.bus, self.names.bucket_stream(bucket)) is None
+                except BusError:
+                    continue  # NATS is away: that is told elsewhere
+                if not gone:
+                    self._problems.pop(key, None)
+                elif key not in self._problems:
+                    self._problems[key] = f"the bucket {bucket!r} has vanished; see docs/operations.md"
+                    self.journal.platform("bucket-vanished", self._problems[key], logging.CRITICAL)
+
+    async def _measure_lag(self) -> None:
+        interval = system.watchdog_interval() or 1.0
+        while True:
+            before = system.now()
+            await asyncio.sleep(min(1.0, interval))
+            self._metrics.set_loop_lag(max(0.0, system.now() - before - min(1.0, interval)))
+            if self._serving.is_set() and system.watchdog_interval() is not None:
+                with contextlib.suppress(OSError):
+                    system.notify("WATCHDOG=1")
+
+    async def _start_http(self, stack: contextlib.AsyncExitStack) -> None:
+        if not self.config.http.enabled:
+            return
+        server = StatusServer(self.config.http, self)
+        await server.start()
+        self.http_address = server.address
+        stack.push_async_callback(server.stop)
+
+    # --- sessions
+
+    async def _lives(self, started: asyncio.Future[None] | None) -> None:
+        failures = 0
+        while not self._stopping.is_set():
+            try:
+                await self._live(started)
+                failures = 0
+            except NodeIdTaken:
+                raise
+            except (SessionLost, BusError) as error:
+                if started is not None and not started.done() and failures >= 3:
+                    raise StartError(
+                        f"no session: {error}", "check the NATS servers; phalanx doctor says more"
+                    ) from error
+                failures += 1
+                self.journal.node("no-session", reason=str(error), level=logging.ERROR)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), SESSION_RETRY.delay(failures))
+
+    async def _live(self, started: asyncio.Future[None] | None) -> None:
+        """One session, from its start to its end."""
+        began = system.now()
+        session = Session(SessionId.new(self.node), self.timing)
+        if self._previous is not None:
+            await self._register.bury_own(self._previous, "its node starts over")
+        await session.start(
+            self.names.platform,
+            self._register.streams,
+            self._options,
+            self.data_dir,
+            max(5.0, 2 * self.timing.ttl),
+        )
+        self.session, self._previous = session, session.id
+        self._register.me = session.id
+        try:
+            self._member = self._describe(session)
+            await self.state.claim_member(self._member, self._register, self.timing.observe + 1.0)
+            session.on_change(self._wake.set)
+            self.journal.node(
+                "session-established", duration_seconds=system.now() - began, session=str(session.id)
+            )
+            await self._serve(session, started)
+        finally:
+            self._serving.clear()
+            await self._end_session(session)
+
+    def _describe(self, session: Session) -> Member:
+        return Member(
+            self.node,
+            session.id,
+            self._since,
+            VERSION,
+            socket.gethostname(),
+            os.getpid(),
+            dict(self.config.labels),
+            tuple(self.apps),
+            self.http_address,
+            self._local_server or self.bus.server_name,
+        )
+
+    async def _serve(self, session: Session, started: asyncio.Future[None] | None) -> None:
+        serving = [
+            asyncio.create_task(app.serve(session, self._register), name=f"app {app.name}")
+            for app in self.apps.values()
+        ]
+        guard = asyncio.create_task(self._guard(session), name="guard")
+        self._serving.set()
+        self.has_started = True
+        if started is not None and not started.done():
+            started.set_result(None)
+        with contextlib.suppress(OSError):
+            system.notify("READY=1")
+        try:
+            done, _ = await asyncio.wait({guard, *serving}, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if task is not guard and not task.cancelled() and (error := task.exception()) is not None:
+                    log.critical("%s failed", task.get_name(), exc_info=error)
+                    self.stop("internal error")
+            await guard
+        finally:
+            guard.cancel()
+            await self._fence_all("the session ends")
+            for task in serving:
+                task.cancel()
+            await asyncio.gather(guard, *serving, return_exceptions=True)
+
+    async def _guard(self, session: Session) -> None:
+        """Ends the active sections in time, whatever the session does; returns when all have ended."""
+        warned = False
+        while True:
+            self._wake.clear()
+            now = system.now()
+            if session.lost.is_set():
+                await self._fence_all(f"the session is lost: {session.lost_reason}")
+                return
+            if self._stopping.is_set():
+                await self._hand_over_all(session)
+                return
+            match phase(now, session.valid_until, self.timing):
+                case Phase.WORK:
+                    warned = False
+                case Phase.STAND_DOWN:
+                    if not warned:
+                        warned = True
+                        self.journal.node(
+                            "standing-down", reason="no renewal of the session in time", level=logging.ERROR
+                        )
+                    for app in self.apps.values():
+                        app.end_section("the session is about to run out")
+                case Phase.FENCE | Phase.OVER:
+                    for app in self.apps.values():
+                        app.fence("the session runs out")
+            if self._cut_off(now):
+                await self._give_up_session(session)
+                return
+            await self._pause(self._next_look(session, now) - now)
+
+    def _next_look(self, session: Session, now: float) -> float:
+        moment = min(next_phase_at(now, session.valid_until, self.timing), now + self.timing.ttl)
+        if self._disconnected_at is not None:
+            moment = min(moment, self._disconnected_at + self.timing.ttl)
+        return moment
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), max(0.001, seconds))
+
+    def _cut_off(self, now: float) -> bool:
+        return self._disconnected_at is not None and now - self._disconnected_at >= self.timing.ttl
+
+    async def _give_up_session(self, session: Session) -> None:
+        """The keeper's connection is fine, ours is gone: nobody can reach what we lead."""
+        self.journal.node(
+            "cut-off",
+            reason=f"no connection to NATS for {self.timing.ttl:g} s; giving the session up",
+            level=logging.ERROR,
+        )
+        for app in self.apps.values():
+            app.end_section("the node has no connection to NATS")
+        await self._wait_idle(self.timing.grace)
+        await self._fence_all("the node has no connection to NATS")
+
+    async def _hand_over_all(self, session: Session) -> None:
+        for app in self.apps.values():
+            app.bar(self._stop_reason)
+        for app in self.apps.values():
+            app.end_section(self._stop_reason)
+        idle = asyncio.create_task(self._all_idle())
+        hurry = asyncio.create_task(self._hurry.wait())
+        lost = asyncio.create_task(session.lost.wait())
+        try:
+            await asyncio.wait({idle, hurry, lost}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (idle, hurry, lost):
+                task.cancel()
+        await self._fence_all(self._stop_reason)
+
+    async def _all_idle(self) -> None:
+        for app in self.apps.values():
+            await app.wait_idle()
+
+    async def _wait_idle(self, seconds: float) -> bool:
+        try:
+            await asyncio.wait_for(self._all_idle(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _fence_all(self, reason: str) -> None:
+        """End all sections at once. If they do not end the node ends itself: nobody else may start before."""
+        if not any(app.has_section for app in self.apps.values()):
+            return
+        for app in self.apps.values():
+            app.fence(reason)
+        session = self.session
+        left = (session.valid_until - self.timing.fence_budget / 2 - system.now()) if session else 0.0
+        if not await self._wait_idle(min(FENCE_WAIT_SECONDS, max(0.2, left))):
+            self._die(f"sections do not end ({reason})")
+
+    def on_stuck(self, app: App, reason: str) -> None:
+        """A section does not end: give it some time, then end the node."""
+
+        async def wait() -> None:
+            try:
+                await asyncio.wait_for(app.wait_idle(), STUCK_SECONDS)
+            except TimeoutError:
+                self._die(f"app {app.name} does not end ({reason})")
+
+        self._background(wait(), f"stuck {app.name}")
+
+    def _die(self, reason: str) -> None:
+        """SIGKILL to ourselves: the keeper, where it lives, kills what we started and releases."""
+        log.critical("node %s kills itself: %s", self.node, reason)
+        self.journal.node("suicide", reason=reason, level=logging.CRITICAL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    async def _end_session(self, session: Session) -> None:
+        """All sections have ended: say so to everybody."""
+        lost = session.lost.is_set()
+        if lost:
+            self.journal.node("session-lost", reason=session.lost_reason, level=logging.ERROR)
+        else:
+            if not await session.release(self._stop_reason or "starting over"):
+                log.warning("session %s: nobody confirmed its end; it expires", session.id)
+            if self._member is not None and self._stopping.is_set() and self.bus.is_connected:
+                await self.state.remove_member(self.node, self._member)
+        await session.close()
+        self._earlier_renewals += session.renewals
+        self.session = None
+
+    # --- for apps (NodeParts)
+
+    async def register(self, resource: Resource) -> None:
+        """Tell the keeper what is about to run. Raises SessionLost."""
+        if self.session is None:
+            raise SessionLost("none", "the node has no session")
+        await self.session.register(resource)
+
+    def unregister(self, resource_id: str) -> None:
+        """Tell the keeper that it has ended."""
+        if self.session is not None:
+            self.session.unregister(resource_id)
+
+    def on_app_changed(self, app: App) -> None:
+        """A role has changed."""
+        if app.role is Role.ACTIVE:
+            self._steering.look()
+
+    # --- connection
+
+    def _on_connection(self, event: Connection) -> None:
+        if event is Connection.CONNECTED:
+            away = system.now() - self._disconnected_at if self._disconnected_at is not None else 0.0
+            self._disconnected_at = None
+            self.journal.nats("connected", f"to {self.bus.server_name}, after {away:.2f} s")
+        elif event is Connection.DISCONNECTED and self._disconnected_at is None:
+            self._disconnected_at = system.now()
+            self.journal.nats("disconnected", level=logging.WARNING)
+        self._wake.set()
+
+    # --- what is shown (NodeView)
+
+    def status(self) -> NodeStatus:
+        """This node's view of itself."""
+        session = self.session
+        ready, _ = self.ready()
+        return NodeStatus(
+            self.names.platform,
+            self.node,
+            VERSION,
+            str(session.id) if session is not None else "",
+            max(0.0, session.valid_until - system.now()) if session is not None and session.is_valid else 0.0,
+            ready,
+            self.bus.is_connected,
+            self.bus.server_name,
+            tuple(app.status() for app in self.apps.values()),
+            dict(self.config.labels),
+            tuple(self._problems.values()),
+        )
+
+    def live_members(self) -> dict[str, Member]:
+        """The members whose session is not over."""
+        members = self.state.members.items()
+        return {node: member for node, member in members if not self._register.is_over(member.session)}
+
+    def _renewals(self) -> int:
+        return self._earlier_renewals + (self.session.renewals if self.session is not None else 0)
+
+    def metrics(self) -> bytes:
+        """Prometheus text."""
+        return self._metrics.render(self.status())
+
+    def live(self) -> tuple[bool, str]:
+        """Whether the process works at all."""
+        return True, "the event loop runs"
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether this node takes part: it has a session, a connection, and no app that is barred."""
+        if self.session is None or not self.session.is_valid or not self._serving.is_set():
+            return False, "no session"
+        if not self.bus.is_connected:
+            return False, "no connection to NATS"
+        if self._stopping.is_set():
+            return False, "stopping"
+        for app in self.apps.values():
+            if app.role in (Role.STARTING, Role.INELIGIBLE, Role.STOPPED):
+                return False, f"app {app.name} is {app.role}: {app.status().reason}"
+        return True, "takes part"
+
+
+__all__ = ["Node", "timing_of"]

@@ -1,0 +1,259 @@
+"""The public face: declare a platform and its apps, then run this node of it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from phalanx.app import App
+from phalanx.backends import make_backend
+from phalanx.config import (
+    ActivePassive,
+    AppConfig,
+    Backend,
+    Check,
+    EmbeddedNats,
+    HookTimeouts,
+    HttpServer,
+    Logging,
+    NatsOptions,
+    PlatformConfig,
+    Timings,
+    build_app,
+    build_platform,
+)
+from phalanx.decide.backoff import Backoff
+from phalanx.errors import ConfigError, PhalanxError, StartError
+from phalanx.node import Node
+from phalanx.observe.logs import configure_logging
+from phalanx.types import Member, NodeStatus, Role
+
+log = logging.getLogger("phalanx")
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+
+
+class Platform:
+    """This node of a platform.
+
+    Declare apps with :meth:`app`, then call :meth:`run`, or use it as ``async with`` in your own loop.
+    Options left out come from the environment (``PHALANX_NODE``, ``PHALANX_DATA``, ``PHALANX_NATS``,
+    ``PHALANX_HTTP``) or have the defaults of docs/configuration.md.
+
+    Raises ConfigError for anything that is wrong, before anything starts.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        node: str | None = None,
+        nats: str | Sequence[str] | NatsOptions | EmbeddedNats | None = None,
+        data_dir: str | None = None,
+        labels: Mapping[str, str] | None = None,
+        timings: Timings | Mapping[str, Any] | None = None,
+        http: HttpServer | Mapping[str, Any] | None = None,
+        logging: Logging | Mapping[str, Any] | None = None,
+    ) -> None:
+        self._set_up(
+            build_platform(
+                name,
+                node=node,
+                nats=nats,
+                data_dir=data_dir,
+                labels=labels,
+                timings=timings,
+                http=http,
+                logging=logging,
+            )
+        )
+
+    def _set_up(self, config: PlatformConfig) -> None:
+        self.config = config
+        self._apps: dict[str, App] = {}
+        self._node: Node | None = None
+        self._running: asyncio.Task[None] | None = None
+
+    @classmethod
+    def from_config(cls, config: PlatformConfig, apps: Sequence[AppConfig] = ()) -> Platform:
+        """A platform from checked declarations, as ``phalanx.config.load_toml`` returns them."""
+        platform = cls.__new__(cls)
+        platform._set_up(config)
+        for app in apps:
+            platform._add(app)
+        return platform
+
+    # --- declaring
+
+    def app(
+        self,
+        name: str,
+        pattern: ActivePassive | None = None,
+        *,
+        backend: Backend | None = None,
+        checks: Sequence[Check] | None = None,
+        hook_timeouts: HookTimeouts | None = None,
+        kv_history: int | None = None,
+        retry: Backoff | None = None,
+    ) -> App:
+        """Declare an app. Raises ConfigError when it is wrong, or exists, or the platform runs already."""
+        return self._add(
+            build_app(
+                name,
+                pattern if pattern is not None else ActivePassive(),
+                backend=backend,
+                checks=checks,
+                hook_timeouts=hook_timeouts,
+                kv_history=kv_history,
+                retry=retry,
+            )
+        )
+
+    def _add(self, config: AppConfig) -> App:
+        if config.name in self._apps:
+            raise ConfigError("apps", config.name, "this app is declared already", "choose another name")
+        if self._node is not None:
+            raise ConfigError("apps", config.name, "the platform runs already", "declare apps before")
+        backend = make_backend(config.backend) if config.backend is not None else None
+        app = self._apps[config.name] = App(config, backend)
+        return app
+
+    @property
+    def apps(self) -> Mapping[str, App]:
+        """The declared apps by name."""
+        return dict(self._apps)
+
+    # --- running in one's own loop
+
+    async def start(self) -> None:
+        """Start this node; returns once it takes part. Raises StartError, ConfigError; then nothing runs."""
+        if self._running is not None:
+            raise StartError("this platform runs already", "make another Platform for another node")
+        self._node = node = Node(self.config, self._apps.values())
+        started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._running = running = asyncio.create_task(node.run(started), name=f"phalanx {self.config.node}")
+        try:
+            await asyncio.wait({running, started}, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await self._abandon(running)
+            raise
+        if started.done():
+            return
+        self._node, self._running = None, None
+        running.result()  # raises why it did not start
+        raise StartError("the node ended while it started", "see the log")
+
+    async def _abandon(self, running: asyncio.Task[None]) -> None:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        self._node, self._running = None, None
+
+    async def stop(self, reason: str = "the node is stopping") -> None:
+        """Hand every app over, then stop this node. Harmless when it does not run."""
+        running = self._running
+        if running is None or self._node is None:
+            return
+        self._node.stop(reason)
+        try:
+            await asyncio.shield(running)
+        finally:
+            if running.done():
+                self._node, self._running = None, None
+
+    async def wait(self) -> None:
+        """Wait until this node has ended. Raises what ended it, if that was an error."""
+        if self._running is not None:
+            await asyncio.shield(self._running)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    # --- what is so
+
+    @property
+    def _live(self) -> Node:
+        if self._node is None:
+            raise StartError("the platform does not run", "start it, or use it inside its async with")
+        return self._node
+
+    def status(self) -> NodeStatus:
+        """This node's view of itself."""
+        return self._live.status()
+
+    def members(self) -> dict[str, Member]:
+        """The nodes of the platform, as they describe themselves. One that died stays until it returns."""
+        return dict(self._live.state.members)
+
+    def live_members(self) -> dict[str, Member]:
+        """The members whose session is not over."""
+        return self._live.live_members()
+
+    @property
+    def http_address(self) -> str:
+        """Where this node's HTTP server listens (``host:port``), empty if it does not."""
+        return self._live.http_address
+
+    async def wait_for_role(self, app: str, *roles: Role, timeout: float = 30.0) -> Role:
+        """Wait until this node's role for *app* is one of *roles*. Raises TimeoutError."""
+        return await self._apps[app].wait_for_role(*roles, timeout=timeout)
+
+    # --- running by itself
+
+    def run(self) -> None:
+        """Run this node until SIGTERM or SIGINT, which hand its apps over first (twice: at once).
+
+        Configures logging. Ends the process with exit code 2 for bad input or when the node cannot
+        start, 1 when it failed later.
+        """
+        configure_logging(self.config.logging, platform=self.config.name, node=self.config.node)
+        try:
+            _runner()(self._main())
+        except (ConfigError, StartError) as error:
+            log.error("%s", error)
+            sys.exit(EXIT_BAD_INPUT)
+        except PhalanxError as error:
+            log.error("%s", error)
+            sys.exit(EXIT_FAILED)
+
+    async def _main(self) -> None:
+        loop = asyncio.get_running_loop()
+        starting = asyncio.current_task()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number, starting)
+        try:
+            await self.start()
+        except asyncio.CancelledError:
+            if self._running is None and starting is not None and starting.cancelling():
+                return  # a signal came while it started
+            raise
+        await self.wait()
+
+    def _on_signal(self, number: signal.Signals, starting: asyncio.Task[Any] | None) -> None:
+        log.info("%s: stopping", signal.Signals(number).name)
+        node = self._node
+        if node is not None and node.has_started:
+            node.stop(signal.Signals(number).name)
+        elif starting is not None:
+            starting.cancel()
+
+
+def _runner() -> Any:
+    if sys.platform != "win32":
+        try:
+            import uvloop
+        except ImportError:
+            return asyncio.run
+        return uvloop.run
+    return asyncio.run

@@ -1,0 +1,241 @@
+"""One active section: the time in which this node runs an app's active work, from epoch to release.
+
+The invariant: when :meth:`Section.run` returns, nothing of the section runs any more: no hook, no
+process. Only then may the caller release the leader key. If that cannot be reached (a hook that does
+not end, processes that do not die) ``run`` does not return; ``stuck`` is set, and the node must end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from phalanx import system
+from phalanx.coord.election import Reign
+from phalanx.decide.activation import Step, Undo, steps, undoing
+from phalanx.errors import BackendError, HookFailed, PhalanxError
+from phalanx.hooks import Hooks, HookStuck
+from phalanx.ports import Backend, Running, SectionContext
+from phalanx.types import Resource, Role
+
+log = logging.getLogger("phalanx.section")
+
+
+class Context(Protocol):
+    """What the section needs of the object that hooks get."""
+
+    cancelled_event: asyncio.Event
+    ready_event: asyncio.Event
+    is_cooperative: bool
+
+
+class Section:
+    """Runs one reign: activate, hold, stand down. ``fence()`` makes the end hard at any moment."""
+
+    def __init__(
+        self,
+        reign: Reign,
+        resources: SectionContext,
+        hooks: Hooks,
+        backend: Backend | None,
+        context: Context,
+        *,
+        on_active_timeout: float,
+        on_passive_timeout: float,
+        on_role: Callable[[Role], None],
+        on_step: Callable[[str, float, str], None],
+    ) -> None:
+        self.reign = reign
+        self._resources, self._hooks, self._backend, self._context = resources, hooks, backend, context
+        self._on_active_timeout, self._on_passive_timeout = on_active_timeout, on_passive_timeout
+        self._on_role, self._on_step = on_role, on_step
+        self._hard = asyncio.Event()
+        self._begun: list[Step] = []
+        self._running: Running | None = None
+        self._active_hook: asyncio.Task[Any] | None = None
+        self.failure: PhalanxError | None = None
+        """Why the section failed by itself; None if somebody asked it to end."""
+        self.active_since: float | None = None
+        self.stuck = asyncio.Event()
+
+    @property
+    def resource_id(self) -> str:
+        """The id under which the keeper knows the section's code inside the node."""
+        return f"{self._resources.app}.{self._resources.epoch}.hooks"
+
+    def fence(self, reason: str) -> None:
+        """End at once, without grace."""
+        self.reign.end(reason)
+        self._hard.set()
+
+    async def run(self) -> None:
+        """From the first step to the end of everything."""
+        try:
+            await self._until(self._activate(), self.reign.ending.wait())
+            if not self.reign.ending.is_set() and self.failure is None:
+                self.active_since = system.now()
+                self._on_role(Role.ACTIVE)
+                await self._hold()
+        finally:
+            await asyncio.shield(self._stand_down())
+
+    async def _until(self, work: Awaitable[None], end: Awaitable[Any]) -> None:
+        """Do *work*, but cancel it when *end* comes first. What it raises is the section's failure."""
+        task, stop = asyncio.ensure_future(work), asyncio.ensure_future(end)
+        try:
+            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not isinstance(error, PhalanxError):
+            log.error("app %s: the section failed", self._resources.app, exc_info=error)
+            error = BackendError(self._resources.app, "start", f"{type(error).__name__}: {error}")
+        self.failure = error
+        self.reign.end(str(error))
+
+    # --- becoming active
+
+    async def _activate(self) -> None:
+        has_hooks = "on_active" in self._hooks or "on_passive" in self._hooks
+        for step in steps(has_backend=self._backend is not None, has_hooks=has_hooks):
+            self._begun.append(step)
+            began = system.now()
+            match step:
+                case Step.REGISTER:
+                    resource = Resource(
+                        "section", self.resource_id, self._resources.app, self._resources.epoch
+                    )
+                    await self._resources.register(resource)
+                case Step.BACKEND:
+                    assert self._backend is not None
+                    self._running = await self._backend.start(self._resources)
+                case Step.ON_ACTIVE:
+                    await self._run_on_active()
+            self._on_step(step, system.now() - began, "")
+
+    async def _run_on_active(self) -> None:
+        if "on_active" not in self._hooks:
+            return
+        async with self._hooks.turn:
+            self._active_hook = hook = self._hooks.start("on_active", self._context)
+            ready = asyncio.create_task(self._context.ready_event.wait())
+            try:
+                done, _ = await asyncio.wait(
+                    {hook, ready}, timeout=self._on_active_timeout, return_when=asyncio.FIRST_COMPLETED
+                )
+            finally:
+                ready.cancel()
+        if hook.done():
+            self._hooks.result("on_active", hook)
+        elif not done:
+            raise HookFailed(
+                self._resources.app,
+                "on_active",
+                f"neither returned nor called ctx.ready() within {self._on_active_timeout:g} s",
+            )
+
+    # --- being active
+
+    async def _hold(self) -> None:
+        """Until somebody asks for the end, or the backend or the hook end by themselves."""
+        ending = asyncio.create_task(self.reign.ending.wait())
+        hook = self._active_hook if self._active_hook is not None and not self._active_hook.done() else None
+        ended = asyncio.ensure_future(self._running.ended) if self._running is not None else None
+        try:
+            while not self.reign.ending.is_set():
+                waits: set[asyncio.Future[Any]] = {ending}
+                waits |= {w for w in (hook, ended) if w is not None}
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                if ended is not None and ended.done():
+                    self._fail(BackendError(self._resources.app, "run", ended.result()))
+                if hook is not None and hook.done():
+                    try:
+                        self._hooks.result("on_active", hook)
+                    except HookFailed as error:
+                        self._fail(error)
+                    hook = None
+        finally:
+            ending.cancel()
+
+    # --- standing down
+
+    async def _stand_down(self) -> None:
+        self._on_role(Role.STANDING_DOWN)
+        self._context.cancelled_event.set()
+        if not (self._hard.is_set() or self.reign.deposed):
+            await self._until(self._undo(graceful=True), self._hard.wait())
+        while True:
+            try:
+                await self._hooks.end_left()
+                await self._undo(graceful=False)
+                return
+            except PhalanxError as error:
+                # The invariant: never "ended" while something runs. The keeper or the node's own end decide.
+                log.critical("app %s: %s", self._resources.app, error)
+                self._on_step("stuck", 0.0, str(error))
+                self.stuck.set()
+            await asyncio.sleep(0.2)
+
+    async def _undo(self, *, graceful: bool) -> None:
+        for undo in undoing(self._begun, graceful=graceful):
+            began = system.now()
+            problem = ""
+            match undo:
+                case Undo.END_ON_ACTIVE:
+                    await self._end_on_active(graceful)
+                case Undo.ON_PASSIVE:
+                    problem = await self._run_on_passive()
+                case Undo.STOP_BACKEND:
+                    await self._stop_backend(graceful)
+                case Undo.UNREGISTER:
+                    self._resources.unregister(self.resource_id)
+            self._forget(undo)
+            self._on_step(undo, system.now() - began, problem)
+
+    def _forget(self, undo: Undo) -> None:
+        undone = {
+            Undo.END_ON_ACTIVE: None,
+            Undo.ON_PASSIVE: Step.ON_ACTIVE,
+            Undo.STOP_BACKEND: Step.BACKEND,
+            Undo.UNREGISTER: Step.REGISTER,
+        }[undo]
+        if undone in self._begun:
+            self._begun.remove(undone)
+
+    async def _end_on_active(self, graceful: bool) -> None:
+        hook = self._active_hook
+        if hook is None:
+            return
+        if not hook.done() and graceful and self._context.is_cooperative:
+            # It watches ctx.cancelled, which is set: let it end in its own way.
+            await asyncio.wait({hook}, timeout=self._on_passive_timeout)
+        if not hook.done():
+            await self._hooks.end("on_active", hook)
+        self._active_hook = None
+
+    async def _run_on_passive(self) -> str:
+        try:
+            await self._hooks.call("on_passive", self._context)
+        except HookStuck:
+            raise
+        except HookFailed as error:
+            return str(error)
+        return ""
+
+    async def _stop_backend(self, graceful: bool) -> None:
+        running = self._running
+        if running is None:
+            return  # its start failed or was cancelled, and left nothing behind
+        if graceful:
+            await running.stop(self.reign.reason)
+        else:
+            await running.kill()
+        self._running = None
