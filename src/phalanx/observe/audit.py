@@ -37,7 +37,7 @@ _MAX_PENDING = 512
 _RETRY_SECONDS = (0.1, 5.0)
 _SKEW_SECONDS = 60.0
 _POLL_SECONDS = 3.0
-_AFTER_WAKE_SECONDS = (0.0, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5)
+_AFTER_WAKE_SECONDS = (0.002, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5)
 """A node hears of an entry before the stream's servers have stored it."""
 _REMEMBERED = 10_000
 
@@ -361,14 +361,12 @@ async def follow_audit(bus: Bus, names: Names, *, since: float | None = None) ->
                 start, start_time = page[-1].revision + 1, None
                 for entry in seen.new_entries(page, since):
                     yield entry
-            elif pauses:
-                await asyncio.sleep(pauses.popleft())
-            else:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(wake.wait(), _POLL_SECONDS)
-                if wake.is_set():
-                    pauses.extend(_AFTER_WAKE_SECONDS)
+                continue
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(wake.wait(), pauses.popleft() if pauses else _POLL_SECONDS)
+            if wake.is_set():
                 wake.clear()
+                pauses = deque(_AFTER_WAKE_SECONDS)
     finally:
         stop_listening()
         await subscription.unsubscribe()
