@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     )
     from phalanx.platform import Platform
     from phalanx.types import AppStatus, Health, Member, NodeStatus, Role
-    from phalanx.version import VERSION as __version__
+    from phalanx.version import VERSION as __version__  # noqa: N811
 
 _WHERE = {
     "phalanx.app": ("ActiveContext", "App", "AppContext", "HealthChange", "LeaderChange"),

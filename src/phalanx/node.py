@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -34,6 +34,8 @@ from phalanx.decide.session import StreamList
 from phalanx.decide.timing import Timing
 from phalanx.errors import (
     BusError,
+    BusTimeout,
+    BusUnavailable,
     IdentityError,
     NodeIdTaken,
     SessionLost,
@@ -50,6 +52,7 @@ from phalanx.version import VERSION
 
 log = logging.getLogger("phalanx.node")
 
+START_PATIENCE_SECONDS = 30.0
 SETUP_LOCK_SECONDS = 30.0
 SETUP_WAIT_SECONDS = 60.0
 STUCK_SECONDS = 10.0
@@ -143,7 +146,7 @@ class Node:
         )
         stack.push_async_callback(self.bus.close)
         stack.callback(self.bus.on_connection(self._on_connection))
-        await self._provision()
+        await self._patiently(self._provision, "set up the platform in NATS")
         delivering = asyncio.create_task(audit.run(self.bus), name="audit delivery")
         stack.push_async_callback(self._end_delivery, delivering)
         await self._watch_platform(stack)
@@ -206,6 +209,21 @@ class Node:
         self.journal.nats(f"server-{kind}", detail, logging.WARNING if kind == "exited" else logging.INFO)
 
     # --- what must exist
+
+    async def _patiently(self, work: Callable[[], Awaitable[None]], what: str) -> None:
+        """Do *work* again while NATS does not answer: a stream that was just made has no leader yet.
+
+        Every step of it reads before it writes, so doing it twice is harmless.
+        """
+        deadline = system.now() + START_PATIENCE_SECONDS
+        while True:
+            try:
+                return await work()
+            except (BusUnavailable, BusTimeout) as error:
+                if system.now() >= deadline:
+                    raise StartError(f"cannot {what}: {error}", "see phalanx doctor") from error
+                log.info("%s; trying again", error)
+            await asyncio.sleep(0.2)
 
     async def _provision(self) -> None:
         await provision.check_nats(self.bus)
@@ -289,7 +307,7 @@ class Node:
         if registered is not None and await provision.stream_info(self.bus, stream) is None:
             raise IdentityError(
                 f"the bucket {bucket!r} of app {app.name!r} is gone, though the app was created once",
-                "restore it from a backup; or accept the loss: see docs/operations.md, 'A bucket has vanished'",
+                "restore it from a backup; or accept the loss: see docs/operations.md",
             )
         await provision.create_stream(
             self.bus,
@@ -435,7 +453,11 @@ class Node:
         self._register.me = session.id
         try:
             self._member = self._describe(session)
-            await self.state.claim_member(self._member, self._register, self.timing.observe + 1.0)
+            member = self._member
+            await self._patiently(
+                lambda: self.state.claim_member(member, self._register, self.timing.observe + 1.0),
+                "take the node id",
+            )
             session.on_change(self._wake.set)
             self.journal.node(
                 "session-established", duration_seconds=system.now() - began, session=str(session.id)
