@@ -115,27 +115,34 @@ class Holder:
         self.streams = streams
         self._slots: dict[str, _Slot] = {name: _Slot() for name in streams.all_streams}
         self._expired = False
+        self._ended = False
+        self._valid_until = NEVER
+        self._kept_until = NEVER
 
     # --- what is so
 
     @property
     def valid_until(self) -> float:
         """The end of the session's validity as known now; -inf before a majority has acknowledged."""
+        return self._valid_until
+
+    def _refresh(self) -> None:
         sent = {name: slot.acked_sent_at for name, slot in self._slots.items()}
-        return self.streams.majority_newest(sent) + self.timing.hold
+        self._valid_until = max(self.streams.majority_newest(sent) + self.timing.hold, self._kept_until)
+        self._ended = self.streams.has_majority(n for n, slot in self._slots.items() if slot.tombstoned)
 
     def is_valid(self, now: float) -> bool:
         """Whether the session is the holder's at *now*. False for good once it was false after true."""
-        if self.valid_until == NEVER or self._expired or self.is_ended:
+        if self._valid_until == NEVER or self._expired or self._ended:
             return False
-        if now >= self.valid_until:
+        if now >= self._valid_until:
             self._expired = True
         return not self._expired
 
     @property
     def is_ended(self) -> bool:
         """Whether a majority of this session's keys are known to be tombstones."""
-        return self.streams.has_majority(name for name, slot in self._slots.items() if slot.tombstoned)
+        return self._ended
 
     @property
     def is_expired(self) -> bool:
@@ -150,9 +157,7 @@ class Holder:
 
     def renewals(self, now: float) -> list[Renewal]:
         """What to send now. Each one counts as in flight until acked, refused or unanswered."""
-        if self.valid_until != NEVER and not self.is_valid(now):
-            return []
-        if self.is_ended:
+        if self._ended or (self._valid_until != NEVER and not self.is_valid(now)):
             return []
         due: list[Renewal] = []
         for name in self.streams.all_streams:
@@ -183,12 +188,13 @@ class Holder:
         if slot is None:
             return
         slot.in_flight = False
-        if revision < slot.revision and not slot.absent_since:
+        if revision < slot.revision and slot.absent_since is None:
             return
         slot.revision = revision
         slot.absent_since = None
         slot.must_read = False
         slot.acked_sent_at = max(slot.acked_sent_at, sent_at)
+        self._refresh()
 
     def on_refused(self, stream: str) -> None:
         """The compare-and-set on *stream* was refused: somebody wrote, or it was our own lost reply."""
@@ -213,6 +219,7 @@ class Holder:
             slot.revision = 0
         elif body.tombstone:
             slot.tombstoned = True
+            self._refresh()
         else:
             # Only this holder writes renewals under this key, so it is an earlier one of ours. It
             # does not count as an acknowledgement: we do not know which sending it was.
@@ -222,11 +229,19 @@ class Holder:
         """The configuration changed. An older generation is ignored."""
         if streams.generation <= self.streams.generation:
             return
+        if streams.streams == self.streams.streams and not self.streams.is_joint:
+            # The first step of a replacement. What a majority of the old list holds stays good until it
+            # runs out: an end needs a majority of the old list too, and nobody counts the new list
+            # alone before this session was seen to use both.
+            self._kept_until = self._valid_until
+        else:
+            self._kept_until = NEVER
         self.streams = streams
         for name in streams.all_streams:
             self._slots.setdefault(name, _Slot())
         for name in set(self._slots) - set(streams.all_streams):
             del self._slots[name]
+        self._refresh()
 
 
 class Tombstone(msgspec.Struct, frozen=True):
@@ -291,6 +306,10 @@ class Observer:
             # The stream's sequence went back: its server lost its last writes.
             heard.resumed_at = now
             known.keys[stream] = _Seen(revision, now, seen.tombstone or body.tombstone, body.generation)
+        else:
+            # The same number: a second delivery, or a new record on a stream whose sequence went back
+            # while we were deaf. Counting from now is safe for both.
+            known.keys[stream] = _Seen(revision, now, seen.tombstone or body.tombstone, body.generation)
         heard.last_revision = max(heard.last_revision, revision)
         return self._check_over([session])
 
@@ -311,12 +330,17 @@ class Observer:
         heard = self._heard.get(stream)
         if heard is None:
             return []
+        if interrupted or now - heard.last_at > self.timing.gap:
+            heard.resumed_at = now
+        heard.last_at = now
         over: list[SessionId] = []
         for session, (revision, body) in keys.items():
             known = self._known.get(session)
             seen = known.keys.get(stream) if known else None
             if seen is not None and revision < seen.revision and seen.received_at >= asked_at:
                 continue  # a newer one came by the watch while this answer was under way
+            if seen is not None and revision == seen.revision and body.tombstone == seen.tombstone:
+                continue  # nothing new: a dead session's last renewal does not become younger by reading it
             over += self.on_record(stream, session, revision, body, now)
         for session, known in self._known.items():
             seen = known.keys.get(stream)
@@ -329,9 +353,6 @@ class Observer:
                 # It was there and is gone: the server lost data. Expect nothing there from now on.
                 heard.resumed_at = now
                 known.keys[stream] = _Seen(0, now)
-        if interrupted:
-            heard.resumed_at = now
-        heard.last_at = now
         return over
 
     def on_interrupted(self, stream: str | None, now: float) -> None:

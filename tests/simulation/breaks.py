@@ -1,0 +1,88 @@
+"""Rule breaks, planted on purpose: the simulator must find each of them.
+
+They live here and not in ``src``: each replaces one decision by a wrong one.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from phalanx.decide.session import Holder, Observer, StreamList, Tombstone
+from phalanx.decide.timing import Timing
+from phalanx.types import SessionId
+
+BREAKS = {
+    "keeper-deadline-from-reply": "the keeper counts a renewal from its reply, not from its sending",
+    "tombstone-without-cas": "tombstones are written whatever the stream holds",
+    "tombstone-into-fresh-stream": "one stale stream is enough to write tombstones into all",
+    "leader-key-before-session-over": "the leader key is taken when its holder looks stale, before it is over",
+    "release-before-kill": "the keeper ends the session first and kills then",
+    "single-list-switch": "a session stream is replaced without the joint list",
+    "renew-after-expiry": "a holder goes on to renew a session whose time has passed",
+    "node-ignores-deadline": "neither node nor keeper ends a section when its session runs out",
+}
+"""Name → what is wrong with it."""
+
+
+class LateHolder(Holder):
+    """Counts from the reply. The driver sets ``reply_at`` before each acknowledgement."""
+
+    reply_at = 0.0
+
+    def on_ack(self, stream: str, sent_at: float, revision: int) -> None:
+        """The break."""
+        super().on_ack(stream, self.reply_at, revision)
+
+
+class UndyingHolder(Holder):
+    """Forgets that its time has passed."""
+
+    def is_valid(self, now: float) -> bool:
+        """The break: only what it is told now counts."""
+        self._expired = False
+        valid = super().is_valid(now)
+        self._expired = False
+        return valid
+
+    def renewals(self, now: float):  # noqa: ANN201
+        """The break: renews whenever asked."""
+        return super().renewals(min(now, self.valid_until - 0.001) if self.valid_until > 0 else now)
+
+
+class HastyObserver(Observer):
+    """Buries everywhere as soon as one stream is stale."""
+
+    def tombstones(self, now: float, *, except_for: SessionId | None = None) -> list[Tombstone]:
+        """The break."""
+        due: list[Tombstone] = []
+        for session, known in self._known.items():
+            if known.over or session == except_for:
+                continue
+            heard = [n for n, h in self._heard.items() if now - h.last_at <= self.timing.gap]
+            if any(now >= self._stale_at(n, known) for n in heard):
+                for name in heard:
+                    seen = known.keys.get(name)
+                    if seen is None or not seen.tombstone:
+                        due.append(Tombstone(name, session, seen.revision if seen else 0))
+        return due
+
+
+class Rules(msgspec.Struct, frozen=True):
+    """Which rule is broken, as the driver asks."""
+
+    broken: str = ""
+
+    @property
+    def no_cas(self) -> bool:
+        """Tombstones without compare-and-set."""
+        return self.broken == "tombstone-without-cas"
+
+    def holder(self, session: SessionId, streams: StreamList, timing: Timing) -> Holder:
+        """The holder to drive."""
+        kind = {"keeper-deadline-from-reply": LateHolder, "renew-after-expiry": UndyingHolder}
+        return kind.get(self.broken, Holder)(session, streams, timing)
+
+    def observer(self, streams: StreamList, timing: Timing, now: float) -> Observer:
+        """The observer to drive."""
+        kind = HastyObserver if self.broken == "tombstone-into-fresh-stream" else Observer
+        return kind(streams, timing, now)

@@ -1,0 +1,395 @@
+"""One machine: its clock, its two processes, and the keeper as ``phalanx.keeper.process`` has it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from phalanx.decide.keeper import Watchdog
+from phalanx.decide.session import Renewal, SessionBody, StreamList
+from phalanx.types import SessionId
+
+from .nats import REFUSED, UNANSWERED
+from .world import Section, World
+
+if TYPE_CHECKING:
+    from .node import Node
+
+PIPE = 0.0003
+"""Seconds between the two ends of the socket pair."""
+
+
+class Host:
+    """A machine. Its clock runs up to 5 % fast or slow and shows anything."""
+
+    def __init__(self, world: World, index: int) -> None:
+        self.world, self.index, self.name = world, index, f"n{index + 1}"
+        self.rate = world.rng.choice((0.95, 1.05, world.rng.uniform(0.95, 1.05)))
+        self.offset = world.rng.uniform(0, 1e6)
+        self.node: Node | None = None
+        self.keeper: Keeper | None = None
+        self.lives = 0
+        self.up = True
+        self.starting = False
+
+    def clock(self) -> float:
+        """What CLOCK_BOOTTIME shows."""
+        return self.offset + self.rate * self.world.now
+
+    def start_soon(self, longest: float = 0.8) -> None:
+        """A supervisor starts the node again, with a new session."""
+        if not self.starting:
+            self.starting = True
+            self.world.after(self.world.rng.uniform(0.1, longest), self._start)
+
+    def _start(self) -> None:
+        from .node import Node
+
+        self.starting = False
+        if not self.up or (self.node is not None and self.node.alive):
+            return
+        self.lives += 1
+        if self.keeper is not None and self.keeper.alive and self.keeper.stopped:
+            self.world.count("new life beside a stopped keeper")
+        self.node = Node(self)
+        self.node.start()
+
+
+class Process:
+    """Something that the kernel runs, stops or kills, with one connection to NATS."""
+
+    kind = "process"
+
+    def __init__(self, host: Host) -> None:
+        self.host, self.world = host, host.world
+        self.nats = host.world.nats
+        self.name = f"{host.name}{'' if self.kind == 'node' else ' keeper'}"
+        self.alive, self.stopped = True, False
+        self.blocked = False
+        self.conn: tuple[int, int] | None = None
+        self._queue: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self._noticing = False
+
+    # --- running
+
+    def run(self, call: Callable[..., None], *args: Any) -> None:
+        """What happens to this process: now, or when it runs again."""
+        if not self.alive:
+            return
+        if self.stopped or self.blocked:
+            self._queue.append((call, args))
+        else:
+            call(*args)
+
+    def timer(self, local_delay: float, call: Callable[..., None], *args: Any) -> None:
+        """Call after that much of this machine's time."""
+        self.world.after(max(0.0, local_delay) / self.host.rate, self.run, call, *args)
+
+    def stop(self) -> None:
+        """SIGSTOP."""
+        self.stopped = True
+
+    def resume(self) -> None:
+        """SIGCONT: all that waited happens, in order."""
+        self.stopped = False
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._queue and self.alive and not self.stopped and not self.blocked:
+            call, args = self._queue.pop(0)
+            call(*args)
+
+    def die(self, how: str) -> None:
+        """SIGKILL, or an exit."""
+        if self.alive:
+            self.alive = False
+            self._queue.clear()
+            self.world.log(self.name, f"dies: {how}")
+            self.on_death(how)
+
+    def on_death(self, how: str) -> None:
+        """What the kernel does then."""
+
+    # --- its connection
+
+    def connect(self) -> None:
+        """Try servers until one takes the connection."""
+        if self.conn is not None or not self.alive:
+            return
+        rng, nats = self.world.rng, self.nats
+        reachable = [s for s in nats.servers if s.up and nats.link[self.host.index][s.index]]
+        if not reachable:
+            self.timer(rng.uniform(0.1, 0.4), self.connect)
+            return
+        server = rng.choice(reachable)
+        self.conn = (server.index, server.life)
+        self.on_connected()
+
+    def notice_break(self) -> None:
+        """The connection broke or stalls: pings or the kernel will say so in a while."""
+        if not self._noticing:
+            self._noticing = True
+            self.world.after(self.world.rng.uniform(0.01, 0.4), self.run, self._break)
+
+    def _break(self) -> None:
+        self._noticing = False
+        if not self.nats.connected(self):  # a link that came back in time was only slow
+            self.disconnect()
+
+    def disconnect(self) -> None:
+        """The connection is gone: get another one."""
+        if self.conn is not None:
+            self.conn = None
+            self.on_disconnected()
+            self.timer(self.world.rng.uniform(0.02, 0.2), self.connect)
+
+    def on_connected(self) -> None:
+        """A connection is there."""
+
+    def on_disconnected(self) -> None:
+        """It is gone."""
+
+
+class Keeper(Process):
+    """Drives a Holder and a Watchdog just as ``keeper/process.py`` and ``keeper/renewing.py`` do."""
+
+    kind = "keeper"
+
+    def __init__(self, node: Node, session: SessionId, streams: StreamList) -> None:
+        super().__init__(node.host)
+        self.node, self.session = node, session
+        timing = self.timing = self.world.timing
+        self.holder = self.world.rules.holder(session, streams, timing)
+        self.watchdog = Watchdog(timing, self.host.clock())
+        self.registered: list[Section] = []
+        self.timeout = max(0.2, min(1.0, timing.ttl / 5))
+        self.established = False
+        self.ending = False
+        self._told = float("-inf")
+        self._next_tick = 0.0
+        self._wake_at = float("inf")
+        self._gone: str | None = None
+        self._release_asked = False
+        self._reading: set[str] = set()
+        self._requests = 0
+
+    # --- what is so
+
+    def holds_now(self) -> bool:
+        """Whether it counts its session as valid at this moment, as far as it has come to look."""
+        if self.ending or not self.established:
+            return False
+        holder = self.holder
+        return not holder.is_ended and not holder.is_expired and self.host.clock() < holder.valid_until
+
+    # --- the loop
+
+    def step(self) -> None:
+        """One round of ``Keeper._hold``."""
+        if self.ending:
+            return
+        holder, now, timing = self.holder, self.host.clock(), self.timing
+        if now >= self._next_tick:
+            self._tick(now)
+            self._next_tick = now + timing.renew_every
+        elif holder.reads():
+            self._read_back()
+        valid = holder.is_valid(now)
+        if valid:
+            self.world.session_held(self.session)
+            if not self.established:
+                self.established = True
+                self._say("on_established")
+            if holder.valid_until > self._told:
+                self._told = holder.valid_until
+                self._say("on_valid_until", self._told)
+        if self._release_asked:
+            self._end("the node says so", kill=False)
+            return
+        if self._gone is not None:
+            self.watchdog.on_gone(self._gone)
+        if self.established and not valid:
+            self._say("on_lost", "ended by others" if holder.is_ended else "no majority in time")
+            self.world.count("sessions lost by their keeper")
+            self._end("session lost", kill=bool(self.registered))
+            return
+        valid_until = holder.valid_until if self.established else now + timing.ttl
+        verdict = self.watchdog.verdict(now, valid_until, has_resources=bool(self.registered))
+        if verdict is not None and self.world.rules.broken == "node-ignores-deadline" and not verdict.release:
+            verdict = None
+        if verdict is not None:
+            self.world.count("fencings by the keeper")
+            self.world.log(self.name, f"fences: {verdict.reason}")
+            self._end(verdict.reason, kill=verdict.release or bool(self.registered))
+            return
+        ends = self._told if valid else self._next_tick
+        self._wake(min(self._next_tick, self.watchdog.next_check(valid_until), ends), now)
+
+    def _wake(self, moment: float, now: float) -> None:
+        at = self.world.now + max(0.001, moment - now) / self.host.rate
+        if at < self._wake_at - 1e-9:
+            self._wake_at = at
+            self.world.at(at, self.run, self._woken, at)
+
+    def _woken(self, at: float) -> None:
+        if at >= self._wake_at - 1e-9:
+            self._wake_at = float("inf")
+            self.step()
+
+    def _tick(self, now: float) -> None:
+        if self.conn is None:
+            return
+        for renewal in self.holder.renewals(now):
+            self._renew(renewal, now)
+        self._read_back()
+
+    def _renew(self, renewal: Renewal, now: float) -> None:
+        body = SessionBody(generation=self.holder.streams.generation)
+        stream, session, revision, nats = renewal.stream, self.session, renewal.revision, self.nats
+        nats.call(
+            self, stream, lambda: nats.put(stream, session, body, revision), self.timeout, self._renewed, stream, now
+        )  # fmt: skip
+
+    def _renewed(self, result: Any, stream: str, sent_at: float) -> None:
+        if self.ending:
+            return
+        if result is UNANSWERED:
+            self.holder.on_unanswered(stream)
+        elif result is REFUSED:
+            self.holder.on_refused(stream)
+        else:
+            if self.world.rules.broken == "keeper-deadline-from-reply":
+                self.holder.reply_at = self.host.clock()  # type: ignore[attr-defined]
+            self.holder.on_ack(stream, sent_at, result)
+        self.step()
+
+    def _read_back(self) -> None:
+        nats, session = self.nats, self.session
+        for stream in self.holder.reads():
+            if stream not in self._reading:
+                self._reading.add(stream)
+                nats.call(self, stream, lambda s=stream: nats.get(s, session), self.timeout, self._read, stream)
+
+    def _read(self, result: Any, stream: str) -> None:
+        self._reading.discard(stream)
+        if self.ending:
+            return
+        if result is not UNANSWERED:
+            revision, body = result if result is not None else (0, None)
+            self.holder.on_read(stream, revision, body, self.host.clock())
+        # Unanswered: asked again at the next tick, so that a dead server is not hammered.
+        if result is not UNANSWERED:
+            self.step()
+
+    # --- the end: kill first, release then
+
+    def _end(self, reason: str, *, kill: bool) -> None:
+        self.ending = True
+        if self.world.rules.broken == "release-before-kill" and kill:
+            self.timer(0.2, self._kill, reason)
+        elif kill:
+            self._kill(reason)
+        self.registered.clear()
+        self._release_until = self.host.clock() + 2 * self.timing.ttl
+        self._buried: set[str] = set()
+        self._revisions = {n: self.holder.revisions().get(n, 0) for n in self.holder.streams.all_streams}
+        self._release()
+
+    def _kill(self, reason: str) -> None:
+        if self.node.alive:
+            if self.node.section is not None:
+                self.world.count("nodes killed by their keeper in an active section")
+            self.node.die(f"killed by its keeper: {reason}")
+
+    def _release(self) -> None:
+        if self.host.clock() >= self._release_until:
+            self.die("could not release")
+            return
+        missing = [name for name in self._revisions if name not in self._buried]
+        self._requests = len(missing)
+        body, nats = SessionBody(self.holder.streams.generation, True, "released", self.name), self.nats
+        for stream in missing:
+            revision = self._revisions[stream]
+            nats.call(
+                self, stream, lambda s=stream, r=revision: nats.put(s, self.session, body, r), self.timeout,
+                self._bury_answer, stream,
+            )  # fmt: skip
+
+    def _bury_answer(self, result: Any, stream: str) -> None:
+        if result is REFUSED:
+            self.nats.call(
+                self, stream, lambda: self.nats.get(stream, self.session), self.timeout, self._bury_read, stream
+            )
+            return
+        if result is not UNANSWERED:
+            self._buried.add(stream)
+        self._bury_done()
+
+    def _bury_read(self, result: Any, stream: str) -> None:
+        if result is not UNANSWERED:
+            if result is not None and result[1].tombstone:
+                self._buried.add(stream)
+            self._revisions[stream] = result[0] if result is not None else 0
+        self._bury_done()
+
+    def _bury_done(self) -> None:
+        self._requests -= 1
+        if self.holder.streams.has_majority(self._buried):
+            self.world.session_over(self.session, self.name)
+            self._say("on_released")
+            self.die("its session is released")
+        elif self._requests == 0:
+            self.timer(0.05, self._release)
+
+    # --- node and keeper
+
+    def _say(self, what: str, *args: Any) -> None:
+        self.world.after(PIPE, self._tell, what, args)
+
+    def _tell(self, what: str, args: tuple[Any, ...]) -> None:
+        if self.node.keeper is self:
+            self.node.run(getattr(self.node, what), *args)
+
+    def on_beat(self) -> None:
+        """Any message of the node."""
+        self.watchdog.on_beat(self.host.clock())
+
+    def on_register(self, section: Section) -> None:
+        """The node is about to start this."""
+        self.on_beat()
+        if not self.ending:
+            self.registered.append(section)
+            self._say("on_registered", section)
+
+    def on_unregister(self, section: Section) -> None:
+        """It has ended."""
+        self.on_beat()
+        if section in self.registered:
+            self.registered.remove(section)
+
+    def on_release(self) -> None:
+        """The node wants the session ended."""
+        self._release_asked = True
+        self.step()
+
+    def on_streams(self, streams: StreamList) -> None:
+        """The list of session streams changed."""
+        self.on_beat()
+        if not self.ending:
+            self.holder.on_streams(streams)
+            self.step()
+
+    def on_node_gone(self, how: str) -> None:
+        """The socket closed, or the process ended."""
+        self._gone = how
+        self.step()
+
+    def on_connected(self) -> None:
+        """Send at once what is due."""
+        self._next_tick = min(self._next_tick, self.host.clock())
+        self.step()
+
+    def on_death(self, how: str) -> None:
+        """The node sees its channel close."""
+        if self.node.alive and self.node.keeper is self:
+            self.world.after(PIPE, self.node.run, self.node.on_keeper_gone)

@@ -1,0 +1,146 @@
+"""Running schedules: one, or many over all cores."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from phalanx.decide.session import StreamList
+from phalanx.decide.timing import Timing
+
+from .breaks import Rules
+from .faults import Plan
+from .host import Host
+from .nats import Nats
+from .world import Outcome, Violation, World
+
+HEAL_BOUND = 14.0
+"""Seconds after the last fault within which somebody must be active again: restart of the processes, an
+election of the bucket, two sessions that expire one after the other."""
+
+BATCH = 50
+
+
+def build(seed: int, broken: str = "", *, tracing: bool = False) -> World:
+    """The platform of one schedule, before it starts."""
+    world = World(seed, Rules(broken), tracing=tracing)
+    rng = world.rng
+    world.timing = Timing.of(2.0, renew_every=rng.choice((0.4, 0.5, 0.5)), stall_limit=rng.choice((0.8, 2.0)))
+    hosts = rng.choice((2, 2, 3, 3, 3, 4, 5))
+    world.nats = Nats(world, hosts, StreamList(1, ("s1", "s2", "s3")))
+    world.hosts = [Host(world, index) for index in range(hosts)]
+    for host in world.hosts:
+        host.start_soon(0.4)
+    return world
+
+
+def _drive(world: World) -> None:
+    chaos_until = world.rng.uniform(5.0, 10.0)
+    plan = Plan(world, 1.2, chaos_until)
+    _resync(world)
+    world.run(chaos_until)
+    world.log("FAULT", "everything is healed")
+    plan.heal()
+    healed = world.now
+
+    def recovered() -> bool:
+        return any(section.node.alive and section.state == "active" for section in world.active)
+
+    if not world.run(healed + HEAL_BOUND, recovered):
+        world.fail("G9", f"nobody is active {HEAL_BOUND} s after everything was healed")
+    world.count("recoveries checked")
+    for host in world.hosts:
+        if host.node is not None and host.node.alive:
+            host.node.run(host.node.take_over_repair)
+    world.run(world.now + 0.4)
+
+
+def _resync(world: World) -> None:
+    for host in world.hosts:
+        if host.node is not None and host.node.alive:
+            host.node.run(host.node.resync)
+    world.after(world.rng.uniform(3.0, 5.0), _resync, world)
+
+
+def run_one(seed: int, broken: str = "", *, tracing: bool = False) -> Outcome:
+    """One schedule, from its seed."""
+    world = build(seed, broken, tracing=tracing)
+    outcome = Outcome(seed)
+    try:
+        _drive(world)
+    except Violation as violation:
+        outcome.violation, outcome.promise = str(violation), violation.promise
+    outcome.counts, outcome.seconds = world.counts, world.now
+    outcome.lines = world.lines or []
+    return outcome
+
+
+def digest(outcome: Outcome) -> int:
+    """A number that differs when two traces differ."""
+    return zlib.crc32("\n".join(outcome.lines).encode())
+
+
+@dataclass
+class Summary:
+    """What many schedules came to. ``coverage``: in how many schedules something happened."""
+
+    schedules: int = 0
+    coverage: Counter[str] = field(default_factory=Counter)
+    violations: list[Outcome] = field(default_factory=list)
+    virtual_seconds: float = 0.0
+    seconds: float = 0.0
+
+
+def _batch(work: tuple[int, int, str]) -> tuple[int, Counter[str], list[Outcome], float]:
+    first, number, broken = work
+    coverage: Counter[str] = Counter()
+    violations: list[Outcome] = []
+    virtual = 0.0
+    for seed in range(first, first + number):
+        outcome = run_one(seed, broken)
+        coverage.update(outcome.counts.keys())
+        virtual += outcome.seconds
+        if outcome.violation:
+            violations.append(outcome)
+    return number, coverage, violations, virtual
+
+
+def run_many(
+    first: int,
+    number: int,
+    jobs: int,
+    broken: str = "",
+    *,
+    seconds: float = 0.0,
+    stop_at: int = 1,
+    progress: Callable[[Summary], None] = lambda summary: None,
+) -> Summary:
+    """Schedules *first* … over *jobs* processes, until *stop_at* violations, or *seconds* have passed."""
+    summary, began = Summary(), time.monotonic()
+
+    def batches() -> Iterator[tuple[int, int, str]]:
+        for at in range(first, first + number, BATCH):
+            yield at, min(BATCH, first + number - at), broken
+
+    def take(results: Iterator[tuple[int, Counter[str], list[Outcome], float]]) -> None:
+        for done, coverage, violations, virtual in results:
+            summary.schedules += done
+            summary.coverage += coverage
+            summary.violations += violations
+            summary.virtual_seconds += virtual
+            summary.seconds = time.monotonic() - began
+            progress(summary)
+            if len(summary.violations) >= stop_at or 0 < seconds <= summary.seconds:
+                return
+
+    if jobs <= 1:
+        take(map(_batch, batches()))
+    else:
+        with multiprocessing.get_context("fork").Pool(jobs) as pool:
+            take(pool.imap(_batch, batches()))
+    summary.seconds = time.monotonic() - began
+    return summary

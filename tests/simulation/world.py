@@ -1,0 +1,175 @@
+"""Virtual time, the trace, and the promises that are checked after every step."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from phalanx.decide.timing import Timing
+from phalanx.types import SessionId
+
+from .breaks import Rules
+
+if TYPE_CHECKING:
+    from .host import Host
+    from .nats import Nats
+    from .node import Node
+
+
+class Violation(Exception):
+    """A promise was broken. ``promise`` is G1 … or the name of an invariant."""
+
+    def __init__(self, promise: str, text: str, at: float) -> None:
+        super().__init__(f"{promise} at {at:.4f} s: {text}")
+        self.promise, self.text, self.at = promise, text, at
+
+
+@dataclass(slots=True, eq=False)
+class Section:
+    """One active section: from when it may do its first work to when it can do none any more."""
+
+    node: Node
+    epoch: int
+    state: str = "starting"
+    began: float = -1.0
+    excused: bool = False
+    """Another one began while this one's host could neither run it nor end it (frozen, both stopped)."""
+
+
+class World:
+    """One schedule: the clock of true time, the parts, what is true about them."""
+
+    def __init__(self, seed: int, rules: Rules, *, tracing: bool = False) -> None:
+        self.seed, self.rules, self.rng = seed, rules, Random(seed)
+        self.now = 0.0
+        self.lines: list[str] | None = [] if tracing else None
+        self.counts: dict[str, int] = {}
+        self.timing = Timing()
+        self.hosts: list[Host] = []
+        self.nats: Nats
+        self.disturbances = 0
+        """How many faults have begun or ended so far: lets a check see that nothing happened between."""
+        self.faults_active = 0
+        self.active: list[Section] = []
+        self.last_epoch = 0
+        self.last_fenced = 0
+        self.over_at: dict[SessionId, float] = {}
+        self.digest = 0
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._number = 0
+
+    # --- time
+
+    def at(self, when: float, call: Callable[..., None], *args: Any) -> None:
+        """Call at that moment of true time; in the order of the requests where moments are equal."""
+        self._number += 1
+        heapq.heappush(self._heap, (when, self._number, call, args))
+
+    def after(self, delay: float, call: Callable[..., None], *args: Any) -> None:
+        """Call that much later."""
+        self._number += 1
+        heapq.heappush(self._heap, (self.now + delay, self._number, call, args))
+
+    def run(self, until: float, stop: Callable[[], bool] | None = None) -> bool:
+        """Advance; True when *stop* said so before *until*."""
+        heap, pop = self._heap, heapq.heappop
+        while heap and heap[0][0] <= until:
+            self.now, _, call, args = pop(heap)
+            call(*args)
+            if stop is not None and stop():
+                return True
+        self.now = until
+        return False
+
+    # --- the record
+
+    def log(self, who: str, text: str) -> None:
+        """One line of the trace."""
+        if self.lines is not None:
+            self.lines.append(f"{self.now:9.4f}  {who:<10} {text}")
+
+    def count(self, what: str) -> None:
+        """Coverage: this happened."""
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+    def fail(self, promise: str, text: str) -> None:
+        """A promise is broken."""
+        self.log("VIOLATION", f"{promise}: {text}")
+        raise Violation(promise, text, self.now)
+
+    # --- what must hold
+
+    def start_section(self, section: Section) -> None:
+        """G1 and G2, where a section begins."""
+        node = section.node
+        for other in self.active:
+            if other.node.may_work and (other.node.keeper_runs or not other.node.blocked):
+                self.fail(
+                    "G1",
+                    f"{node.name} begins at epoch {section.epoch} while {other.node.name} is active at {other.epoch}",
+                )
+            if other.node.keeper_runs:
+                self.fail(
+                    "G1",
+                    f"{node.name} begins at epoch {section.epoch}; {other.node.name}, stopped, still has epoch "
+                    f"{other.epoch} and its keeper runs",
+                )
+            self.count(
+                "excused: loop blocked and no keeper" if other.node.blocked else "excused: both were stopped"
+            )
+            other.excused = True
+        if section.epoch <= self.last_epoch:
+            self.fail("G2", f"epoch {section.epoch} begins after epoch {self.last_epoch}")
+        if self.last_epoch:
+            self.count("leader changes")
+        self.last_epoch = section.epoch
+        section.state, section.began = "active", self.now
+        self.active.append(section)
+        self.log(node.name, f"ACTIVE at epoch {section.epoch}")
+
+    def end_section(self, section: Section, how: str) -> None:
+        """Nothing of it runs any more."""
+        section.state = "ended"
+        if section in self.active:
+            self.active.remove(section)
+            self.log(section.node.name, f"active section of epoch {section.epoch} ended: {how}")
+
+    def session_over(self, session: SessionId, by: str) -> None:
+        """An observer or a holder finds *session* over: from now on it must be so for its holder."""
+        if session not in self.over_at:
+            self.over_at[session] = self.now
+            self.count("sessions ended")
+            self.log(by, f"session {session} is over")
+            for host in self.hosts:
+                keeper = host.keeper
+                if keeper is not None and keeper.alive and keeper.session == session and keeper.holds_now():
+                    self.fail("session", f"{by} finds {session} over while its holder holds it")
+
+    def session_held(self, session: SessionId) -> None:
+        """A holder considers itself valid right now."""
+        if session in self.over_at:
+            self.fail("session", f"the holder of {session} considers it valid though it is over")
+
+    def fenced_write(self, epoch: int, key_revision: int, accepted: bool) -> None:
+        """G2 at the server: what it accepts is of the present epoch, and epochs never go back."""
+        if accepted and (epoch != key_revision or epoch < self.last_fenced):
+            self.fail("G2", f"a write of epoch {epoch} was accepted at {key_revision} after {self.last_fenced}")
+        if accepted:
+            self.last_fenced = epoch
+        else:
+            self.count("fenced writes refused")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one schedule came to."""
+
+    seed: int
+    violation: str = ""
+    promise: str = ""
+    counts: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    lines: list[str] = field(default_factory=list)
