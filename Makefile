@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.set-up
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation
 N ?= 100000
 ARGS ?=
 
@@ -18,15 +19,17 @@ help: ## this list
 setup: $(STAMP) ## build .venv (PYTHON=python3.12 chooses the Python)
 
 # All output goes to standard error, so that `make -s bench` prints nothing but its results.
-$(STAMP): requirements-dev.txt pyproject.toml
+# What builds packages comes first, since without build isolation pip fetches nothing that has no hash here.
+$(STAMP): requirements-dev.txt requirements-build.txt pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; install Python 3.11 or later, or name one: make PYTHON=…" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
 	  "Phalanx needs Python 3.11 or later; $(PYTHON) is %d.%d. Name another one: make PYTHON=python3.12 …" % v[:2])' >&2
 	@rm -f $(STAMP)
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) >&2 || \
 	  { echo "no environment could be made; on Debian: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
-	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt >&2
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . >&2
+	$(PIP) --require-hashes -r requirements-build.txt >&2
+	$(PIP) --require-hashes -r requirements-dev.txt >&2
+	$(PIP) --no-deps -e . >&2
 	@touch $(STAMP)
 
 demo: $(STAMP) ## a cluster on this machine; watch its failovers

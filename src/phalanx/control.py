@@ -40,10 +40,14 @@ class StepDownReply(msgspec.Struct, frozen=True, omit_defaults=True):
 class ControlledNode(Protocol):
     """What the control needs of its node."""
 
-    bus: Bus
-    names: Names
-    node: str
-    apps: dict[str, App]
+    @property
+    def bus(self) -> Bus: ...
+    @property
+    def names(self) -> Names: ...
+    @property
+    def node(self) -> str: ...
+    @property
+    def apps(self) -> dict[str, App]: ...
 
     def status(self) -> NodeStatus: ...
 

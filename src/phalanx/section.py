@@ -207,7 +207,7 @@ class Section:
             Undo.STOP_BACKEND: Step.BACKEND,
             Undo.UNREGISTER: Step.REGISTER,
         }[undo]
-        if undone in self._begun:
+        if undone is not None and undone in self._begun:
             self._begun.remove(undone)
 
     async def _end_on_active(self, graceful: bool) -> None:

@@ -111,16 +111,16 @@ class _Subscription:
 
     def __init__(
         self,
-        bus: NatsBus,
         subject: str,
         queue: str,
         on_message: Callable[[Message], Awaitable[None] | None],
+        on_ended: Callable[[_Subscription], None],
     ) -> None:
-        self._bus, self.subject, self.queue, self._on_message = bus, subject, queue, on_message
+        self.subject, self.queue, self._on_message, self._on_ended = subject, queue, on_message, on_ended
         self._inner: NatsSubscription | None = None
 
     async def attach(self, client: Client) -> None:
-        self._inner = await client.subscribe(self.subject, queue=self.queue, cb=self._deliver)
+        self._inner = await _subscribe(client, self.subject, self._deliver, queue=self.queue)
 
     async def _deliver(self, msg: Msg) -> None:
         try:
@@ -132,7 +132,7 @@ class _Subscription:
 
     async def unsubscribe(self) -> None:
         inner, self._inner = self._inner, None
-        self._bus._forget(self)
+        self._on_ended(self)
         if inner is not None:
             with contextlib.suppress(NatsError):
                 await inner.unsubscribe()
@@ -202,7 +202,7 @@ class NatsBus:
             **_tls(self._options),
         )
         self._inbox = client.new_inbox()
-        await client.subscribe(f"{self._inbox}.*", cb=self._on_reply)
+        await _subscribe(client, f"{self._inbox}.*", self._on_reply)
         for subscription in list(self._subscriptions):
             await subscription.attach(client)
         await client.flush(timeout=2)
@@ -478,7 +478,7 @@ class NatsBus:
         self._gathering.add(queue)
         records: list[Record] = []
         try:
-            answers = await client.subscribe(inbox, cb=keep)
+            answers = await _subscribe(client, inbox, keep)
             try:
                 async with asyncio.timeout(timeout):
                     await client.publish(f"$JS.API.DIRECT.GET.{stream}", _encode(request), reply=inbox)
@@ -549,7 +549,7 @@ class NatsBus:
 
         inbox = client.new_inbox()
         try:
-            subscription = await client.subscribe(inbox, cb=keep)
+            subscription = await _subscribe(client, inbox, keep)
             try:
                 await client.publish(subject, data, reply=inbox)
                 with contextlib.suppress(TimeoutError):
@@ -564,7 +564,7 @@ class NatsBus:
         self, subject: str, on_message: Callable[[Message], Awaitable[None] | None], *, queue: str = ""
     ) -> _Subscription:
         """See :meth:`phalanx.ports.Bus.subscribe`."""
-        subscription = _Subscription(self, subject, queue, on_message)
+        subscription = _Subscription(subject, queue, on_message, self._subscriptions.discard)
         self._subscriptions.add(subscription)
         try:
             await subscription.attach(self._client)
@@ -574,9 +574,6 @@ class NatsBus:
                 raise BusError(f"subscribe {subject}", _plain(error)) from error
             # The client is being replaced; the new one takes this subscription with the others.
         return subscription
-
-    def _forget(self, subscription: _Subscription) -> None:
-        self._subscriptions.discard(subscription)
 
     async def api(self, subject: str, request: Mapping[str, Any], *, timeout: float = 5.0) -> dict[str, Any]:
         """See :meth:`phalanx.ports.Bus.api`."""
@@ -591,6 +588,13 @@ class NatsBus:
 
 
 # --- small things
+
+
+async def _subscribe(
+    client: Client, subject: str, on_message: Callable[[Msg], Awaitable[None]], *, queue: str = ""
+) -> NatsSubscription:
+    untyped: Any = client  # parts of this method's types are unknown in nats-py
+    return cast("NatsSubscription", await untyped.subscribe(subject, queue=queue, cb=on_message))
 
 
 def _expire(future: asyncio.Future[Msg], operation: str, timeout: float) -> None:

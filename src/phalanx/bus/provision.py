@@ -222,14 +222,17 @@ async def place_session_stream(bus: Bus, names: Names, stream: str, avoid: set[s
     again. Only an empty stream, which no list names yet, is ever deleted.
     """
     for _ in range(PLACEMENT_TRIES):
-        info = await create_stream(bus, session_config(names, stream))
-        server = str((info.get("cluster") or {}).get("leader", ""))
+        server = _leader(await create_stream(bus, session_config(names, stream)))
         if server and server not in avoid:
             return server
         if not server:
-            info = await stream_info(bus, stream) or {}
-            server = str((info.get("cluster") or {}).get("leader", ""))
+            server = _leader(await stream_info(bus, stream) or {})
             if server and server not in avoid:
                 return server
         await bus.api(f"STREAM.DELETE.{stream}", {})
     return None
+
+
+def _leader(info: dict[str, Any]) -> str:
+    cluster: dict[str, Any] = info.get("cluster") or {}
+    return str(cluster.get("leader") or "")

@@ -109,7 +109,8 @@ class Repair:
             info: dict[str, Any] = await self._bus.api(f"STREAM.INFO.{stream}", {}, timeout=1.0)
         except BusError:
             return None
-        return str((info.get("cluster") or {}).get("leader") or "") or None
+        cluster: dict[str, Any] = info.get("cluster") or {}
+        return str(cluster.get("leader") or "") or None
 
     async def _begin(self, streams: StreamList, lost: str, used: set[str]) -> None:
         numbers = [self._names.session_number(name) for name in streams.all_streams]

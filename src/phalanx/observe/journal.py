@@ -106,7 +106,9 @@ class Journal:
         **details: str,
     ) -> None:
         """Something about the node itself."""
-        self._audit.record("node", action, reason=reason, duration_seconds=duration_seconds, **details)
+        self._audit.record(
+            "node", action, reason=reason, duration_seconds=duration_seconds, epoch=0, app="", **details
+        )
         shown = " ".join(f"{key}={value}" for key, value in details.items())
         log.log(
             level, "node: %s%s%s", action, f": {reason}" if reason else "", f" ({shown})" if shown else ""
@@ -121,5 +123,7 @@ class Journal:
 
     def platform(self, action: str, reason: str = "", level: int = logging.INFO, **details: str) -> None:
         """A decision about the platform as a whole."""
-        self._audit.record("platform", action, reason=reason, **details)
+        self._audit.record(
+            "platform", action, reason=reason, duration_seconds=None, epoch=0, app="", **details
+        )
         log.log(level, "platform: %s%s", action, f": {reason}" if reason else "")

@@ -84,9 +84,10 @@ def violations(events: list[Event]) -> list[str]:
         before = latest.get(section.app)
         if before is not None:
             if section.begin < before.end:
+                early_ms = 1000 * (before.end - section.begin)
                 problems.append(
-                    f"app {section.app}: {section.node} (epoch {section.epoch}) began at {section.begin:.4f}, "
-                    f"{1000 * (before.end - section.begin):.1f} ms before {before.node} (epoch {before.epoch}) ended"
+                    f"app {section.app}: {section.node} (epoch {section.epoch}) began {section.begin:.4f}, "
+                    f"{early_ms:.1f} ms before {before.node} (epoch {before.epoch}) ended"
                 )
             if section.epoch <= before.epoch:
                 problems.append(

@@ -7,9 +7,10 @@ where the node is comes from ``PHALANX_NODE``, ``PHALANX_DATA``, ``PHALANX_NATS`
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -32,7 +33,7 @@ class Settings(msgspec.Struct, kw_only=True):
     urls: tuple[str, ...] = ()
     server_name: str = ""
     embedded: dict[str, Any] | None = None
-    replicas: int | None = None
+    replicas: Literal[1, 3, 5] | None = None
     fault: str = "none"
     fault_file: str = ""
     fault_node: str = ""
@@ -53,16 +54,14 @@ async def _work(settings: Settings, history: History, app: App, ctx: ActiveConte
         while True:
             await asyncio.sleep(settings.tick_seconds)
             history.record("tick", ctx.node, app.name, ctx.epoch)
-            if settings.fault == "block" and mine and os.path.exists(settings.fault_file):
+            if settings.fault == "block" and mine and os.path.exists(settings.fault_file):  # noqa: ASYNC240
                 os.unlink(settings.fault_file)
                 history.record("blocking", ctx.node, app.name, ctx.epoch)
                 time.sleep(60)  # noqa: ASYNC251 - that is the fault
     except asyncio.CancelledError:
         while settings.fault == "deaf" and mine:
-            try:
+            with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(settings.tick_seconds)
-            except asyncio.CancelledError:
-                pass
             history.record("tick", ctx.node, app.name, ctx.epoch)
         history.record("passive", ctx.node, app.name, ctx.epoch)
         raise
