@@ -242,8 +242,11 @@ class Election:
         try:
             revision = await self._bus.write(self._leader_subject, _encode(body), expect=epoch, timeout=1.0)
         except WrongRevision:
-            self._unreleased = None  # replaced, or released by an attempt whose reply was lost
-            await self._read_leader()
+            # Replaced, or released by an attempt whose reply was lost; but a refusal proves nothing. While
+            # the key is still at our epoch it must not be forgotten: the same reign would begin again.
+            if not await self._read_leader() or self.leader.revision == epoch:
+                return False
+            self._unreleased = None
             return True
         except BusError as error:
             log.warning("app %s: releasing epoch %d: %s", self._app, epoch, error)
