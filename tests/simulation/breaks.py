@@ -5,6 +5,8 @@ They live here and not in ``src``: each replaces one decision by a wrong one.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from phalanx.decide.session import Holder, Observer, StreamList, Tombstone
@@ -18,7 +20,7 @@ BREAKS = {
     "leader-key-before-session-over": "the leader key is taken when its holder looks stale, before it is over",
     "release-before-kill": "the keeper ends the session first and kills then",
     "single-list-switch": "a session stream is replaced without the joint list",
-    "renew-after-expiry": "a holder goes on to renew a session whose time has passed",
+    "expiry-from-first-stream": "a session counts as over as soon as one of its keys is a tombstone",
     "node-ignores-deadline": "neither node nor keeper ends a section when its session runs out",
 }
 """Name → what is wrong with it."""
@@ -32,21 +34,6 @@ class LateHolder(Holder):
     def on_ack(self, stream: str, sent_at: float, revision: int) -> None:
         """The break."""
         super().on_ack(stream, self.reply_at, revision)
-
-
-class UndyingHolder(Holder):
-    """Forgets that its time has passed."""
-
-    def is_valid(self, now: float) -> bool:
-        """The break: only what it is told now counts."""
-        self._expired = False
-        valid = super().is_valid(now)
-        self._expired = False
-        return valid
-
-    def renewals(self, now: float):  # noqa: ANN201
-        """The break: renews whenever asked."""
-        return super().renewals(min(now, self.valid_until - 0.001) if self.valid_until > 0 else now)
 
 
 class HastyObserver(Observer):
@@ -67,6 +54,19 @@ class HastyObserver(Observer):
         return due
 
 
+class CredulousObserver(Observer):
+    """Takes one tombstone for the end."""
+
+    def _check_over(self, sessions: Iterable[SessionId]) -> list[SessionId]:
+        newly: list[SessionId] = []
+        for session in sessions:
+            known = self._known[session]
+            if not known.over and any(seen.tombstone for seen in known.keys.values()):
+                known.over = True
+                newly.append(session)
+        return newly
+
+
 class Rules(msgspec.Struct, frozen=True):
     """Which rule is broken, as the driver asks."""
 
@@ -79,10 +79,10 @@ class Rules(msgspec.Struct, frozen=True):
 
     def holder(self, session: SessionId, streams: StreamList, timing: Timing) -> Holder:
         """The holder to drive."""
-        kind = {"keeper-deadline-from-reply": LateHolder, "renew-after-expiry": UndyingHolder}
-        return kind.get(self.broken, Holder)(session, streams, timing)
+        kind = LateHolder if self.broken == "keeper-deadline-from-reply" else Holder
+        return kind(session, streams, timing)
 
     def observer(self, streams: StreamList, timing: Timing, now: float) -> Observer:
         """The observer to drive."""
-        kind = HastyObserver if self.broken == "tombstone-into-fresh-stream" else Observer
-        return kind(streams, timing, now)
+        kinds = {"tombstone-into-fresh-stream": HastyObserver, "expiry-from-first-stream": CredulousObserver}
+        return kinds.get(self.broken, Observer)(streams, timing, now)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .host import Host, Process
 from .node import Node
+from .world import Section
 
 if TYPE_CHECKING:
     from .world import World
@@ -146,14 +147,46 @@ def stepdown(world: World) -> Undo:
     """An operator hands the app over."""
     if world.active:
         node = world.active[-1].node
+        _expect_hand_over(world, node)
         node.run(node.hand_over)
     return _nothing
+
+
+def _expect_hand_over(world: World, node: Node) -> None:
+    """G10: with nothing else wrong, a named successor is active soon after the old section's end."""
+    nats, section = world.nats, node.section
+    others = [h.node for h in world.hosts if h.node is not None and h.node is not node]
+    calm = (
+        world.faults_active == 1
+        and world.now >= nats.bucket.ready_at + 1.5
+        and section is not None
+        and section.state == "active"
+        and node.may_work
+        and not node.blocked
+        and bool(others)
+        and all(n.settled_since() > 2.5 for n in (node, *others))
+        and node.end_takes < 0.5
+    )
+    if calm and section is not None:
+        world.after(node.end_takes / 0.95 + 0.3, _must_be_handed_over, world, section, world.disturbances)
+
+
+def _must_be_handed_over(world: World, old: Section, since: int) -> None:
+    if world.disturbances != since:
+        return
+    successor, now = old.successor, world.active
+    if successor is None:
+        world.fail("G10", f"{old.node.name} named no successor although the others were healthy")
+    if not now or now[-1].epoch <= old.epoch or now[-1].node.host.name != successor:
+        world.fail("G10", f"{old.node.name} named {successor}, who is not active soon after")
+    world.count("G10 checked")
 
 
 def sigterm(world: World) -> Undo:
     """A node is told to end."""
     node = victim(world).node
     if node is not None:
+        _expect_hand_over(world, node)
         node.run(node.terminate)
     return _nothing
 

@@ -51,6 +51,7 @@ class Node(Process):
         self._revisions: dict[tuple[str, SessionId], int] = {}
         self._burying: set[tuple[str, SessionId]] = set()
         self._disconnected_at: float | None = None
+        self._connected_at = self.world.now
         self._tick_at = float("inf")
         self._repair: tuple[str, StreamList, float] | None = None
 
@@ -69,6 +70,20 @@ class Node(Process):
     def session_valid(self) -> bool:
         """As far as this node was told."""
         return self.ready and not self.ended and self.host.clock() < self.valid_until
+
+    def settled_since(self) -> float:
+        """How long nothing has been wrong with this node and its keeper; 0 if something is."""
+        fine = (
+            self.alive
+            and self.may_work
+            and not self.blocked
+            and self.keeper_runs
+            and self.session_valid()
+            and not self.stopping
+            and not self._asked
+            and self.nats.connected(self)
+        )
+        return self.world.now - self._connected_at if fine else 0.0
 
     # --- start
 
@@ -332,6 +347,7 @@ class Node(Process):
     def on_connected(self) -> None:
         """All watches were interrupted; the leader key must be verified."""
         self._disconnected_at = None
+        self._connected_at = self.world.now
         if self.observer is None:
             return
         self.world.count("watch restarts")
@@ -496,7 +512,7 @@ class Node(Process):
     def _verified(self, record: Any) -> None:
         self._busy = False
         if record is UNANSWERED:
-            self.timer(RETRY, self.step)
+            self._retry()
             return
         self._verify = False
         if self.reign is not None and record.revision != self.reign:
@@ -540,7 +556,7 @@ class Node(Process):
         if section is None or section.state == "ending":
             return
         self.world.log(self.name, f"ends its section: {reason}")
-        self.successor = successor
+        self.successor = section.successor = successor
         if section.state == "starting":
             self._over(section)
             return
@@ -571,18 +587,35 @@ class Node(Process):
     def _released(self, result: Any, epoch: int, successor: str | None) -> None:
         self._busy = False
         if result is UNANSWERED:
-            self.timer(RETRY, self.step)
-            return
-        self._unreleased = None
-        if result is REFUSED:
-            self.ask("bucket", interrupted=False)
+            self._retry()
+        elif result is REFUSED:
+            # It proves nothing: read before this is taken for done.
+            self._busy = True
+            self.nats.call(self, None, lambda: self.nats.bucket.leader, RPC_TIMEOUT, self._release_read, epoch)
         else:
             if successor is not None:
                 self.world.count("hand-overs to a named successor")
             self._learn(LeaderRecord(result, None, successor))
+            self._release_done()
+
+    def _release_read(self, record: Any, epoch: int) -> None:
+        self._busy = False
+        if record is not UNANSWERED:
+            self._learn(record)
+        if record is UNANSWERED or self.leader.revision == epoch:
+            self._retry()
+        else:
+            self._release_done()
+
+    def _release_done(self) -> None:
+        self._unreleased = None
         if self.stopping:
             self.leave()
         self.step()
+
+    def _retry(self) -> None:
+        self._busy = True
+        self.timer(RETRY, self._idle)
 
     def hand_over(self) -> None:
         """An operator's stepdown: the successor is named while the old section is still active."""

@@ -29,7 +29,7 @@ def build(seed: int, broken: str = "", *, tracing: bool = False) -> World:
     """The platform of one schedule, before it starts."""
     world = World(seed, Rules(broken), tracing=tracing)
     rng = world.rng
-    world.timing = Timing.of(2.0, renew_every=rng.choice((0.4, 0.5, 0.5)), stall_limit=rng.choice((0.8, 2.0)))
+    world.timing = Timing.of(2.0, renew_every=rng.choice((0.5,) * 8 + (0.4,) * 3 + (0.2,)), stall_limit=rng.choice((0.8, 2.0)))
     hosts = rng.choice((2, 2, 3, 3, 3, 4, 5))
     world.nats = Nats(world, hosts, StreamList(1, ("s1", "s2", "s3")))
     world.hosts = [Host(world, index) for index in range(hosts)]

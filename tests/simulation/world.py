@@ -35,6 +35,8 @@ class Section:
     epoch: int
     state: str = "starting"
     began: float = -1.0
+    successor: str | None = None
+    """Whom its node named, before it ended."""
     excused: bool = False
     """Another one began while this one's host could neither run it nor end it (frozen, both stopped)."""
 

@@ -272,7 +272,6 @@ class _Heard:
     resumed_at: float
     """Nothing received on this stream before this moment counts: the watch was interrupted."""
     last_at: float
-    last_revision: int = 0
 
 
 class Observer:
@@ -281,6 +280,7 @@ class Observer:
     def __init__(self, streams: StreamList, timing: Timing, now: float) -> None:
         self.streams = streams
         self.timing = timing
+        self._gap, self._observe = timing.gap, timing.observe
         self._heard = {name: _Heard(now, NEVER) for name in streams.all_streams}
         self._known: dict[SessionId, _Known] = {}
 
@@ -293,25 +293,19 @@ class Observer:
         heard = self._heard.get(stream)
         if heard is None:
             return []
-        if now - heard.last_at > self.timing.gap:
+        if now - heard.last_at > self._gap:
             heard.resumed_at = now  # silent for too long: whatever was sent meanwhile was not received
         heard.last_at = now
         known = self._known.setdefault(session, _Known(now))
         seen = known.keys.get(stream)
-        if seen is None or revision > seen.revision:
-            # A tombstone stays one, even if its server loses it: ended is ended.
-            buried = body.tombstone or (seen is not None and seen.tombstone)
-            known.keys[stream] = _Seen(revision, now, buried, body.generation)
-        elif revision < seen.revision:
-            # The stream's sequence went back: its server lost its last writes.
-            heard.resumed_at = now
-            known.keys[stream] = _Seen(revision, now, seen.tombstone or body.tombstone, body.generation)
-        else:
-            # The same number: a second delivery, or a new record on a stream whose sequence went back
-            # while we were deaf. Counting from now is safe for both.
-            known.keys[stream] = _Seen(revision, now, seen.tombstone or body.tombstone, body.generation)
-        heard.last_revision = max(heard.last_revision, revision)
-        return self._check_over([session])
+        if seen is not None and revision < seen.revision:
+            heard.resumed_at = now  # the stream's sequence went back: its server lost its last writes
+        # The same number again is a second delivery, or a new record on a stream whose sequence went back
+        # while we were deaf: counting from now is safe for both. And a tombstone stays one, even if its
+        # server loses it: ended is ended.
+        buried = body.tombstone or (seen is not None and seen.tombstone)
+        known.keys[stream] = _Seen(revision, now, buried, body.generation)
+        return self._check_over([session]) if buried else []
 
     def on_catch_up(
         self,
@@ -330,7 +324,7 @@ class Observer:
         heard = self._heard.get(stream)
         if heard is None:
             return []
-        if interrupted or now - heard.last_at > self.timing.gap:
+        if interrupted or now - heard.last_at > self._gap:
             heard.resumed_at = now
         heard.last_at = now
         over: list[SessionId] = []
@@ -425,7 +419,7 @@ class Observer:
         heard = self._heard[stream]
         seen = known.keys.get(stream)
         since = seen.received_at if seen else known.first_seen_at
-        return max(since, heard.resumed_at) + self.timing.observe
+        return max(since, heard.resumed_at) + self._observe
 
     def tombstones(self, now: float, *, except_for: SessionId | None = None) -> list[Tombstone]:
         """The tombstones to write now, for every session that has gone stale by majority."""
@@ -438,7 +432,7 @@ class Observer:
                 name
                 for name, heard in self._heard.items()
                 if name not in buried
-                and now - heard.last_at <= self.timing.gap
+                and now - heard.last_at <= self._gap
                 and now >= self._stale_at(name, known)
             ]
             # A session that somebody began to end is finished off as soon as the rest is stale.
