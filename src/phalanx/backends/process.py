@@ -1,0 +1,341 @@
+"""A program as backend: in a session of its own, known to the keeper before it runs, all of it gone after.
+
+The invariant: from before the spawn until nothing of it runs, the keeper has the marker by which every
+process of the section can be found and killed. It is taken back only after a scan that found nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import pwd
+import secrets
+import shutil
+import signal
+from collections.abc import Mapping
+from functools import partial
+
+import msgspec
+
+from phalanx import child, system
+from phalanx.config import Check, Process
+from phalanx.errors import BackendError
+from phalanx.ports import Running, SectionContext
+from phalanx.probes import CheckFailed, Probe
+from phalanx.types import Resource
+
+log = logging.getLogger("phalanx.backend")
+
+KILL_DEADLINE_SECONDS = 2.0
+READY_POLL_SECONDS = 0.1
+"""How often at least a program that starts is asked whether it is ready."""
+
+_GROUP_POLL_SECONDS = 0.03
+_RETRY_SECONDS = 0.5
+# What is wrong with the program or its surroundings, not with this moment.
+_PREPARE_ERRORS = {
+    errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.EPERM, errno.E2BIG, errno.ELOOP,
+}  # fmt: skip
+
+
+class ProcessBackend:
+    """Implements ``ports.Backend`` for :class:`phalanx.config.Process`."""
+
+    def __init__(self, config: Process) -> None:
+        self._config = config
+
+    async def start(self, section: SectionContext) -> Running:
+        """Register, spawn, register with the group, wait until ready. See ``ports.Backend.start``.
+
+        On a failure or cancellation it returns only when nothing is left, however long processes take to
+        die: the section takes a start that has failed for one that left nothing.
+        """
+        launch = await child.in_thread(partial(_prepare, self._config, section.app))
+        run = _Run(self._config, section, launch)
+        try:
+            await run.start()
+        except BaseException:
+            await child.finish(asyncio.create_task(run.abandon(), name=f"{section.app} backend, giving up"))
+            raise
+        return run
+
+
+# --- before the start
+
+
+class _Launch(msgspec.Struct, frozen=True):
+    program: str
+    env: Mapping[str, str]
+    identity: child.Identity | None
+
+
+def _prepare(config: Process, app: str) -> _Launch:
+    """Look whether it can be started at all; asks the file system. Raises BackendError (``prepare``)."""
+    if config.cwd and not os.path.isdir(config.cwd):
+        problem = "is no directory" if os.path.exists(config.cwd) else "does not exist"
+        raise BackendError(app, "prepare", f"cwd {config.cwd} {problem}", "create it, or correct cwd")
+    env = child.environment()
+    identity = None
+    if config.user:
+        entry = _user(config.user, app)
+        if entry.pw_uid != os.geteuid():
+            identity = child.Identity(
+                entry.pw_uid, entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid)
+            )
+            env |= {"USER": entry.pw_name, "LOGNAME": entry.pw_name, "HOME": entry.pw_dir}
+    env |= config.env
+    return _Launch(_program(config, env, app), env, identity)
+
+
+def _user(name: str, app: str) -> pwd.struct_passwd:
+    try:
+        entry = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
+    except (KeyError, OverflowError):
+        raise BackendError(
+            app, "prepare", f"there is no user {name!r} on this host", "create it, or correct user"
+        ) from None
+    if os.geteuid() not in (0, entry.pw_uid):
+        raise BackendError(
+            app,
+            "prepare",
+            f"only root can run a program as {name!r}",
+            "run the node as root, or leave user out",
+        )
+    return entry
+
+
+def _program(config: Process, env: Mapping[str, str], app: str) -> str:
+    name = config.command[0]
+    if "/" not in name:
+        # As an exec would look it up: by the PATH that the program itself gets.
+        if (found := shutil.which(name, path=env.get("PATH", os.defpath))) is None:
+            raise BackendError(
+                app,
+                "prepare",
+                f"no program {name!r} in PATH",
+                "install it, or write its whole path in command",
+            )
+        return os.path.abspath(found)
+    path = os.path.join(config.cwd or os.curdir, name)
+    if not os.path.exists(path):
+        raise BackendError(app, "prepare", f"program {path} does not exist", "install it, or correct command")
+    if not os.path.isfile(path) or not os.access(path, os.X_OK):
+        raise BackendError(
+            app, "prepare", f"{path} is not executable", "chmod +x it, or name its interpreter in command"
+        )
+    return os.path.abspath(path)
+
+
+def _spawn_failed(app: str, command: str, error: OSError) -> BackendError:
+    step = "prepare" if error.errno in _PREPARE_ERRORS else "start"
+    remedy = {
+        errno.ENOENT: "look for a missing interpreter (first line of a script) or a directory that is gone",
+        errno.EACCES: "give the user that runs it the right to execute it and to enter cwd",
+        errno.ENOEXEC: "a script needs a first line such as #!/bin/sh",
+        errno.EAGAIN: "raise the limit of processes (ulimit -u, TasksMax)",
+        errno.ENOMEM: "free memory",
+    }.get(error.errno or 0, "")
+    return BackendError(app, step, f"cannot run {command}: {error.strerror or error}", remedy)
+
+
+# --- one start
+
+
+class _Run:
+    """Implements ``ports.Running``: one start of the program."""
+
+    def __init__(self, config: Process, section: SectionContext, launch: _Launch) -> None:
+        self._config, self._section, self._launch = config, section, launch
+        self._app = section.app
+        marker = f"{section.app}.{section.epoch}.{secrets.token_hex(8)}"
+        self._resource = Resource("process", marker, section.app, section.epoch)
+        self._child: child.Child | None = None
+        self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._asked_to_end = False
+        self._killing: asyncio.Task[tuple[int, ...]] | None = None
+        self._gone = False
+        self._lines = logging.getLogger(f"phalanx.app.{section.app}")
+
+    @property
+    def ended(self) -> asyncio.Future[str]:
+        """Done when the program has ended by itself: how. Cancelling it does no harm to others who wait."""
+        return asyncio.shield(self._ended)
+
+    # --- start
+
+    async def start(self) -> None:
+        """From registration to readiness; on failure the caller abandons it."""
+        await self._section.register(self._resource)
+        # To its end even if cancelled: a program whose group we do not know could not be killed as well.
+        await child.finish(asyncio.create_task(self._spawn(), name=f"{self._app} backend, spawning"))
+        assert self._child is not None
+        self._resource = msgspec.structs.replace(
+            self._resource, pgid=self._child.pid, start_time=self._child.start_time
+        )
+        await self._section.register(self._resource)
+        log.info("app %s: started process %d", self._app, self._child.pid, extra={"app": self._app})
+        if self._config.ready is not None:
+            await self._wait_ready(self._child, self._config.ready)
+
+    async def _spawn(self) -> None:
+        env = {
+            **self._launch.env,
+            system.MARKER_ENV: self._resource.id,
+            "PHALANX_PLATFORM": self._section.platform,
+            "PHALANX_NODE": self._section.node,
+            "PHALANX_APP": self._app,
+            "PHALANX_EPOCH": str(self._section.epoch),
+        }
+        start = partial(
+            child.spawn,
+            (self._launch.program, *self._config.command[1:]),
+            env=env,
+            cwd=self._config.cwd,
+            identity=self._launch.identity,
+        )
+        try:
+            process = await child.in_thread(start)
+        except OSError as error:
+            raise _spawn_failed(self._app, self._launch.program, error) from error
+        self._child = child.Child(process, partial(self._lines.info, "%s"), self._on_exit)
+
+    def _on_exit(self) -> None:
+        assert self._child is not None
+        if not self._asked_to_end and not self._ended.done():
+            self._ended.set_result(self._child.how)
+
+    async def _wait_ready(self, program: child.Child, check: Check) -> None:
+        last = "no answer yet"
+
+        async def poll() -> None:
+            nonlocal last
+            probe, pause = Probe(check), min(check.interval, READY_POLL_SECONDS)
+            while True:
+                began = system.now()
+                try:
+                    await probe.run()
+                    return
+                except CheckFailed as error:
+                    last = error.detail
+                await asyncio.sleep(max(0.0, began + pause - system.now()))
+
+        ready, exited = asyncio.create_task(poll()), asyncio.create_task(program.exited.wait())
+        try:
+            await asyncio.wait(
+                {ready, exited}, timeout=self._config.ready_timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            passed = ready.done()
+        finally:
+            for task in (ready, exited):
+                task.cancel()
+            await asyncio.gather(ready, exited, return_exceptions=True)
+        # A check may pass because of somebody else on that port, the very reason why the program ended.
+        if program.look():
+            program.output.drain()
+            said = program.output.last_line[:300]
+            problem = f"the program {program.how} before it was ready" + (f": {said}" if said else "")
+            raise BackendError(self._app, "ready", problem, "its output is in the log")
+        if not passed:
+            problem = f"not ready within {self._config.ready_timeout:g} s: {last}"
+            raise BackendError(self._app, "ready", problem, "correct the ready check, or raise ready_timeout")
+
+    async def abandon(self) -> None:
+        """Kill what a failed start has left, until all of it is gone."""
+        while True:
+            try:
+                await self.kill()
+                return
+            except BackendError as error:
+                log.critical("%s; trying on", error, extra={"app": self._app})
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    # --- end
+
+    async def stop(self, reason: str) -> None:
+        """See ``ports.Running.stop``. If the program has ended by itself, this ends what it has left."""
+        program = self._child
+        if program is not None and not self._gone and not program.look():
+            await self._end_gracefully(program, reason)
+        await self._end("stop")
+
+    async def _end_gracefully(self, program: child.Child, reason: str) -> None:
+        """Signal the group, and give it its time. Who left the group has not heard of it, and gets none."""
+        if not self._asked_to_end:  # many programs take a second signal for "without any care"
+            self._asked_to_end = True
+            log.info("app %s: stopping process %d: %s", self._app, program.pid, reason)
+            program.signal_group(getattr(signal, f"SIG{self._config.stop_signal}"))
+            program.signal_group(signal.SIGCONT)  # one that is stopped could not act on it
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.stop_timeout):
+                await program.exited.wait()
+                while await child.in_thread(partial(_group_lives, self._resource.id, program.pid)):  # noqa: ASYNC110
+                    await asyncio.sleep(_GROUP_POLL_SECONDS)
+                return
+        log.warning(
+            "app %s: still running %g s after SIG%s, killing it",
+            self._app,
+            self._config.stop_timeout,
+            self._config.stop_signal,
+        )
+
+    async def kill(self) -> None:
+        """See ``ports.Running.kill``. A cancellation is raised only after the end."""
+        await self._end("kill")
+
+    async def _end(self, step: str) -> None:
+        self._asked_to_end = True
+        if self._gone:
+            return
+        if self._killing is None or self._killing.done():
+            self._killing = asyncio.create_task(self._kill_all(), name=f"{self._app} backend, killing")
+        try:
+            remaining = await child.finish(self._killing)
+        except OSError as error:
+            raise BackendError(
+                self._app,
+                step,
+                f"cannot see whether all of it is gone: {error}",
+                "look at /proc and open files",
+            ) from error
+        if remaining:
+            raise BackendError(
+                self._app,
+                step,
+                f"processes {', '.join(map(str, remaining))} do not die",
+                "look at them with ps: state D is a device or file system that hangs",
+            )
+
+    async def _kill_all(self) -> tuple[int, ...]:
+        """SIGKILL and see that nobody is left; the pids of those who are. Only nobody is taken back."""
+        program = self._child
+        if program is not None:
+            program.signal_group(signal.SIGKILL)  # at once; the thorough search takes some milliseconds
+        report = await child.in_thread(
+            partial(
+                system.kill_marked,
+                self._resource.id,
+                program.pid if program else None,
+                start_time=program.start_time if program else 0,
+                deadline_seconds=KILL_DEADLINE_SECONDS,
+            )
+        )
+        if report.remaining:
+            return report.remaining
+        if program is not None:
+            program.look()
+            program.reap()
+            log.info("app %s: process %d %s", self._app, program.pid, program.how, extra={"app": self._app})
+        self._gone = True
+        self._section.unregister(self._resource.id)
+        return ()
+
+
+def _group_lives(marker: str, pgid: int) -> bool:
+    for pid in system.find_marked(marker, pgid):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == pgid:
+                return True
+    return False
