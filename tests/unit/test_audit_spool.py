@@ -250,6 +250,8 @@ def test_full_spool_while_an_entry_is_on_its_way_goes_on_with_the_next(tmp_path:
         note(log, n)
     before = log.undelivered
     log._done(in_hand)
+    assert log._next() is not in_hand
+    log._done(in_hand)
     assert log.undelivered == before
     got = numbers(deliver_all(log))
     assert got == list(range(got[0], 3000))
@@ -310,7 +312,7 @@ def test_delivered_segments_are_removed(tmp_path: Path) -> None:
     for n in range(5000):
         note(log, n)
         deliver_one(log)
-    assert sum(path.stat().st_size for path in segments(tmp_path)) < MIN_BYTES / 8
+    assert sum(path.stat().st_size for path in segments(tmp_path)) <= MIN_BYTES / 8
     log.close()
 
 

@@ -134,10 +134,19 @@ def test_nothing_is_shared_with_other_nodes_or_the_global_registry(metrics: Metr
 
 def test_hostile_label_values_stay_inside_their_quotes(metrics: Metrics) -> None:
     """Quotes, backslashes and newlines in a value cannot forge a series."""
-    metrics.observe_step("wiki", 'a"} 1\nforged{x="\\', 1.0)
-    names = {name for name, _ in scrape(metrics, status())}
-    assert "phalanx_step_seconds_sum" in names
-    assert "forged" not in names
+    hostile = 'a"} 1\nforged{x="\\'
+    metrics.observe_step("wiki", hostile, 1.0)
+    metrics.observe_hook("wiki", "\udcff", 1.0)
+    got = scrape(metrics, status())
+    assert got["phalanx_step_seconds_sum", (("app", "wiki"), ("step", hostile))] == 1
+    assert "forged" not in {name for name, _ in got}
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 0.1, 1e300, 5e-324, 2.0**53])
+def test_any_number_is_written_as_prometheus_reads_it(metrics: Metrics, value: float) -> None:
+    """Infinite, tiny and huge values come through exactly."""
+    got = scrape(metrics, status(session_left_seconds=value))["phalanx_session_left_seconds", ()]
+    assert got == value or (math.isnan(got) and math.isnan(value))
 
 
 def test_every_series_follows_the_naming_rules(metrics: Metrics) -> None:

@@ -239,10 +239,17 @@ class AuditLog:
                 reconnected.clear()
                 try:
                     await self._deliver(bus, line)
-                except BusError as error:
+                except Exception as error:
+                    # Whatever it is: it must cost neither the entry nor the node.
                     if not problem:
-                        log.warning("audit entries wait on disk, %d so far: %s", self.undelivered, error)
-                    problem = str(error)
+                        trace = None if isinstance(error, BusError) else error
+                        log.warning(
+                            "audit entries wait on disk, %d so far: %s",
+                            self.undelivered,
+                            error,
+                            exc_info=trace,
+                        )
+                    problem = str(error) or type(error).__name__
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(reconnected.wait(), delay)
                     delay = min(longest, 2 * delay)

@@ -166,9 +166,7 @@ class Spool:
             if self._head < first.size and self._read_ahead(first):
                 break
             if len(self._segments) == 1 and self._writer is not None:
-                if first.size < self._max_bytes // (4 * SEGMENTS):
-                    return None
-                self._close_writer()
+                return None
             self._remove_first()
         return self._ahead[0] if self._ahead else None
 
