@@ -15,10 +15,9 @@ import sys
 from phalanx.bus.connection import NatsBus
 from phalanx.config import NatsOptions
 from phalanx.keeper.process import Keeper, harden
-from phalanx.ports import Bus
 
 
-async def _connect(options: NatsOptions, name: str, ping_interval: float) -> Bus:
+async def _connect(options: NatsOptions, name: str, ping_interval: float) -> NatsBus:
     return await NatsBus.connect(options, name=name, ping_interval=ping_interval)
 
 
