@@ -9,6 +9,8 @@
     │   ├── NodeIdTaken           another live node has this id
     │   ├── IdentityError         the platform in NATS is not the one that this node knows
     │   └── NatsUnusable          NATS is not reachable, has no JetStream, or refuses our rights
+    ├── PlatformNotFound          NATS holds no platform of that name
+    ├── StepDownFailed            nobody stepped down, or nobody took over
     ├── BusError                  NATS answered with an error, or not as expected
     │   ├── BusUnavailable        not connected, or nobody serves that stream just now
     │   ├── BusTimeout            no answer in time: the outcome is UNKNOWN
@@ -17,6 +19,7 @@
     ├── NotActive                 this node is not active for that app
     ├── SessionLost               the node's session is over
     ├── KeyExists                 KV create of a key that is there
+    ├── WrongValue                a value can't be stored, or is not of the type that was asked for
     ├── LockTimeout               a lock was not free before the deadline
     ├── LockLost                  a held lock is gone (with the session, or taken back)
     ├── HookFailed                a hook raised, or overran its deadline
@@ -91,6 +94,25 @@ class NatsUnusable(StartError):
     """NATS cannot be reached, or cannot do what Phalanx needs."""
 
 
+class PlatformNotFound(PhalanxError):
+    """NATS answers, but holds no platform of that name."""
+
+    def __init__(self, platform: str, where: str) -> None:
+        self.platform, self.where = platform, where
+        super().__init__(
+            f"there is no platform {platform!r} in NATS at {where}; "
+            "check the name and the servers, or start its first node"
+        )
+
+
+class StepDownFailed(PhalanxError):
+    """An app was asked to step down, and nobody did; or it did, and nobody took over in time."""
+
+    def __init__(self, app: str, problem: str, remedy: str) -> None:
+        self.app, self.problem, self.remedy = app, problem, remedy
+        super().__init__(f"app {app!r}: {problem}; {remedy}")
+
+
 class BusError(PhalanxError):
     """NATS refused a request. ``code`` is the JetStream error code, 0 where there is none."""
 
@@ -148,6 +170,14 @@ class KeyExists(PhalanxError):
     def __init__(self, key: str, revision: int | None) -> None:
         self.key, self.revision = key, revision
         super().__init__(f"key {key!r} exists already; use put(), or update() with its revision")
+
+
+class WrongValue(PhalanxError):
+    """A KV value cannot be stored, or what is stored is not of the type that was asked for."""
+
+    def __init__(self, key: str, problem: str, remedy: str) -> None:
+        self.key, self.problem, self.remedy = key, problem, remedy
+        super().__init__(f"key {key!r}: {_one_line(problem)}; {remedy}")
 
 
 class LockTimeout(PhalanxError):

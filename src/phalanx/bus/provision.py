@@ -23,7 +23,8 @@ META_UNAVAILABLE_SECONDS = 15.0
 """How long a creation is tried: without its meta leader JetStream creates nothing for up to 9 s."""
 
 PLACEMENT_TRIES = 24
-MARKER_SECONDS = 3600
+MARKER_SECONDS = 1
+"""How long the server shows that a key's time is up. It also raises each shorter TTL in the bucket to this."""
 MIN_SERVER = (2, 12)
 AUDIT_MAX_AGE_SECONDS = 90 * 86400
 AUDIT_MAX_BYTES = 1 << 30
