@@ -1,0 +1,304 @@
+"""The process backend: what it gives its program, how it says that it can't, what it does with output."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import pwd
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+
+from phalanx import child, config, system
+from phalanx.backends import ProcessBackend, process
+from phalanx.errors import BackendError
+from phalanx.ports import Running, SectionContext
+from phalanx.types import Resource
+
+
+class Sections:
+    """Makes sections, and knows what is registered."""
+
+    def __init__(self) -> None:
+        self.resources: dict[str, Resource] = {}
+        self.markers: set[str] = set()
+
+    async def register(self, resource: Resource) -> None:
+        self.resources[resource.id] = resource
+        self.markers.add(resource.id)
+
+    def unregister(self, resource_id: str) -> None:
+        del self.resources[resource_id]
+
+    async def start(self, command: object, **options: object) -> Running:
+        """Start a program in a section of epoch 12."""
+        declared = config.build_app(
+            "wiki",
+            config.ActivePassive(),
+            backend=config.Process(command, **options),  # pyright: ignore
+        ).backend
+        assert declared is not None
+        section = SectionContext("prod", "n1", "wiki", 12, self.register, self.unregister)
+        return await ProcessBackend(declared).start(section)
+
+
+@pytest.fixture
+async def sections() -> AsyncIterator[Sections]:
+    """Sections of which nothing is left after the test, no descriptor either."""
+    before = set(os.listdir("/proc/self/fd"))
+    made = Sections()
+    yield made
+    for marker in made.markers:
+        system.kill_marked(marker)
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
+
+
+async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Wait until *condition* holds, or fail."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def python(code: str) -> list[str]:
+    """A command that runs *code*."""
+    return [sys.executable, "-uc", code]
+
+
+LINES = logging.getLogger("phalanx.app.wiki")
+
+
+@pytest.fixture
+def lines() -> AsyncIterator[list[str]]:
+    """What the program's logger was given."""
+    found: list[str] = []
+
+    class Keeps(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+
+    handler = Keeps()
+    LINES.addHandler(handler)
+    LINES.setLevel(logging.INFO)
+    yield found  # pyright: ignore
+    LINES.removeHandler(handler)
+    LINES.setLevel(logging.NOTSET)
+
+
+REPORT = """
+import json, os, sys
+print(json.dumps({
+    "env": dict(os.environ), "cwd": os.getcwd(), "uid": os.getuid(), "gid": os.getgid(),
+    "groups": os.getgroups(), "leader": os.getpid() == os.getpgrp() == os.getsid(0),
+    "stdin": sys.stdin.read(), "fds": sorted(os.listdir("/proc/self/fd")),
+}))
+"""
+
+
+async def report(sections: Sections, lines: list[str], **options: object) -> dict[str, object]:
+    """What a program sees of its surroundings."""
+    running = await sections.start(python(REPORT), **options)
+    assert await asyncio.wait_for(running.ended, 10) == "exited with code 0"
+    await running.stop("done")
+    return json.loads("".join(lines))
+
+
+async def test_surroundings(
+    sections: Sections, lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Environment, directory, session, empty stdin; no descriptor, and no service manager, of the node's."""
+    monkeypatch.setenv("NOTIFY_SOCKET", "/run/nowhere")
+    monkeypatch.setenv("FROM_NODE", "1")
+    monkeypatch.setattr(child, "MAX_LINE_BYTES", 1 << 20)
+    reading, writing = os.pipe()
+    os.set_inheritable(writing, True)
+    env = {"MORE": "2", "PHALANX_SECTION": "forged"}
+    seen = await report(sections, lines, env=env, cwd=str(tmp_path))
+    os.close(reading), os.close(writing)
+
+    env = seen["env"]
+    assert isinstance(env, dict)
+    assert env["PHALANX_SECTION"] in sections.markers
+    expected = {"PLATFORM": "prod", "NODE": "n1", "APP": "wiki", "EPOCH": "12"}
+    assert {name: env[f"PHALANX_{name}"] for name in expected} == expected
+    assert (env["FROM_NODE"], env["MORE"]) == ("1", "2")
+    assert "NOTIFY_SOCKET" not in env
+    assert seen["cwd"] == str(tmp_path)
+    assert seen["leader"] is True
+    assert seen["stdin"] == ""
+    assert len(seen["fds"]) == 4  # pyright: ignore - 0, 1, 2, and the listing itself
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the user")
+async def test_runs_as_another_user(
+    sections: Sections, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """User, its groups, HOME and USER; and what it leaves is found all the same."""
+    monkeypatch.setattr(child, "MAX_LINE_BYTES", 1 << 20)
+    nobody = pwd.getpwnam("nobody")
+    command = ["/bin/sh", "-c", "echo $(id -u) $(id -g) $(id -G) $HOME $USER; sleep 60"]
+    running = await sections.start(command, user="nobody", cwd="/")
+    await until(lambda: lines)
+    groups = " ".join(map(str, os.getgrouplist("nobody", nobody.pw_gid)))
+    assert lines == [f"{nobody.pw_uid} {nobody.pw_gid} {groups} {nobody.pw_dir} nobody"]
+    await running.stop("done")
+    assert not [pid for marker in sections.markers for pid in system.find_marked(marker)]
+
+
+async def test_what_cannot_be_started_says_why(sections: Sections, tmp_path: Path) -> None:
+    """Each wrong declaration: step prepare, the problem, a remedy; nothing is left registered."""
+    plain, bad, orphan = tmp_path / "plain", tmp_path / "bad", tmp_path / "orphan"
+    plain.write_text("#!/bin/sh\n")
+    bad.write_text("echo no first line\n")
+    orphan.write_text("#!/no/such/interpreter\n")
+    bad.chmod(0o755)
+    orphan.chmod(0o755)
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({"command": "no-such-program-here"}, "no program 'no-such-program-here' in PATH"),
+        ({"command": "/no/such/program"}, "/no/such/program does not exist"),
+        ({"command": str(plain)}, "is not executable"),
+        ({"command": str(tmp_path)}, "is not executable"),
+        ({"command": str(bad)}, "Exec format error"),
+        ({"command": str(orphan)}, "No such file or directory"),
+        ({"command": "true", "cwd": "/no/such/directory"}, "cwd /no/such/directory does not exist"),
+        ({"command": "true", "cwd": str(plain)}, "is no directory"),
+        ({"command": "true", "user": "no-such-user"}, "there is no user 'no-such-user'"),
+        ({"command": "true", "env": {"PATH": "/nowhere"}}, "no program 'true' in PATH"),
+    ]
+    for options, problem in wrong:
+        with pytest.raises(BackendError) as caught:
+            await sections.start(**options)  # pyright: ignore
+        assert caught.value.step == "prepare", options
+        assert problem in caught.value.problem, options
+        assert caught.value.remedy, options
+        assert not sections.resources
+
+
+async def test_relative_program_is_found_from_cwd(
+    sections: Sections, tmp_path: Path, lines: list[str]
+) -> None:
+    """./run is that of cwd, as a shell there would take it."""
+    (tmp_path / "run").write_text("#!/bin/sh\necho here\n")
+    (tmp_path / "run").chmod(0o755)
+    running = await sections.start("./run", cwd=str(tmp_path))
+    await running.ended
+    await running.stop("done")
+    assert lines == ["here"]
+
+
+async def test_ready_check_that_passes_for_a_dead_program(sections: Sections) -> None:
+    """Somebody else answers on the port, and ours has ended because of it: not ready."""
+    running = python("raise SystemExit(1)")
+
+    async def passes_late() -> None:
+        await until(lambda: [r for r in sections.resources.values() if r.pgid])
+        (resource,) = sections.resources.values()
+        await until(lambda: not system.is_running(resource.pgid))
+
+    with pytest.raises(BackendError, match="exited with code 1 before it was ready"):
+        await sections.start(running, ready=config.FunctionCheck(passes_late, timeout=5))
+
+
+# --- output
+
+
+async def test_lines_are_whole_and_bounded(sections: Sections, lines: list[str]) -> None:
+    """Both streams, lines across writes, no newline at the end, bytes that are no text, lines without end."""
+    code = (
+        "import os, time\n"
+        "os.write(1, b'par'); time.sleep(0.05); os.write(1, b't\\n\\n'); os.write(2, b'error\\n')\n"
+        "os.write(1, b'\\xff%s\\r\\n' + b'x' * 10000 + b'\\n'); os.write(1, b'end')"
+    )
+    running = await sections.start(python(code))
+    await running.ended
+    await running.stop("done")
+    assert lines[:3] == ["part", "error", "\ufffd%s"]
+    assert [len(line) for line in lines[3:-1]] == [4096, 4096, 10000 - 2 * 4096]
+    assert lines[-1] == "end"
+
+
+async def test_last_words_are_not_lost(sections: Sections, lines: list[str]) -> None:
+    """Of a pipe that is full when the program dies the last lines are logged, and how many were not."""
+    code = "import os\nfor n in range(2000): os.write(1, b'%d\\n' % n)\nos._exit(1)"
+    running = await sections.start(python(code))
+    await running.ended
+    await running.stop("done")
+    assert lines[-1] == "1999"
+    assert lines[-2] == "1998"
+
+
+async def test_escaped_holder_of_the_pipe_does_not_hang_stop(sections: Sections, lines: list[str]) -> None:
+    """A daemon without mark or group, which nobody can find, holds the pipe: stop() returns all the same."""
+    code = (
+        "import os, sys, time\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        "    if os.fork() == 0:\n"
+        f"        os.execve({sys.executable!r}, ['x', '-c', 'import time; time.sleep(8)'], {{}})\n"
+        "    os._exit(0)\n"
+        "os.wait(); print('up'); time.sleep(60)"
+    )
+    running = await sections.start(python(code))
+    await until(lambda: lines == ["up"])
+    async with asyncio.timeout(5):
+        await running.stop("done")
+    assert not sections.resources
+
+
+# --- processes that do not die
+
+
+async def test_what_does_not_die_stays_registered(
+    sections: Sections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G1: stop() raises with the pids, the keeper keeps its entry, and a later kill() tries again."""
+    running = await sections.start("sleep 60")
+    real = system.kill_marked
+    monkeypatch.setattr(process.system, "kill_marked", lambda *a, **k: system.KillReport((), (4711,), 2.0))
+    with pytest.raises(BackendError, match="processes 4711 do not die") as caught:
+        await running.stop("done")
+    assert caught.value.step == "stop"
+    assert sections.resources
+    with pytest.raises(BackendError) as caught:
+        await running.kill()
+    assert caught.value.step == "kill"
+    monkeypatch.setattr(process.system, "kill_marked", real)
+    await running.kill()
+    assert not sections.resources
+
+
+async def test_failed_start_ends_only_when_all_is_gone(
+    sections: Sections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G1: the section takes a failed start for one that left nothing, so start() waits until that is true."""
+    real, refused = system.kill_marked, 0
+
+    def kill(*arguments: object, **options: object) -> system.KillReport:
+        nonlocal refused
+        refused += 1
+        if refused < 3:
+            return system.KillReport((), (4711,), 2.0)
+        return real(*arguments, **options)  # pyright: ignore
+
+    monkeypatch.setattr(process.system, "kill_marked", kill)
+    monkeypatch.setattr(process, "_RETRY_SECONDS", 0.02)
+    check = config.FunctionCheck(lambda: False, timeout=0.05)
+    with pytest.raises(BackendError, match="not ready"):
+        await sections.start("sleep 60", ready=check, ready_timeout=0.1)
+    assert refused == 3
+    assert not sections.resources
+
+
+async def test_without_pidfd(sections: Sections, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a sandbox has no pidfd, ends are found by polling."""
+    monkeypatch.setattr(system, "open_pidfd", lambda pid: None)
+    running = await sections.start(python("raise SystemExit(4)"))
+    assert await asyncio.wait_for(running.ended, 5) == "exited with code 4"
+    await running.stop("done")
+    again = await sections.start("sleep 60")
+    await again.stop("done")
+    assert not sections.resources
