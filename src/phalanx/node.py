@@ -321,14 +321,20 @@ class Node:
             )
 
     async def _watch_platform(self, stack: contextlib.AsyncExitStack) -> None:
-        await self.state.start()
         stack.push_async_callback(self.state.close)
-        streams = self.state.streams or self._streams
-        self._register = Register(self.bus, self.names, streams, self.timing)
-        self._own(stack, self._register.run(), "session register")
-        self.state.on_streams(self._use_streams)
-        async with asyncio.timeout(30):
-            await self._register.ready.wait()
+        try:
+            async with asyncio.timeout(START_PATIENCE_SECONDS):
+                await self.state.start()
+                streams = self.state.streams or self._streams
+                self._register = Register(self.bus, self.names, streams, self.timing)
+                self._own(stack, self._register.run(), "session register")
+                self.state.on_streams(self._use_streams)
+                await self._register.ready.wait()
+        except TimeoutError:
+            raise StartError(
+                f"the platform's state could not be read within {START_PATIENCE_SECONDS:g} s",
+                "check the NATS servers; phalanx doctor says more",
+            ) from None
         self._repair = Repair(
             self.bus, self.names, self.state, self._register, self.journal, self._place_session_stream
         )
@@ -442,13 +448,17 @@ class Node:
         session = Session(SessionId.new(self.node), self.timing)
         if self._previous is not None:
             await self._register.bury_own(self._previous, "its node starts over")
-        await session.start(
-            self.names.platform,
-            self._register.streams,
-            self._options,
-            self.data_dir,
-            max(5.0, 2 * self.timing.ttl),
-        )
+        try:
+            await session.start(
+                self.names.platform,
+                self._register.streams,
+                self._options,
+                self.data_dir,
+                max(5.0, 2 * self.timing.ttl),
+            )
+        except asyncio.CancelledError:
+            await session.close()
+            raise
         self.session, self._previous = session, session.id
         self._register.me = session.id
         try:

@@ -79,7 +79,21 @@ class Section:
                 self._on_role(Role.ACTIVE)
                 await self._hold()
         finally:
-            await asyncio.shield(self._stand_down())
+            await self._see_to_the_end()
+
+    async def _see_to_the_end(self) -> None:
+        """Stand down, also when cancelled (then without grace): no section looks ended before it has."""
+        ending = asyncio.create_task(self._stand_down(), name=f"{self._resources.app} stand down")
+        cancelled = False
+        while not ending.done():
+            try:
+                await asyncio.wait({ending})
+            except asyncio.CancelledError:
+                cancelled = True
+                self._hard.set()
+        if cancelled:
+            raise asyncio.CancelledError
+        ending.result()
 
     async def _until(self, work: Awaitable[None], end: Awaitable[Any]) -> None:
         """Do *work*, but cancel it when *end* comes first. What it raises is the section's failure."""

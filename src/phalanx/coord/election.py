@@ -22,6 +22,7 @@ from phalanx.types import Candidate, Epoch, LeaderRecord, SessionId
 log = logging.getLogger("phalanx.election")
 
 RETRY_SECONDS = 0.1
+STREAM_NOT_FOUND = 10059
 VERIFY_TIMEOUT_SECONDS = 1.0
 
 
@@ -286,8 +287,10 @@ class Election:
         """After a reconnection: is the leader key just as we wrote it? (Servers may have lost writes.)"""
         try:
             record = await self._bus.read(self._stream, self._leader_subject, timeout=VERIFY_TIMEOUT_SECONDS)
-        except BusError:
-            return False
+        except BusError as error:
+            if error.code != STREAM_NOT_FOUND:
+                return False
+            record = None  # the whole bucket has vanished
         self._verify = False
         if self._reign is not None and (record is None or record.revision != self._reign.epoch):
             found = record.revision if record else "nothing"

@@ -41,6 +41,7 @@ class Session:
         self.lost = asyncio.Event()
         self.lost_reason = ""
         self._released = asyncio.Event()
+        self._releasing = False
         self._acks: dict[int, asyncio.Future[None]] = {}
         self._numbers = itertools.count(1)
         self._transport: asyncio.WriteTransport | None = None
@@ -89,6 +90,9 @@ class Session:
         finally:
             for task in waits:
                 task.cancel()
+            if not self.established.is_set() and not self.lost.is_set():
+                # Also when this start is cancelled: a keeper that nobody knows must not hold the session.
+                wire.send(transport, wire.Release("its start was given up"))
         if not self.established.is_set():
             reason = self.lost_reason or f"no majority of session streams answered within {timeout:g} s"
             await self.close()
@@ -129,6 +133,7 @@ class Session:
         """End the session: the caller vouches that nothing hangs on it. True when a majority knows."""
         if self._transport is None or self.lost.is_set():
             return False
+        self._releasing = True
         wire.send(self._transport, wire.Release(reason))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._released.wait(), timeout)
@@ -138,6 +143,7 @@ class Session:
         """Let go of the keeper: it kills what is still registered and exits. Waits for its end, bounded."""
         if self._transport is not None and not self.lost.is_set() and not self._released.is_set():
             # Without a goodbye the keeper would take this for a crash, and kill this process.
+            self._releasing = True
             wire.send(self._transport, wire.Release("closed"))
         if self._beating is not None:
             self._beating.cancel()
@@ -174,7 +180,7 @@ class Session:
             case wire.Lost(reason):
                 self._lose(reason)
             case wire.Released(complete):
-                if complete:
+                if complete and self._releasing:
                     self._released.set()
 
     def _tell(self) -> None:

@@ -85,6 +85,12 @@ def kill_node(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
+async def node_gone(pid: int) -> None:
+    """Wait until the node has ended: SIGKILL is obeyed soon, but not at once. The caller goes on renewing."""
+    while os.getppid() == pid:  # noqa: ASYNC110 - the kernel tells it by giving us another parent
+        await asyncio.sleep(0.001)
+
+
 async def kill_processes(resources: list[Resource]) -> bool:
     """SIGKILL every process of *resources*; True once all are seen to be gone."""
     outcomes = await asyncio.gather(
@@ -95,7 +101,10 @@ async def kill_processes(resources: list[Resource]) -> bool:
 
 def _kill_one(resource: Resource) -> bool:
     report = system.kill_marked(
-        resource.id, pgid=resource.pgid or None, deadline_seconds=KILL_DEADLINE_SECONDS
+        resource.id,
+        pgid=resource.pgid or None,
+        start_time=resource.start_time,
+        deadline_seconds=KILL_DEADLINE_SECONDS,
     )
     if report.remaining:
         log.error("app %s: processes %s do not die", resource.app, report.remaining)

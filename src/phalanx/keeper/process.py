@@ -140,6 +140,8 @@ class Keeper:
         self, start: wire.Start, renewer: Renewer, registry: fencing.Registry, verdict: Fencing
     ) -> None:
         log.error("node %s: fencing it: %s", start.session.node, verdict.reason)
+        # Before anything is killed: what the node registers from now on would not be killed any more.
+        self._say(wire.Lost(verdict.reason))
         # At the end of a session only code inside the node forces us to kill the node itself.
         kill_node = verdict.release or registry.has_sections
         await self._end(start, renewer, registry, verdict.reason, kill_node=kill_node)
@@ -154,10 +156,12 @@ class Keeper:
         kill_node: bool,
     ) -> None:
         """Kill what must be gone, then end the session. The order is the invariant: never release first."""
-        if kill_node:
-            fencing.kill_node(self._node_pid)
-        while not await fencing.kill_processes(registry.resources):
-            log.error("node %s: not releasing while processes of it still run", start.session.node)
+        killing = asyncio.create_task(self._kill(start, registry, kill_node), name="keeper kill")
+        while not killing.done():
+            await asyncio.wait({killing}, timeout=start.timing.renew_every)
+            if not killing.done():
+                renewer.tick()  # what does not die yet must not run without a session, if it can be held
+        killing.result()
         for resource in registry.resources:
             registry.remove(resource.id)
         complete = await renewer.release(
@@ -166,6 +170,15 @@ class Keeper:
         if not complete:
             log.error("session %s: could not be released (%s); it expires instead", start.session, reason)
         self._say(wire.Released(complete))
+
+    async def _kill(self, start: wire.Start, registry: fencing.Registry, kill_node: bool) -> None:
+        """Return only when the node (if it is to be killed) and all registered processes are gone."""
+        if kill_node:
+            fencing.kill_node(self._node_pid)
+        while not await fencing.kill_processes(registry.resources):
+            log.error("node %s: not releasing while processes of it still run", start.session.node)
+        if kill_node:
+            await fencing.node_gone(self._node_pid)
 
     # --- what the node says
 
