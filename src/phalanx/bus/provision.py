@@ -22,9 +22,11 @@ NO_PEERS = (10005, 10074, 10023)
 META_UNAVAILABLE_SECONDS = 15.0
 """How long a creation is tried: without its meta leader JetStream creates nothing for up to 9 s."""
 
-PLACEMENT_TRIES = 24
+PLACEMENT_SECONDS = 10.0
+"""How long a session stream may take to come to its server (0.5 s measured)."""
+
 MARKER_SECONDS = 1
-"""How long the server shows that a key's time is up. It also raises each shorter TTL in the bucket to this."""
+"""How long the server shows that a key's time is up. It raises each shorter TTL in the bucket to this."""
 MIN_SERVER = (2, 12)
 AUDIT_MAX_AGE_SECONDS = 90 * 86400
 AUDIT_MAX_BYTES = 1 << 30
@@ -219,19 +221,40 @@ async def create_session_streams(bus: NatsBus, names: Names, *, servers: int) ->
 async def place_session_stream(bus: Bus, names: Names, stream: str, avoid: set[str]) -> str | None:
     """Create *stream* on a server that is not in *avoid*; its name, None if that can't be had.
 
-    JetStream has no placement by server name: a stream that came to the wrong place is deleted and made
-    again. Only an empty stream, which no list names yet, is ever deleted.
+    JetStream has no placement by server name, and for a stream with one replica it takes the server with
+    the most free storage, time and again. So the stream is made on several servers, its leader moved to
+    the right one, and then all replicas but the leader's are given up. No list names the stream yet.
     """
-    for _ in range(PLACEMENT_TRIES):
-        server = _leader(await create_stream(bus, session_config(names, stream)))
-        if server and server not in avoid:
-            return server
-        if not server:
-            server = _leader(await stream_info(bus, stream) or {})
-            if server and server not in avoid:
+    await create_stream(bus, session_config(names, stream, replicas=3 if len(avoid) < 3 else 5))
+    deadline = system.now() + PLACEMENT_SECONDS
+    while system.now() < deadline:
+        try:
+            if server := await _place(bus, stream, avoid):
                 return server
-        await bus.api(f"STREAM.DELETE.{stream}", {})
+        except (BusUnavailable, BusTimeout) as error:
+            log.info("placing %s: %s", stream, error)
+        await asyncio.sleep(0.05)
+    await bus.api(f"STREAM.DELETE.{stream}", {})
     return None
+
+
+async def _place(bus: Bus, stream: str, avoid: set[str]) -> str:
+    """The next step of :func:`place_session_stream`; the server once *stream* lives on it alone."""
+    info = await bus.api(f"STREAM.INFO.{stream}", {})
+    leader = _leader(info)
+    cluster: dict[str, Any] = info.get("cluster") or {}
+    replicas: list[dict[str, Any]] = cluster.get("replicas") or []
+    if not leader:
+        return ""
+    if leader in avoid:
+        current = [str(r["name"]) for r in replicas if r.get("current") and not r.get("offline")]
+        if fit := [server for server in current if server not in avoid]:
+            await bus.api(f"STREAM.LEADER.STEPDOWN.{stream}", {"placement": {"preferred": fit[0]}})
+        return ""
+    if info["config"]["num_replicas"] > 1:
+        await bus.api(f"STREAM.UPDATE.{stream}", {**info["config"], "num_replicas": 1})
+        return ""
+    return "" if replicas else leader
 
 
 def _leader(info: dict[str, Any]) -> str:
