@@ -66,6 +66,23 @@ class History:
         os.close(self._file)
 
 
+class Follower:
+    """Reads a history while it grows: every event once. Cheap enough to be asked often."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
+        self._rest = b""
+
+    def read(self) -> list[Event]:
+        """The events since the last call, in the order in which they were written (nearly that of time)."""
+        *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
+        return [msgspec.json.decode(line, type=Event) for line in lines]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 def sections(events: list[Event]) -> list[Interval]:
     """The active sections, from ``active``, ``tick`` and ``passive`` events, by their beginnings."""
     spans: dict[tuple[str, str, int], list[float]] = {}

@@ -31,6 +31,7 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 from phalanx import system
+from phalanx.bus.server_process import ServerProcess
 from phalanx.testing import faults
 from phalanx.testing.nats import HOST, Ports, stop_leftover
 
@@ -119,6 +120,24 @@ class NodeProcess:
         faults.kill(self.pid)
         faults.kill(keeper)
         self.wait(10)
+
+    @property
+    def server_pid(self) -> int:
+        """The process id of the node's embedded nats-server. Raises RuntimeError when none runs."""
+        found = ServerProcess.find(self.data_dir.absolute() / "nats")
+        if found is None:
+            raise RuntimeError(f"node {self.node} has no embedded nats-server")
+        return found.pid
+
+    def kill_host(self) -> None:
+        """SIGKILL node, keeper and embedded nats-server at the same moment, as the loss of the host would."""
+        victims = [self.keeper_pid, self.server_pid, self.pid]
+        # All stopped first, so that none of them can act on the end of another.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in victims:
+                os.kill(pid, number)
+        self.wait(10)
+        stop_leftover(self.data_dir)  # waits for its end
 
     def freeze(self, *, keeper: bool = False) -> None:
         """SIGSTOP the node (and its keeper)."""

@@ -20,7 +20,8 @@ from phalanx.testing.history import History
 
 class Settings(msgspec.Struct, kw_only=True):
     """What the program runs. ``fault``: ``none``, ``block`` (a hook that blocks the loop when the file
-    ``fault_file`` appears), ``deaf`` (a hook that ignores its cancellation), ``fail`` (on_active raises)."""
+    ``fault_file`` appears), ``deaf`` (a hook that ignores its cancellation), ``fail`` (on_active raises). ``writes``: fenced writes
+    while active, each ``write_seconds`` after the last, to one key or (``distinct_keys``) each to its own."""
 
     history: str
     platform: str = "test"
@@ -39,6 +40,8 @@ class Settings(msgspec.Struct, kw_only=True):
     fault_node: str = ""
     priority: int = 0
     writes: bool = False
+    write_seconds: float = 0.02
+    distinct_keys: bool = False
     log_level: str = "info"
 
 
@@ -49,7 +52,7 @@ async def _work(settings: Settings, history: History, app: App, ctx: ActiveConte
         raise RuntimeError("told to fail")
     history.record("active", ctx.node, app.name, ctx.epoch)
     ctx.ready()
-    writer = asyncio.create_task(_write(history, app, ctx)) if settings.writes else None
+    writer = asyncio.create_task(_write(settings, history, app, ctx)) if settings.writes else None
     try:
         while True:
             await asyncio.sleep(settings.tick_seconds)
@@ -70,20 +73,23 @@ async def _work(settings: Settings, history: History, app: App, ctx: ActiveConte
             writer.cancel()
 
 
-async def _write(history: History, app: App, ctx: ActiveContext) -> None:
+async def _write(settings: Settings, history: History, app: App, ctx: ActiveContext) -> None:
     """Counts up in the app's KV, and notes every acknowledged write."""
     number = 0
     while True:
         number += 1
+        key = f"write.{ctx.epoch}.{number}" if settings.distinct_keys else f"count.{ctx.node}"
         try:
-            revision = await ctx.kv.put(f"count.{ctx.node}", f"{ctx.epoch}:{number}")
+            revision = await ctx.kv.put(key, f"{ctx.epoch}:{number}")
         except Exception as error:
             history.record(
                 "write-failed", ctx.node, app.name, ctx.epoch, error=f"{type(error).__name__}: {error}"
             )
         else:
-            history.record("written", ctx.node, app.name, ctx.epoch, number=number, revision=revision)
-        await asyncio.sleep(0.02)
+            history.record(
+                "written", ctx.node, app.name, ctx.epoch, key=key, number=number, revision=revision
+            )
+        await asyncio.sleep(settings.write_seconds)
 
 
 def build(settings: Settings) -> Platform:

@@ -1,0 +1,149 @@
+"""What a benchmark is, what its runs gave, and how that is shown."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+
+class Peer(msgspec.Struct, frozen=True):
+    """Somebody else's figure in the benchmark's unit. ``given``: from elsewhere, not measured here."""
+
+    name: str
+    value: float
+    given: bool = True
+
+
+class Run:
+    """One run of a benchmark while it happens: how often to measure, and what came of it so far."""
+
+    def __init__(self, name: str, runs: int) -> None:
+        self.name, self.runs = name, runs
+        self.values: list[float] = []
+        self.peer: Peer | None = None
+        self.problems: list[str] = []
+        """What is wrong beyond the figures; with any, the bar counts as missed."""
+
+    def add(self, value: float, text: str = "") -> None:
+        """One measurement, in the benchmark's unit."""
+        self.values.append(value)
+        self.say(f"{len(self.values)}/{self.runs}: {text or number(value)}")
+
+    def say(self, text: str) -> None:
+        """Progress, for people, to standard error."""
+        print(f"[{self.name}] {text}", file=sys.stderr, flush=True)
+
+
+class Benchmark(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the table. ``bar`` is for the median, or for the ratio to the peer (``bar_of``)."""
+
+    name: str
+    work: str
+    unit: str
+    bar: float
+    measure: Callable[[Run], Awaitable[None]]
+    runs: int
+    fixed: bool = False
+    """Whether --runs means nothing here."""
+    bar_of: str = "median"
+    max_bar: float | None = None
+    peer: Peer | None = None
+
+
+class Figures(msgspec.Struct, frozen=True):
+    """What ``--json`` prints. ``ratio`` is median / peer; null where there is nothing to compare."""
+
+    name: str
+    unit: str
+    n: int
+    min: float | None
+    median: float | None
+    p95: float | None
+    max: float | None
+    bar: float
+    peer: float | None
+    ratio: float | None
+    met: bool
+
+
+def figures(benchmark: Benchmark, run: Run) -> Figures:
+    """The figures of a run that has ended; without any value the bar is missed."""
+    values, peer = sorted(run.values), run.peer or benchmark.peer
+    if not values:
+        nothing = (None, None, None, None)
+        return Figures(benchmark.name, benchmark.unit, 0, *nothing, benchmark.bar, None, None, False)
+    median, most = statistics.median(values), values[-1]
+    ratio = median / peer.value if peer is not None and peer.value else None
+    held = ratio if benchmark.bar_of == "ratio" else median
+    met = held is not None and held <= benchmark.bar and not run.problems
+    if benchmark.max_bar is not None:
+        met = met and most <= benchmark.max_bar
+    return Figures(
+        benchmark.name,
+        benchmark.unit,
+        len(values),
+        _rounded(values[0]),
+        _rounded(median),
+        _rounded(percentile(values, 95)),
+        _rounded(most),
+        benchmark.bar,
+        _rounded(peer.value) if peer is not None else None,
+        _rounded(ratio) if ratio is not None else None,
+        met,
+    )
+
+
+def percentile(ordered: list[float], percent: float) -> float:
+    """The smallest of the *ordered* values that at least *percent* of them do not exceed."""
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+
+
+def _rounded(value: float) -> float:
+    """Four significant digits: more would be noise."""
+    return float(f"{value:.4g}")
+
+
+def number(value: float | None) -> str:
+    """A figure for people."""
+    return "-" if value is None else f"{value:.4g}"
+
+
+def bar_text(benchmark: Benchmark) -> str:
+    """The bar for people."""
+    text = f"<= {number(benchmark.bar)}" + ("x" if benchmark.bar_of == "ratio" else "")
+    return text + (f", max <= {number(benchmark.max_bar)}" if benchmark.max_bar is not None else "")
+
+
+def peer_text(benchmark: Benchmark, run: Run) -> str:
+    """The peer for people; a figure that was not measured here says so."""
+    peer = run.peer or benchmark.peer
+    return f"{peer.name} {number(peer.value)}{' (given)' if peer.given else ''}" if peer is not None else "-"
+
+
+HEADER = ("name", "unit", "n", "min", "median", "p95", "max", "bar", "ratio", "met", "peer")
+
+
+def row(benchmark: Benchmark, run: Run, result: Figures) -> tuple[str, ...]:
+    """One line of the table for people."""
+    return (
+        result.name,
+        result.unit,
+        str(result.n),
+        *(number(value) for value in (result.min, result.median, result.p95, result.max)),
+        bar_text(benchmark),
+        number(result.ratio),
+        "yes" if result.met else "NO",
+        peer_text(benchmark, run),
+    )
+
+
+WIDTHS = (22, 8, 5, 9, 9, 9, 9, 18, 8, 4, 0)
+
+
+def line(cells: tuple[str, ...]) -> str:
+    """The cells beside each other."""
+    return " ".join(cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
