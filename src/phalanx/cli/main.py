@@ -1,0 +1,103 @@
+"""``phalanx``: the entry point. Finds the command, and turns every ending into an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from cyclopts import App, CycloptsError, Parameter
+
+from phalanx.cli import exits, output
+from phalanx.errors import PhalanxError
+from phalanx.version import VERSION
+
+app = App(
+    name="phalanx",
+    help="High availability for ordinary programs, native to NATS.",
+    help_epilogue=exits.EPILOGUE,
+    help_format="markdown",
+    version=VERSION,
+    default_parameter=Parameter(negative=()),
+    suppress_keyboard_interrupt=False,
+)
+
+_COMMANDS = {
+    "run": "run:run",
+    "dev": "dev:dev",
+    "status": "status:status",
+    "health": "status:health",
+    "stepdown": "stepdown:stepdown",
+    "audit": "audit:audit",
+    "config": "check:config",
+    "nats": "permissions:nats",
+    "version": "about:version",
+    "completion": "about:completion",
+}
+"""Modules are imported when their command is called: `phalanx version` needs no HTTP server."""
+
+for _name, _where in _COMMANDS.items():
+    app.command(f"phalanx.cli.{_where}", name=_name)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; its exit code."""
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still in the buffer would complain at exit.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exits.BROKEN_PIPE
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("--help", "-h"):
+        import_all()
+    try:
+        result = app(
+            arguments,
+            exit_on_error=False,
+            print_error=False,
+            help_on_error=False,
+            result_action="return_value",
+        )
+    except CycloptsError as error:
+        words = " ".join(word for word in str(error).split())
+        output.error(f"{words} See: phalanx {_command(arguments)}--help")
+        return exits.BAD_INPUT
+    except PhalanxError as error:
+        output.error(error)
+        return exits.code_of(error)
+    except KeyboardInterrupt:
+        return exits.INTERRUPTED
+    return result if isinstance(result, int) else exits.OK
+
+
+def import_all() -> None:
+    """Import every command, for what describes them all: the list in the help, completion."""
+    for name in _COMMANDS:
+        _ = app[name]
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """The command that was called, as far as there is one of that name."""
+    path, here = "", app
+    for word in arguments:
+        if word.startswith("-") or word not in set(here):
+            break
+        path, here = f"{path}{word} ", here[word]
+    return path
+
+
+if __name__ == "__main__":
+    main()

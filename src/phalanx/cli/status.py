@@ -1,0 +1,157 @@
+"""``phalanx status`` and ``phalanx health``."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from phalanx import system
+from phalanx.cli import exits, output, views
+from phalanx.cli.target import Where
+from phalanx.client import PlatformClient
+from phalanx.errors import BusError
+from phalanx.types import Role
+
+_WATCH_SECONDS = 0.5
+_WHERE = Where()
+
+_STYLES = {
+    Role.ACTIVE: "bold green",
+    Role.ACTIVATING: "yellow",
+    Role.STANDING_DOWN: "yellow",
+    Role.INELIGIBLE: "red",
+    Role.STOPPED: "dim",
+}
+
+
+def status(
+    *,
+    where: Where = _WHERE,
+    watch: Annotated[bool, Parameter(help="Show it again whenever something changes.")] = False,
+    json: Annotated[bool, Parameter(help="As JSON; with --watch one object a line.")] = False,
+) -> int:
+    """Show the nodes of a platform and which of them is active for each app."""
+    platform, nats = where.find()
+    asyncio.run(_status(PlatformClient(platform, nats, timeout=where.timeout), watch, json))
+    return exits.OK
+
+
+async def _status(client: PlatformClient, watch: bool, json: bool) -> None:
+    async with client:
+        view = await _look(client)
+        _show(view, json=json, again=False, pretty=not watch)
+        while watch:
+            await asyncio.sleep(_WATCH_SECONDS)
+            before, problem = view, ""
+            try:
+                view = await _look(client)
+            except BusError as error:
+                # Whoever watches wants to see it come back.
+                problem = str(error)
+                if not json:
+                    output.note(problem)
+                continue
+            if views.without_clock(view) != views.without_clock(before):
+                _show(view, json=json, again=True, pretty=False)
+
+
+async def _look(client: PlatformClient) -> views.PlatformView:
+    return views.platform_view(client.names.platform, await client.nodes())
+
+
+def _show(view: views.PlatformView, *, json: bool, again: bool, pretty: bool) -> None:
+    if json:
+        output.emit(view, pretty=pretty)
+        return
+    if again:
+        output.clear_screen()
+        output.say((f"{output.clock(system.wall())}", "dim"))
+    output.say("platform ", (view.platform, "bold"), f", {_count(len(view.nodes), 'node')}")
+    if view.nodes:
+        output.table(
+            ("NODE", "STATE", "SINCE", "HOST", "PID", "HTTP", "VERSION", "PROBLEMS"), _node_rows(view)
+        )
+    if view.apps:
+        output.say("")
+        output.table(("APP", "ROLE", "NODE", "HEALTH", "EPOCH", "SINCE", "REASON"), _app_rows(view))
+
+
+def _node_rows(view: views.PlatformView) -> list[tuple[str | tuple[str, str], ...]]:
+    return [
+        (
+            node.node,
+            _state(node),
+            _ago(node.since),
+            node.host or "-",
+            str(node.pid or "-"),
+            node.http or "-",
+            node.version or "-",
+            ("; ".join(node.problems), "red"),
+        )
+        for node in view.nodes
+    ]
+
+
+def _state(node: views.NodeRow) -> tuple[str, str]:
+    if not node.answers:
+        return ("silent", "bold red") if node.live else ("dead", "red")
+    return ("ready", "green") if node.ready else ("not ready", "yellow")
+
+
+def _app_rows(view: views.PlatformView) -> list[tuple[str | tuple[str, str], ...]]:
+    rows: list[tuple[str | tuple[str, str], ...]] = []
+    for app in view.apps:
+        if app.active is None:
+            rows.append(
+                (app.name, ("nobody is active", "bold red"), "-", "-", str(app.epoch or "-"), "-", "")
+            )
+        # The active one first.
+        for each in sorted(app.nodes, key=lambda each: (each.node != app.active, each.node)):
+            rows.append(
+                (
+                    app.name,
+                    (each.role, _STYLES.get(Role(each.role), "")),
+                    each.node,
+                    each.health,
+                    str(each.epoch or "-"),
+                    _ago(each.since),
+                    each.reason,
+                )
+            )
+    return rows
+
+
+def _ago(unix_seconds: float) -> str:
+    return output.span(system.wall() - unix_seconds) if unix_seconds else "-"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def health(
+    *,
+    where: Where = _WHERE,
+    json: Annotated[bool, Parameter(help="As JSON.")] = False,
+) -> int:
+    """Say whether every app has an active, healthy leader and all nodes answer (else exit code 1)."""
+    platform, nats = where.find()
+    view = asyncio.run(_view(PlatformClient(platform, nats, timeout=where.timeout)))
+    reasons = views.verdict(view)
+    if json:
+        output.emit({"platform": platform, "healthy": not reasons, "reasons": reasons}, pretty=True)
+    elif reasons:
+        for reason in reasons:
+            output.say((reason, "red"))
+    else:
+        output.say(
+            ("healthy", "green"), f": {_count(len(view.nodes), 'node')}, {_count(len(view.apps), 'app')}"
+        )
+    return exits.NO if reasons else exits.OK
+
+
+async def _view(client: PlatformClient) -> views.PlatformView:
+    async with client:
+        return await _look(client)

@@ -1,0 +1,369 @@
+"""A platform seen from outside of its nodes: who is there, who leads, what happened, and "step down".
+
+::
+
+    async with PlatformClient("prod", NatsOptions(urls=("nats://10.0.0.1:4222",))) as client:
+        for node in await client.nodes():
+            print(node.node, node.answers)
+        await client.step_down("wiki", to="n2", reason="maintenance of n1")
+
+It logs in to NATS with the caller's own credentials; what those may not do, it cannot do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import getpass
+import os
+import socket
+from collections.abc import AsyncIterator, Iterable, Mapping
+from types import TracebackType
+from typing import Self, TypeVar
+
+import msgspec
+
+from phalanx import system
+from phalanx.bus import provision
+from phalanx.bus.connection import NatsBus
+from phalanx.config import NatsOptions
+from phalanx.control import StepDownReply, StepDownRequest
+from phalanx.decide.session import SessionBody, StreamList
+from phalanx.errors import (
+    BusError,
+    BusTimeout,
+    BusUnavailable,
+    ConfigError,
+    NatsUnusable,
+    PlatformNotFound,
+    StepDownFailed,
+)
+from phalanx.names import RESERVED_APPS, Names
+from phalanx.observe.audit import AuditEntry, follow_audit, read_audit
+from phalanx.ports import Message, Record
+from phalanx.types import Member, NodeStatus, Role, is_dns_label
+
+T = TypeVar("T")
+
+PERMISSION_DENIED = "permissions violation"
+NO_ANSWER = "the node does not answer"
+_POLL_SECONDS = 0.25
+"""How often the status is asked for while a hand-over is waited for, should its audit entry not come."""
+
+
+class NodeView(msgspec.Struct, frozen=True, kw_only=True):
+    """One node as it is seen from outside.
+
+    ``is_live``: its session is not over. A node that died stays listed until it returns.
+    ``member`` is None for a node that answers although the platform's bucket does not list it (yet);
+    ``status`` is None for one that did not answer.
+    """
+
+    node: str
+    is_live: bool
+    member: Member | None = None
+    status: NodeStatus | None = None
+
+    @property
+    def answers(self) -> bool:
+        """Whether the node answered."""
+        return self.status is not None
+
+    @property
+    def apps(self) -> tuple[str, ...]:
+        """The names of the apps that it declares."""
+        if self.status is not None:
+            return tuple(app.name for app in self.status.apps)
+        return self.member.apps if self.member is not None else ()
+
+
+class HandOver(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of a step-down. ``seconds``: from the request until *active* was seen to be active.
+
+    ``successor`` is who was named, ``active`` who really took over (None: it was not waited for).
+    """
+
+    app: str
+    previous: str
+    successor: str | None = None
+    active: str | None = None
+    epoch: int = 0
+    seconds: float = 0.0
+
+
+class PlatformClient:
+    """Use it as ``async with``. *timeout*: how long connecting may take, in seconds.
+
+    Entering raises ConfigError (names), NatsUnusable. Every call raises BusError and its kinds when NATS
+    fails, PlatformNotFound when it holds no such platform.
+    """
+
+    def __init__(self, platform: str, nats: NatsOptions, *, timeout: float = 5.0) -> None:
+        if not is_dns_label(platform):
+            raise ConfigError(
+                "platform", platform, "not a DNS label", "use 1-63 of a-z, 0-9 and inner hyphens"
+            )
+        self.names, self._options, self._timeout = Names(platform), nats, timeout
+        self._bus: NatsBus | None = None
+
+    async def __aenter__(self) -> Self:
+        self._bus = await NatsBus.connect(
+            self._options, name=f"phalanx client of {self.names.platform}", timeout=self._timeout
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        bus, self._bus = self._bus, None
+        if bus is not None:
+            await bus.close()
+
+    @property
+    def bus(self) -> NatsBus:
+        """The connection. Raises NatsUnusable outside of ``async with``."""
+        if self._bus is None:
+            raise NatsUnusable("the client is not connected", "use it inside its async with")
+        return self._bus
+
+    # --- looking
+
+    async def members(self) -> dict[str, Member]:
+        """The nodes as they described themselves, dead ones too, by name."""
+        return (await self._state()).members
+
+    async def apps(self) -> tuple[str, ...]:
+        """The apps that were ever created on the platform."""
+        return (await self._state()).apps
+
+    async def nodes(self, timeout: float = 1.0) -> list[NodeView]:
+        """All nodes, by name, with what they say of themselves.
+
+        Returns as soon as all live members have answered; *timeout* seconds are the bound when one
+        does not.
+        """
+        state = await self._state()
+        live = await self._live(state)
+        answers = await self._answers(timeout, len(live))
+        return [
+            NodeView(
+                node=node,
+                is_live=node in live or node in answers,
+                member=state.members.get(node),
+                status=answers.get(node),
+            )
+            for node in sorted({*state.members, *answers})
+        ]
+
+    async def status(self, timeout: float = 1.0) -> list[NodeStatus]:
+        """What :meth:`nodes` finds, as the nodes' own words; one that is silent says so in ``problems``."""
+        return [view.status or _silent(self.names.platform, view) for view in await self.nodes(timeout)]
+
+    async def _answers(self, timeout: float, expected: int) -> dict[str, NodeStatus]:
+        if not expected:
+            return {}
+        found = await self.bus.gather(self.names.status_subject(), timeout=timeout, most=expected)
+        answers = [_decoded(message, NodeStatus) for message in found]
+        return {answer.node: answer for answer in answers if answer is not None}
+
+    async def _state(self) -> _State:
+        """The platform's bucket, as it is now."""
+        bucket = self.names.platform_bucket
+        stream, prefix = self.names.bucket_stream(bucket), self.names.key_subject(bucket, "")
+        try:
+            records = await self.bus.snapshot(stream, f"{prefix}>")
+        except BusUnavailable:
+            # Nobody serves that bucket: it does not exist, or NATS has no leader for it just now.
+            if self.bus.is_connected and await provision.stream_info(self.bus, stream) is None:
+                raise PlatformNotFound(self.names.platform, self._where) from None
+            raise
+        return _State.of({record.subject.removeprefix(prefix): record for record in records})
+
+    @property
+    def _where(self) -> str:
+        return ", ".join(self._options.urls)
+
+    async def _live(self, state: _State) -> set[str]:
+        """Members whose session a majority of session streams neither ends nor lacks."""
+        streams = state.streams
+        if streams is None:
+            return set(state.members)
+        bodies = await asyncio.gather(*(self._sessions(stream) for stream in streams.all_streams))
+        by_stream = dict(zip(streams.all_streams, bodies, strict=True))
+        live: set[str] = set()
+        for node, member in state.members.items():
+            gone = [
+                s for s, held in by_stream.items() if held is not None and str(member.session) not in held
+            ]
+            if not streams.has_majority(gone):
+                live.add(node)
+        return live
+
+    async def _sessions(self, stream: str) -> set[str] | None:
+        """The sessions that *stream* holds and that have no tombstone there; None if it can't be read."""
+        try:
+            records = await self.bus.snapshot(stream, self.names.session_subjects(stream))
+        except BusError:
+            return None
+        held: set[str] = set()
+        for record in records:
+            with contextlib.suppress(msgspec.MsgspecError):
+                if not record.removed and not msgspec.json.decode(record.data, type=SessionBody).tombstone:
+                    held.add(str(self.names.session_of(record.subject)))
+        return held
+
+    # --- changing
+
+    async def step_down(
+        self, app: str, to: str | None = None, *, reason: str = "", timeout: float = 60.0, wait: bool = True
+    ) -> HandOver:
+        """Have the active node of *app* hand over, to node *to* if given; wait until the next one is active.
+
+        Without *wait* it returns when the old section has ended. Raises ConfigError for an app that the
+        platform does not have and for a node that cannot take over, StepDownFailed when nobody is active
+        or nobody took over within *timeout* seconds.
+        """
+        deadline = system.now() + timeout
+        await self._check_app(app)
+        active = _active_of(await self.nodes(), app, Role.ACTIVE, Role.ACTIVATING)
+        if active is None:
+            raise StepDownFailed(app, "no node is active for it", "see: phalanx status")
+        before, began = active[1], system.now()
+        changed = asyncio.Event()
+        subscription = await self.bus.subscribe(
+            self.names.audit_subject("app", "active"), lambda _: changed.set()
+        )
+        try:
+            reply = await self._ask_to_step_down(app, to, reason, timeout)
+            done = HandOver(app=app, previous=reply.node, successor=reply.successor)
+            if not wait:
+                return msgspec.structs.replace(done, seconds=system.now() - began)
+            return await self._taken_over(done, before, began, deadline, changed)
+        finally:
+            await subscription.unsubscribe()
+
+    async def _check_app(self, app: str) -> None:
+        known = await self.apps()
+        if not is_dns_label(app) or app in RESERVED_APPS or app not in known:
+            remedy = f"choose from: {', '.join(known)}" if known else "it has no apps yet"
+            raise ConfigError("app", app, f"the platform {self.names.platform} has no such app", remedy)
+
+    async def _ask_to_step_down(self, app: str, to: str | None, reason: str, timeout: float) -> StepDownReply:
+        request = StepDownRequest(to=to, reason=reason, by=_caller())
+        try:
+            answer = await self.bus.request(
+                self.names.control_subject(app, "stepdown"), msgspec.json.encode(request), timeout=timeout
+            )
+        except (BusUnavailable, BusTimeout) as error:
+            raise StepDownFailed(
+                app,
+                f"its active node did not answer ({error.description})",
+                f"see phalanx status; this user may need the right to publish to {error.operation}",
+            ) from error
+        reply = _decoded(answer, StepDownReply)
+        if reply is None:
+            raise StepDownFailed(app, "the answer is not understood", "do all nodes run this version?")
+        if reply.bad_input:
+            raise ConfigError("node", to, reply.error, "see: phalanx status")
+        if reply.error:
+            raise StepDownFailed(app, reply.error, "see: phalanx status")
+        return reply
+
+    async def _taken_over(
+        self, done: HandOver, before: int, began: float, deadline: float, changed: asyncio.Event
+    ) -> HandOver:
+        while True:
+            changed.clear()
+            nodes = await self.nodes(min(1.0, max(0.05, deadline - system.now())))
+            active = _active_of(nodes, done.app, Role.ACTIVE)
+            if active is not None and active[1] > before:
+                return msgspec.structs.replace(
+                    done, active=active[0], epoch=active[1], seconds=system.now() - began
+                )
+            if system.now() >= deadline:
+                problem = f"{done.previous} stepped down, but nobody has taken over"
+                raise StepDownFailed(done.app, problem, "see: phalanx status")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), _POLL_SECONDS)
+
+    # --- the audit log
+
+    async def audit(self, since: float | None = None, limit: int = 100) -> list[AuditEntry]:
+        """The newest *limit* entries, oldest first; *since* Unix seconds."""
+        await self._state()
+        return await read_audit(self.bus, self.names, since=since, limit=limit)
+
+    async def follow_audit(self, since: float | None = None) -> AsyncIterator[AuditEntry]:
+        """Each entry as it comes, for ever; with *since* (Unix seconds) the earlier ones first."""
+        await self._state()
+        async for entry in follow_audit(self.bus, self.names, since=since):
+            yield entry
+
+
+class _State(msgspec.Struct, frozen=True):
+    """What the platform's bucket says."""
+
+    members: dict[str, Member]
+    apps: tuple[str, ...]
+    streams: StreamList | None
+
+    @classmethod
+    def of(cls, records: Mapping[str, Record]) -> _State:
+        held = {key: record for key, record in records.items() if not record.removed}
+        streams = held.get(Names.SESSIONS_KEY)
+        return cls(
+            {
+                key.removeprefix("member."): member
+                for key, record in held.items()
+                if key.startswith("member.") and (member := _decoded(record, Member)) is not None
+            },
+            tuple(sorted(key.removeprefix("app.") for key in held if key.startswith("app."))),
+            _decoded(streams, StreamList) if streams is not None else None,
+        )
+
+
+def _decoded(message: Message | Record, kind: type[T]) -> T | None:
+    """What a node of this or a later version wrote; None for what is not understood."""
+    try:
+        return msgspec.json.decode(message.data, type=kind)
+    except msgspec.MsgspecError:
+        return None
+
+
+def _silent(platform: str, view: NodeView) -> NodeStatus:
+    member = view.member
+    return NodeStatus(
+        platform,
+        view.node,
+        member.version if member is not None else "",
+        str(member.session) if member is not None else "",
+        labels=member.labels if member is not None else {},
+        problems=(NO_ANSWER if view.is_live else f"{NO_ANSWER}, its session is over",),
+    )
+
+
+def _active_of(nodes: Iterable[NodeView], app: str, *roles: Role) -> tuple[str, int] | None:
+    """The node that has one of *roles* for *app*, and its epoch; of two the one with the higher epoch."""
+    found = [
+        (status.epoch, view.node)
+        for view in nodes
+        if view.status is not None
+        for status in view.status.apps
+        if status.name == app and status.role in roles
+    ]
+    if not found:
+        return None
+    epoch, node = max(found)
+    return node, epoch
+
+
+def _caller() -> str:
+    """Who asks, for the audit log."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+__all__ = ["HandOver", "NodeView", "PlatformClient"]
