@@ -86,6 +86,7 @@ class Election:
         self._eligible, self._not_before = False, float("-inf")
         self._reign: Reign | None = None
         self._unreleased: tuple[int, str, str | None] | None = None
+        self._releasing = asyncio.Lock()
         self._reigns: asyncio.Queue[Reign] = asyncio.Queue(1)
         self._changed = asyncio.Event()
         self._offered: Candidate | None = None
@@ -236,6 +237,11 @@ class Election:
         self._reigns.put_nowait(reign)
 
     async def _try_release(self) -> bool:
+        # The loop and release() come here at the same moment: a second write would only be refused.
+        async with self._releasing:
+            return await self._write_release()
+
+    async def _write_release(self) -> bool:
         if self._unreleased is None:
             return True
         epoch, reason, successor = self._unreleased
