@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -31,7 +31,7 @@ class User(msgspec.Struct):
 
 
 @asynccontextmanager
-async def connected(*urls: str) -> AsyncIterator[NatsBus]:
+async def connected(*urls: str) -> AsyncGenerator[NatsBus]:
     """A bus that is closed at the end."""
     bus = await NatsBus.connect(NatsOptions(urls=urls), name="test", ping_interval=1.0)
     try:

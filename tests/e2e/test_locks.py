@@ -1,0 +1,514 @@
+"""The app's locks on real servers, with a real register of sessions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+
+from phalanx import system
+from phalanx.bus.connection import NatsBus
+from phalanx.bus.provision import bucket_config, create_stream, session_config
+from phalanx.config import NatsOptions
+from phalanx.coord.kv import AppKV
+from phalanx.coord.locks import Lock, Locks
+from phalanx.coord.register import Register
+from phalanx.decide.session import SessionBody, StreamList
+from phalanx.decide.timing import Timing
+from phalanx.errors import BusError, BusTimeout, ConfigError, Fenced, LockLost, LockTimeout, SessionLost
+from phalanx.names import LEADER_KEY, Names
+from phalanx.ports import Fence
+from phalanx.testing.nats import NatsCluster, NatsServer
+from phalanx.types import SessionId
+
+NAMES = Names("prod")
+STREAM = NAMES.session_stream(1)
+STREAMS = StreamList(1, (STREAM,))
+TIMING = Timing.of(1.0)
+BUCKET = NAMES.app_bucket("wiki")
+LEADER = NAMES.key_subject(BUCKET, LEADER_KEY)
+
+
+def lock_subject(name: str) -> str:
+    return NAMES.key_subject(BUCKET, f"lock.{name}")
+
+
+class Heartbeat:
+    """A session that this process renews by itself, in place of a keeper; ``die()`` is a power loss."""
+
+    def __init__(self, bus: NatsBus, node: str) -> None:
+        self.id = SessionId.new(node)
+        self.lost_reason = ""
+        self._bus, self._callbacks = bus, list[Callable[[], None]]()
+        self._subject = NAMES.session_subject(STREAM, self.id)
+        self._task: asyncio.Task[None] | None = None
+        self.is_valid = True
+
+    async def start(self) -> None:
+        await self._renew()
+        self._task = asyncio.create_task(self._beat())
+
+    async def _renew(self) -> None:
+        await self._bus.write(self._subject, msgspec.json.encode(SessionBody(1)))
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(TIMING.renew_every)
+            with contextlib.suppress(BusError):
+                await self._renew()
+
+    async def die(self) -> None:
+        """No longer renew; whoever holds something by it is not told."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def lose(self, reason: str) -> None:
+        """What the keeper's word does."""
+        self.is_valid, self.lost_reason = False, reason
+        for callback in list(self._callbacks):
+            callback()
+
+    def on_change(self, callback: Callable[[], None]) -> None:
+        self._callbacks.append(callback)
+
+    def off_change(self, callback: Callable[[], None]) -> None:
+        self._callbacks.remove(callback)
+
+    @property
+    def listeners(self) -> int:
+        return len(self._callbacks)
+
+
+class Node:
+    """What locks stand on, on one node: a connection, a session, a register."""
+
+    def __init__(self, bus: NatsBus, session: Heartbeat, register: Register) -> None:
+        self.bus, self.session, self.register = bus, session, register
+        self.locks = Locks(bus, NAMES, "wiki", session, register)
+        self.kv = AppKV(bus, NAMES, "wiki")
+
+
+@asynccontextmanager
+async def node(name: str, *urls: str, replicas: int = 1) -> AsyncGenerator[Node]:
+    """One node; the streams are made where they are missing."""
+    bus = await NatsBus.connect(NatsOptions(urls=urls), name=name, ping_interval=1.0)
+    await create_stream(bus, session_config(NAMES, STREAM))
+    await create_stream(bus, bucket_config(NAMES, BUCKET, "wiki", history=1, replicas=replicas))
+    session = Heartbeat(bus, name)
+    register = Register(bus, NAMES, STREAMS, TIMING, session.id)
+    running = asyncio.create_task(register.run())
+    await session.start()
+    await register.ready.wait()
+    made = Node(bus, session, register)
+    try:
+        yield made
+    finally:
+        await made.locks.close()
+        await session.die()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await bus.close()
+
+
+@pytest.fixture
+async def a(nats_server: NatsServer) -> AsyncIterator[Node]:
+    async with node("a", nats_server.url()) as made:
+        yield made
+
+
+@pytest.fixture
+async def b(nats_server: NatsServer) -> AsyncIterator[Node]:
+    async with node("b", nats_server.url()) as made:
+        yield made
+
+
+async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.005)
+
+
+class HoldsWrites:
+    """The real bus, whose writes of a lock time out: they reach the server only with ``arrive()``."""
+
+    def __init__(self, bus: NatsBus) -> None:
+        self._bus, self.holding, self.held = bus, True, list[tuple[str, bytes, dict[str, Any]]]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bus, name)
+
+    async def write(self, subject: str, data: bytes = b"", **options: Any) -> int:
+        if self.holding and ".lock." in subject:
+            self.held.append((subject, data, options))
+            raise BusTimeout(f"write {subject}", "held back")
+        return await self._bus.write(subject, data, **options)
+
+    async def arrive(self, first: int | None = None) -> list[str]:
+        """What was held back (only the *first* so many) reaches the server now; how each fared."""
+        outcomes: list[str] = []
+        for subject, data, options in self.held[:first]:
+            try:
+                await self._bus.write(subject, data, **options)
+                outcomes.append("stored")
+            except BusError:
+                outcomes.append("refused")
+        return outcomes
+
+
+# --- plain
+
+
+async def test_lock_excludes_and_token_grows(a: Node, b: Node) -> None:
+    """Held by one node a lock is closed to the other until it is released; then with a larger token."""
+    async with a.locks.lock("migrate") as held:
+        assert (held.name, held.is_held, held.lost.is_set()) == ("migrate", True, False)
+        with pytest.raises(LockTimeout, match=r"held by a\.") as refused:
+            await b.locks.acquire("migrate", timeout=0)
+        assert (refused.value.name, refused.value.seconds) == ("migrate", 0)
+        async with b.locks.lock("other", timeout=1):
+            pass
+        first = held.token
+    async with b.locks.lock("migrate", timeout=1) as held:
+        assert held.token > first
+    assert (a.session.listeners, b.session.listeners) == (0, 0)
+
+
+async def test_waiter_is_woken_by_the_release(a: Node, b: Node) -> None:
+    """Who waits on another node has the lock within a moment of its release."""
+    held = await a.locks.acquire("x")
+    waiting = asyncio.create_task(b.locks.acquire("x", timeout=10))
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
+    began = system.now()
+    await held.release()
+    await held.release()
+    got = await waiting
+    assert system.now() - began < 0.25
+    assert got.token > held.token
+    with pytest.raises(LockLost, match="released"):
+        held.check()
+    await got.release()
+
+
+async def test_wait_has_a_deadline(a: Node, b: Node) -> None:
+    """A lock that stays held: LockTimeout at the deadline, not earlier, not much later; on any node."""
+    async with a.locks.lock("x"):
+        for locks, holder in ((b.locks, r"held by a\."), (a.locks, "this node")):
+            began = system.now()
+            with pytest.raises(LockTimeout, match=holder):
+                async with locks.lock("x", timeout=0.3):
+                    pytest.fail("held twice")
+            assert 0.29 < system.now() - began < 1.5
+    async with a.locks.lock("x", timeout=0):
+        pass
+
+
+async def test_wrong_arguments(a: Node) -> None:
+    """Names and deadlines are checked before anything is sent."""
+    for name in ("", "a b", "a.*", "..", None):
+        with pytest.raises(ConfigError, match="lock"):
+            await a.locks.acquire(name)  # pyright: ignore[reportArgumentType]
+    for timeout in (-1, float("nan"), "5"):
+        with pytest.raises(ConfigError, match="timeout"):
+            await a.locks.acquire("x", timeout=timeout)  # pyright: ignore[reportArgumentType]
+
+
+async def test_error_in_the_body_releases(a: Node, b: Node) -> None:
+    """An exception leaves the block as it is, and the lock free."""
+    with pytest.raises(ZeroDivisionError):
+        async with a.locks.lock("x"):
+            raise ZeroDivisionError
+    async with b.locks.lock("x", timeout=0):
+        pass
+
+
+async def test_early_release_in_the_body(a: Node) -> None:
+    """Releasing inside the block is no loss."""
+    async with a.locks.lock("x") as held:
+        await held.release()
+
+
+# --- many
+
+
+async def count_under_lock(node: Node, locks: Locks, times: int, tokens: list[int]) -> None:
+    """Read, yield, write back: it loses counts as soon as two do it at once."""
+    for _ in range(times):
+        async with locks.lock("counter", timeout=60) as held:
+            tokens.append(held.token)
+            n = await node.kv.value("n", int, 0)
+            await asyncio.sleep(0)
+            await node.kv.put("n", n + 1)
+
+
+async def test_mutual_exclusion_of_many_tasks(nats_server: NatsServer) -> None:
+    """Tasks of three nodes, several on each, never hold one lock together; tokens only grow."""
+    async with (
+        node("a", nats_server.url()) as a,
+        node("b", nats_server.url()) as b,
+        node("c", nats_server.url()) as c,
+    ):
+        tokens: list[int] = []
+        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+            for each in (a, b, c):
+                other = Locks(each.bus, NAMES, "wiki", each.session, each.register)
+                for locks in (each.locks, each.locks, each.locks, other):
+                    tasks.create_task(count_under_lock(each, locks, 8, tokens))
+        assert await a.kv.value("n", int, 0) == 3 * 4 * 8
+        assert tokens == sorted(set(tokens))
+
+
+async def test_mutual_exclusion_while_a_server_dies(nats_cluster: NatsCluster) -> None:
+    """The bucket's leader is killed while three nodes count under one lock: no count is lost."""
+    await nats_cluster.ready()
+    async with (
+        node("a", *nats_cluster.urls, replicas=3) as a,
+        node("b", *nats_cluster.urls, replicas=3) as b,
+    ):
+        tokens: list[int] = []
+        counts = {"done": 0}
+
+        async def work(each: Node) -> None:
+            done = 0
+            while done < 15:
+                try:
+                    async with each.locks.lock("counter", timeout=60) as held:
+                        tokens.append(held.token)
+                        n = await each.kv.value("n", int, 0)
+                        await each.kv.put("n", n + 1)
+                        done += 1
+                except BusError:
+                    # The put's outcome is unknown: count what is there at the end only where it is known.
+                    continue
+                counts["done"] += 1
+
+        async with asyncio.timeout(90), asyncio.TaskGroup() as tasks:
+            for each in (a, a, b, b):
+                tasks.create_task(work(each))
+            await eventually(lambda: counts["done"] > 5)
+            leader = nats_cluster.index(nats_cluster.stream_leader(NAMES.bucket_stream(BUCKET)))
+            # The one with the session stream stays: its loss would be that of all sessions here.
+            if nats_cluster.stream_leader(STREAM) != nats_cluster.name(leader):
+                nats_cluster.kill(leader)
+            else:
+                nats_cluster.kill((leader + 1) % 3)
+        assert await a.kv.value("n", int, 0) >= 60
+        assert tokens == sorted(set(tokens))
+
+
+# --- loss
+
+
+async def test_lock_of_a_dead_session_is_taken_over(a: Node, b: Node) -> None:
+    """The holder's host loses power: the lock is free once its session is over, not before."""
+    held = await a.locks.acquire("x")
+    began = system.now()
+    await a.session.die()
+    got = await b.locks.acquire("x", timeout=10)
+    assert TIMING.ttl * 0.8 < system.now() - began < TIMING.observe + 1.0
+    assert got.token > held.token
+    # The old holder, were it still alive, is told.
+    await asyncio.wait_for(held.lost.wait(), 5)
+    with pytest.raises(LockLost, match="overwritten, now held by b"):
+        held.check()
+    await held.release()
+    assert got.is_held
+    with pytest.raises(LockTimeout):
+        await b.locks.acquire("x", timeout=0)
+    await got.release()
+
+
+async def test_session_loss_is_a_signal(a: Node) -> None:
+    """With the session every lock is lost at once, waiting ends, and the block ends with LockLost."""
+    waited: list[BaseException] = []
+
+    async def wait() -> None:
+        try:
+            await a.locks.acquire("y", timeout=30)
+        except SessionLost as error:
+            waited.append(error)
+
+    other = await Locks(a.bus, NAMES, "wiki", a.session, a.register).acquire("y")
+    waiting = asyncio.create_task(wait())
+    await asyncio.sleep(0.1)
+    with pytest.raises(LockLost, match="the keeper is gone"):  # noqa: PT012
+        async with a.locks.lock("x") as held:
+            a.session.lose("the keeper is gone")
+            assert held.lost.is_set()
+            assert not held.is_held
+    await asyncio.wait_for(waiting, 5)
+    assert waited
+    assert other.lost.is_set()
+    with pytest.raises(SessionLost):
+        await a.locks.acquire("z")
+    await other.release()
+
+
+async def test_body_error_wins_over_lock_lost(a: Node) -> None:
+    """A body that raises by itself is not covered up by LockLost."""
+    with pytest.raises(ZeroDivisionError):  # noqa: PT012
+        async with a.locks.lock("x"):
+            a.session.lose("gone")
+            raise ZeroDivisionError
+
+
+async def test_overwritten_and_deleted_keys_are_a_loss(a: Node) -> None:
+    """Somebody who writes or purges the key by hand takes the lock away: the holder is told."""
+    held = await a.locks.acquire("x")
+    await a.bus.write(lock_subject("x"), b"")
+    await asyncio.wait_for(held.lost.wait(), 5)
+    await held.release()
+    held = await a.locks.acquire("x", timeout=2)
+    await a.bus.api(f"STREAM.PURGE.{NAMES.bucket_stream(BUCKET)}", {"filter": lock_subject("x")})
+    held2 = await Locks(a.bus, NAMES, "wiki", a.session, a.register).acquire("x", timeout=2)
+    await asyncio.wait_for(held.lost.wait(), 5)
+    assert held2.token > held.token
+    await held.release()
+    assert held2.is_held
+    await held2.release()
+
+
+async def test_junk_in_the_key_counts_as_free(a: Node) -> None:
+    """A key that holds no lock does not close it for ever."""
+    await a.bus.write(lock_subject("x"), b"{not json")
+    async with a.locks.lock("x", timeout=1):
+        pass
+
+
+# --- under an epoch
+
+
+async def lead(node: Node) -> Fence:
+    return Fence(LEADER, await node.bus.write(LEADER, b"{}"))
+
+
+async def test_leader_lock_ends_with_the_epoch(a: Node, b: Node) -> None:
+    """A lock of an active section is lost when the epoch is, and free for the next; old epochs get none."""
+    fence = await lead(a)
+    old = a.locks.under(fence, fence.revision)
+    held = await old.acquire("x")
+    waiting = asyncio.create_task(b.locks.acquire("x", timeout=10))
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    await lead(b)
+    got = await waiting
+    assert got.token > held.token
+    await asyncio.wait_for(held.lost.wait(), 5)
+    await held.release()
+    for name in ("new", "x"):
+        with pytest.raises(Fenced) as refused:
+            await old.acquire(name, timeout=5)
+        assert refused.value.epoch == fence.revision
+    assert got.is_held
+    await got.release()
+
+
+async def test_leader_lock_excludes_in_its_epoch(a: Node, b: Node) -> None:
+    """While the epoch lasts its lock is closed to everybody, and free after the release."""
+    fence = await lead(a)
+    async with a.locks.under(fence, fence.revision).lock("x"):
+        with pytest.raises(LockTimeout, match="in epoch"):
+            await b.locks.acquire("x", timeout=0.2)
+    async with b.locks.lock("x", timeout=1):
+        pass
+
+
+# --- cancellation and lost replies
+
+
+async def test_cancelled_acquire_leaves_nothing(a: Node, b: Node) -> None:
+    """An acquire that is cancelled at any moment leaves the lock free."""
+    for step in range(40):
+        task = asyncio.create_task(a.locks.acquire("x", timeout=5))
+        await asyncio.sleep(step * 0.0001)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await (await task).release()
+        async with b.locks.lock("x", timeout=2):
+            pass
+    await a.locks.close()
+    assert a.session.listeners == 0
+
+
+async def test_cancelled_waiter_does_not_hold_up_others(a: Node) -> None:
+    """Of those who wait in line on one node any may leave."""
+    held = await a.locks.acquire("x")
+    waiting = [asyncio.create_task(a.locks.acquire("x", timeout=10)) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    waiting[0].cancel()
+    waiting[1].cancel()
+    await held.release()
+    got = await waiting[2]
+    assert isinstance(got, Lock)
+    await got.release()
+
+
+async def test_cancelled_release_goes_on(a: Node, b: Node) -> None:
+    """Cancelling who leaves the block does not keep the lock."""
+    held = await a.locks.acquire("x")
+    task = asyncio.create_task(held.release())
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    async with b.locks.lock("x", timeout=2):
+        pass
+
+
+async def test_late_write_does_not_leak_the_lock(a: Node, b: Node) -> None:
+    """A write of a claim that was given up, and that arrives only later, is refused by the server."""
+    slow: Any = HoldsWrites(a.bus)
+    locks = Locks(slow, NAMES, "wiki", a.session, a.register)
+    with pytest.raises(BusError):
+        await locks.acquire("x", timeout=0.2)
+    slow.holding = False
+    await locks.close()
+    assert "stored" not in await slow.arrive()
+    async with b.locks.lock("x", timeout=0):
+        pass
+
+
+async def test_late_write_before_the_settling_is_undone(a: Node, b: Node) -> None:
+    """The same when it arrives first: what it took is given back."""
+    slow: Any = HoldsWrites(a.bus)
+    locks = Locks(slow, NAMES, "wiki", a.session, a.register)
+    task = asyncio.create_task(locks.acquire("x", timeout=30))
+    await eventually(lambda: bool(slow.held))
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert await slow.arrive(1) == ["stored"]
+    slow.holding = False
+    await locks.close()
+    async with b.locks.lock("x", timeout=0):
+        pass
+
+
+async def test_lost_reply_is_ours_after_all(a: Node) -> None:
+    """A write that was stored but not acknowledged holds the lock: the nonce shows it."""
+    slow: Any = HoldsWrites(a.bus)
+    locks = Locks(slow, NAMES, "wiki", a.session, a.register)
+    task = asyncio.create_task(locks.acquire("x", timeout=10))
+    await eventually(lambda: bool(slow.held))
+    assert await slow.arrive(1) == ["stored"]
+    held = await task
+    slow.holding = False
+    assert held.is_held
+    await held.release()
+
+
+async def test_acquire_rides_out_a_server_restart(nats_server: NatsServer) -> None:
+    """NATS is away for a moment: at its deadline an acquisition says so; with more time it goes on."""
+    async with node("a", nats_server.url()) as a:
+        nats_server.kill()
+        await eventually(lambda: not a.bus.is_connected)
+        with pytest.raises(BusError):
+            await a.locks.acquire("x", timeout=0.2)
+        task = asyncio.create_task(a.locks.acquire("x", timeout=30))
+        nats_server.start()
+        held = await task
+        await held.release()
