@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -14,7 +15,7 @@ from phalanx import system
 from phalanx.config import AppConfig
 from phalanx.coord.election import Election, Reign
 from phalanx.coord.kv import AppKV
-from phalanx.coord.locks import Locks
+from phalanx.coord.locks import Lock, Locks
 from phalanx.coord.register import Register
 from phalanx.coord.session import Session
 from phalanx.decide.activation import STEP_ASIDE_SECONDS, Failures
@@ -105,7 +106,7 @@ class ActiveContext:
         else:
             self._loop.call_soon_threadsafe(self.ready_event.set)
 
-    def lock(self, name: str, *, timeout: float = 10.0) -> Any:
+    def lock(self, name: str, *, timeout: float = 10.0) -> AbstractAsyncContextManager[Lock]:
         """One of the app's locks, held under this epoch. *timeout* in seconds."""
         return self._locks.lock(name, timeout=timeout)
 
@@ -235,7 +236,7 @@ class App:
             raise StartError(f"app {self.name!r} has no locks yet", "use them while the platform runs")
         return self._locks
 
-    def lock(self, name: str, *, timeout: float = 10.0) -> Any:
+    def lock(self, name: str, *, timeout: float = 10.0) -> AbstractAsyncContextManager[Lock]:
         """One of the app's locks, held through this node's session: ``async with app.lock("x") as held``."""
         return self.locks.lock(name, timeout=timeout)
 
@@ -315,7 +316,7 @@ class App:
         """Take part in the election under *session* until cancelled. End the section before: ``wind_up``."""
         parts = self._running_parts
         self._session = session
-        self._locks = Locks(parts.bus, parts.names, self.name, session, register)
+        self._locks = locks = Locks(parts.bus, parts.names, self.name, session, register)
         self._election = election = Election(
             parts.bus,
             parts.names,
@@ -337,6 +338,7 @@ class App:
                     reign = await election.next_reign()
                     await self._run_reign(election, reign)
         finally:
+            await locks.close()
             self._election, self._locks, self._session = None, None, None
 
     async def _run_reign(self, election: Election, reign: Reign) -> None:
@@ -445,7 +447,7 @@ class App:
             return self._barred
         verdict = self.health.standby_verdict
         if verdict is Health.UNHEALTHY:
-            return f"unhealthy: {self.health.reason}"
+            return f"unhealthy: {self.health.standby_reason}"
         if verdict is Health.UNKNOWN and self._has_standby_checks:
             return "its health checks have not answered yet"
         return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def stage(
     urls_of: dict[int, Sequence[str]] | None = None,
     node_env: dict[str, str] | None = None,
     **settings: Any,
-) -> Iterator[Stage]:
+) -> Generator[Stage]:
     """*count* nodes of the test program on *nats*, each next to one of its servers."""
     history = History(tmp_path / "history")
 
