@@ -216,7 +216,7 @@ class Stage:
 
     async def _unready_streams(self, steered: bool) -> str:
         try:
-            names = [str(s) for s in (await self.bus.api("STREAM.NAMES", {}, timeout=2)).get("streams") or []]
+            names: list[str] = (await self.bus.api("STREAM.NAMES", {}, timeout=2)).get("streams") or []
             for name in names:
                 if problem := await self._unready_stream(name):
                     return problem
@@ -247,7 +247,8 @@ class Stage:
     async def stream_leader(self, app: str = APP) -> str:
         """The server that leads the stream of *app*. Raises BusError while nobody does."""
         info = await self.bus.api(f"STREAM.INFO.{self.app_stream(app)}", {}, timeout=2)
-        return str((info.get("cluster") or {}).get("leader") or "")
+        cluster: dict[str, Any] = info.get("cluster") or {}
+        return str(cluster.get("leader") or "")
 
     async def move_stream_leader(self, server: str, app: str = APP) -> bool:
         """Let *server* lead the stream of *app*; whether it does now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from benchmarks import failover, hosts
+from benchmarks import failover, footprint, hosts, kv, servers, simulation
 from benchmarks.figures import Benchmark, Peer
 
 ETCD_CRASH = "etcd election, crash: its TTL, at least"
@@ -56,5 +56,51 @@ BENCHMARKS = (
         max_bar=0,
         measure=failover.freeze,
         runs=5,
+    ),
+    Benchmark(
+        name="failover.nats_server",
+        work="SIGKILL of each nats-server in turn, TTL 2 s: failovers caused + acknowledged writes lost",
+        unit="count",
+        bar=0,
+        max_bar=0,
+        measure=servers.kill_in_turn,
+        runs=10,
+    ),
+    Benchmark(
+        name="kv.put",
+        work="put of 128 bytes in the app's KV, one server; the bar is for the ratio to raw nats-py",
+        unit="ms",
+        bar=1.15,
+        bar_of="ratio",
+        measure=kv.put,
+        runs=10,
+    ),
+    Benchmark(
+        name="node.memory",
+        work="RSS of node + keeper, 20 apps, idle, of each of three nodes (nats-servers apart)",
+        unit="MB",
+        bar=90,
+        measure=footprint.memory,
+        runs=3,
+        fixed=True,
+    ),
+    Benchmark(
+        name="node.idle_cpu",
+        work="processor time of the same in 30 s, share of one core",
+        unit="%",
+        bar=2,
+        measure=footprint.idle_cpu,
+        runs=3,
+        fixed=True,
+    ),
+    Benchmark(
+        name="simulate",
+        work="violations in 20,000 simulated schedules; planted rule breaks are found",
+        unit="count",
+        bar=0,
+        max_bar=0,
+        measure=simulation.simulate,
+        runs=1,
+        fixed=True,
     ),
 )

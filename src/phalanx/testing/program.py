@@ -20,8 +20,9 @@ from phalanx.testing.history import History
 
 class Settings(msgspec.Struct, kw_only=True):
     """What the program runs. ``fault``: ``none``, ``block`` (a hook that blocks the loop when the file
-    ``fault_file`` appears), ``deaf`` (a hook that ignores its cancellation), ``fail`` (on_active raises). ``writes``: fenced writes
-    while active, each ``write_seconds`` after the last, to one key or (``distinct_keys``) each to its own."""
+    ``fault_file`` appears), ``deaf`` (a hook that ignores its cancellation), ``fail`` (on_active raises).
+    ``writes``: fenced writes while active, each ``write_seconds`` after the last, to one key or
+    (``distinct_keys``) each to its own."""
 
     history: str
     platform: str = "test"
