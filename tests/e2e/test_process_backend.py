@@ -8,6 +8,8 @@ import logging
 import os
 import pwd
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -201,6 +203,30 @@ async def test_ready_check_that_passes_for_a_dead_program(sections: Sections) ->
 
     with pytest.raises(BackendError, match="exited with code 1 before it was ready"):
         await sections.start(running, ready=config.FunctionCheck(passes_late, timeout=5))
+
+
+async def test_cancelled_while_it_is_being_spawned(
+    sections: Sections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G8: the program may appear after the cancellation, in its thread; start() waits and kills it."""
+    real, spawned, begun = child.spawn, list[int](), threading.Event()
+
+    def slowly(*arguments: object, **options: object) -> object:
+        begun.set()
+        time.sleep(0.3)
+        made = real(*arguments, **options)  # pyright: ignore
+        spawned.append(made.pid)
+        return made
+
+    monkeypatch.setattr(child, "spawn", slowly)
+    start = asyncio.create_task(sections.start("sleep 60"))
+    await until(begun.is_set)
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    (pid,) = spawned
+    assert not system.is_running(pid)
+    assert not sections.resources
 
 
 # --- output
