@@ -1,0 +1,89 @@
+"""``make demo``. Exit codes: 0 every promise was kept, 1 one was broken, 2 bad arguments, 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import secrets
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from examples.demo.client import Client
+from examples.demo.hosts import Hosts
+from examples.demo.programs import Programs
+from examples.demo.promises import FAULTS, Fault
+from examples.demo.scenario import Failed, Scenario
+from examples.demo.timeline import Timeline
+
+
+def main() -> int:
+    """Run it."""
+    arguments = _arguments()
+    wanted: tuple[Fault, ...] = FAULTS
+    if arguments.only:
+        wanted = tuple(each for each in FAULTS if each.key in arguments.only)
+    if sys.platform != "linux":
+        print("the demo needs Linux: it looks into /proc to see which programs run", file=sys.stderr)
+        return 2
+    timeline = Timeline(as_json=arguments.json)
+    # The second Ctrl-C must not interrupt the clean-up after the first.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    try:
+        return _run(wanted, timeline, arguments.keep_logs)
+    except KeyboardInterrupt:
+        timeline.close()
+        print("interrupted; everything was stopped", file=sys.stderr)
+        return 130
+
+
+def _run(faults: tuple[Fault, ...], timeline: Timeline, keep_logs: Path | None) -> int:
+    run = secrets.token_hex(8)
+    with contextlib.ExitStack() as stack:
+        hosts = Hosts(run)
+        stack.callback(hosts.stop, keep_logs)
+        programs = stack.enter_context(Programs(run))
+        client = stack.enter_context(Client(hosts.backend_port))
+        scenario = Scenario(hosts, client, programs, timeline)
+        try:
+            scenario.run(faults)
+        except Failed as error:
+            scenario.problems.append(str(error))
+        stack.callback(timeline.close)
+        timeline.summary(scenario.outcomes, scenario.problems, len(client.answers))
+        kept = not scenario.problems and all(outcome.is_kept for outcome in scenario.outcomes)
+    if not kept and not timeline.is_json:
+        hint = f"the logs are in {keep_logs}" if keep_logs else "run it again with --keep-logs DIR"
+        print(f"To find out why: {hint}")
+    return 0 if kept else 1
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.demo",
+        description="Three hosts on this machine, five faults, and what a client sees of them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="faults:\n" + "\n".join(f"  {each.key:<9} {each.title}" for each in FAULTS),
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="copy all logs there at the end")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=[each.key for each in FAULTS],
+        metavar="FAULT",
+        help="only this fault (may be given several times)",
+    )
+    return parser.parse_args()
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
