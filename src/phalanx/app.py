@@ -26,7 +26,7 @@ from phalanx.observe.health import HealthMonitor
 from phalanx.observe.journal import Journal
 from phalanx.ports import Backend, Bus, Fence, SectionContext
 from phalanx.section import Section
-from phalanx.types import AppStatus, Health, LeaderRecord, Role
+from phalanx.types import AppStatus, Candidate, Health, LeaderRecord, Role
 
 log = logging.getLogger("phalanx.app")
 
@@ -245,6 +245,10 @@ class App:
         if self._parts is None:
             raise StartError(f"app {self.name!r} does not run yet", "start its platform first")
         return self._parts
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The standing offers of all nodes to lead the app, as this node knows them."""
+        return tuple(self._election.candidates.values()) if self._election is not None else ()
 
     def status(self) -> AppStatus:
         """The app on this node, as /status shows it."""
@@ -537,13 +541,22 @@ class App:
             self._event_waits.clear()
             while self._events:
                 # on_active goes first: a failover must not wait for a hook that only tells of it.
-                while self._role is Role.ACTIVATING:
-                    await self.wait_for_role(*(set(Role) - {Role.ACTIVATING}), timeout=3600)
+                while self._is_becoming_active():
+                    await self._changed.wait()
                 hook, argument = self._events.popleft()
                 try:
                     await self.hooks.call(hook, argument)
                 except HookFailed as error:
                     self._journal_app("hook-failed", str(error), level=logging.ERROR)
+
+    def _is_becoming_active(self) -> bool:
+        # By the leader key, not by the reign: the watch may tell of our own write before its reply comes.
+        leads = (
+            self._election is not None
+            and self._session is not None
+            and self._election.leader.session == self._session.id
+        )
+        return leads and self._role not in (Role.ACTIVE, Role.STANDING_DOWN)
 
     def _journal_app(
         self,
