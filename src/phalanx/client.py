@@ -45,7 +45,6 @@ from phalanx.types import Member, NodeStatus, Role, is_dns_label
 
 T = TypeVar("T")
 
-PERMISSION_DENIED = "permissions violation"
 NO_ANSWER = "the node does not answer"
 _POLL_SECONDS = 0.25
 """How often the status is asked for while a hand-over is waited for, should its audit entry not come."""
@@ -135,6 +134,10 @@ class PlatformClient:
     async def apps(self) -> tuple[str, ...]:
         """The apps that were ever created on the platform."""
         return (await self._state()).apps
+
+    async def session_streams(self) -> StreamList | None:
+        """Which streams carry the sessions; None while the platform is being set up."""
+        return (await self._state()).streams
 
     async def nodes(self, timeout: float = 1.0) -> list[NodeView]:
         """All nodes, by name, with what they say of themselves.

@@ -73,6 +73,16 @@ class Names:
         node, nonce = subject.rsplit(".", 2)[1:]
         return SessionId(node, nonce)
 
+    # --- a stream that `phalanx doctor` makes and deletes
+
+    def scratch_stream(self, token: str) -> str:
+        """A stream that nothing else uses, made to see whether that can be done."""
+        return f"{self.platform}_doctor_{token}"
+
+    def scratch_subject(self, token: str) -> str:
+        """What that stream stores."""
+        return f"{self.platform}._.doctor.{token}"
+
     # --- keys of the platform's bucket
 
     IDENTITY_KEY = "identity"

@@ -316,6 +316,11 @@ class NatsBus:
         return tuple(str(url) for url in self._info.get("connect_urls") or ())
 
     @property
+    def last_error(self) -> str:
+        """What the server complained of last, such as a missing permission; empty if of nothing."""
+        return _plain(self._last_error) if self._last_error is not None else ""
+
+    @property
     def max_payload(self) -> int:
         """The largest message that the server takes, in bytes."""
         return self._client.max_payload

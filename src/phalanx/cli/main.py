@@ -33,6 +33,7 @@ _COMMANDS = {
     "audit": "audit:audit",
     "config": "check:config",
     "nats": "permissions:nats",
+    "doctor": "doctor:doctor",
     "version": "about:version",
     "completion": "about:completion",
 }
@@ -44,6 +45,9 @@ for _name, _where in _COMMANDS.items():
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit."""
+    # Closed by the caller (`>&-`): then Python has None there, and printing would fail.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - open to the end
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

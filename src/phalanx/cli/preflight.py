@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 from pathlib import Path
@@ -11,7 +10,11 @@ from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.bus.server_process import ServerProcess
 from phalanx.config import EmbeddedNats, NatsOptions, PlatformConfig
-from phalanx.errors import ConfigError, StartError
+from phalanx.errors import BusError, BusTimeout, ConfigError, NatsUnusable, StartError
+from phalanx.names import Names
+
+PERMISSION = "permissions violation"
+"""What nats-server calls it."""
 
 
 async def check(config: PlatformConfig, *, timeout: float = 10.0) -> None:
@@ -27,17 +30,43 @@ async def check(config: PlatformConfig, *, timeout: float = 10.0) -> None:
         if problem := embedded_problem(config, config.nats):
             raise problem
     else:
-        await check_nats(config.nats, timeout)
+        await check_nats(config.name, config.nats, timeout)
 
 
-async def check_nats(options: NatsOptions, timeout: float) -> None:
-    """Connect, and ask for JetStream. Raises NatsUnusable."""
+async def check_nats(platform: str, options: NatsOptions, timeout: float) -> None:
+    """Connect, ask for JetStream, and see whether this user may make streams. Raises NatsUnusable."""
     bus = await NatsBus.connect(options, name="phalanx preflight", timeout=timeout)
     try:
-        async with asyncio.timeout(30):
+        try:
             await provision.check_nats(bus)
+        except NatsUnusable as error:
+            raise _refused(bus, options) or error from None
+        await _check_may_create(bus, Names(platform), options)
     finally:
         await bus.close()
+
+
+async def _check_may_create(bus: NatsBus, names: Names, options: NatsOptions) -> None:
+    """A request without content makes nothing: whoever may not send it gets no answer, others an error."""
+    for stream in (names.bucket_stream(names.platform_bucket), names.audit_stream):
+        try:
+            await bus.api(f"STREAM.CREATE.{stream}", {}, timeout=2.0)
+        except BusTimeout:
+            if (error := _refused(bus, options)) is not None:
+                raise error from None
+        except BusError:
+            return  # answered: that is enough
+
+
+def _refused(bus: NatsBus, options: NatsOptions) -> NatsUnusable | None:
+    """What the server said of a missing permission, if that is what it said."""
+    if PERMISSION not in bus.last_error.lower():
+        return None
+    who = f"user {options.user!r}" if options.user else "this login"
+    return NatsUnusable(
+        f"{who} may not do what a node does at {bus.server_name}: {bus.last_error}",
+        "log in as the node's user (nats.user), or allow it; see: phalanx nats permissions",
+    )
 
 
 def data_dir_problem(config: PlatformConfig) -> ConfigError | None:

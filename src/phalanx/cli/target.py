@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
+import msgspec
 from cyclopts import Parameter
 
 from phalanx.config import EmbeddedNats, NatsOptions, PlatformConfig, build_platform, load_toml
@@ -82,20 +83,27 @@ class Where:
 
     def find(self) -> tuple[str, NatsOptions]:
         """The platform's name and its NATS. Raises ConfigError."""
+        config, _ = self.node()
+        return config.name, nats_options(config)
+
+    def node(self) -> tuple[PlatformConfig, bool]:
+        """The declaration, and whether it is this machine's own, from a file. Raises ConfigError."""
         if not 0.05 <= self.timeout <= 600:
             raise ConfigError("--timeout", self.timeout, "out of range", "choose 0.05 to 600 seconds")
         name = self.platform or os.environ.get("PHALANX_PLATFORM") or ""
         with Overrides(nats=self.nats).applied():
-            config = self._declared(name)
-        return name or config.name, nats_options(config)
+            config, declared = self._declared(name)
+        if name and name != config.name:
+            config, declared = msgspec.structs.replace(_bare(name), nats=config.nats), False
+        return config, declared
 
-    def _declared(self, name: str) -> PlatformConfig:
+    def _declared(self, name: str) -> tuple[PlatformConfig, bool]:
         if self.config is not None:
-            return load(self.config).config
+            return load(self.config).config, True
         if name and (self.nats or os.environ.get("PHALANX_NATS")):
-            return _bare(name)
+            return _bare(name), False
         if Path(DEFAULT_FILE).exists():
-            return load(DEFAULT_FILE).config
+            return load(DEFAULT_FILE).config, True
         if not name:
             raise ConfigError(
                 "--platform",
@@ -103,7 +111,7 @@ class Where:
                 f"which platform? there is no {DEFAULT_FILE} here",
                 "give --platform NAME and --nats URL (or PHALANX_PLATFORM, PHALANX_NATS), or --config FILE",
             )
-        return _bare(name)
+        return _bare(name), False
 
 
 def _bare(name: str) -> PlatformConfig:

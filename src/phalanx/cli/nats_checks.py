@@ -1,0 +1,325 @@
+"""What ``phalanx doctor`` looks at in NATS, as the node would see it: with its login, from this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import statistics
+from datetime import datetime
+from typing import Any
+
+from phalanx import system
+from phalanx.bus import provision
+from phalanx.cli.findings import Check, Finding, fail, ok, warn
+from phalanx.cli.host_checks import LITTLE_SPACE, size
+from phalanx.cli.output import span
+from phalanx.client import PlatformClient
+from phalanx.config import PlatformConfig
+from phalanx.decide.session import StreamList
+from phalanx.errors import BusError, BusTimeout, NatsUnusable, PlatformNotFound, WrongRevision
+from phalanx.types import SessionId
+
+TRIPS = 20
+CLOCK_SECONDS = 1.0
+RATE = 0.05
+NEVER_A_REVISION = 1 << 50
+"""A write that expects this revision is always refused: it shows the right to write, and writes nothing."""
+
+_PERMISSIONS = "allow it for this user; phalanx nats permissions prints what is needed"
+
+
+class NatsChecks:
+    """The checks, in order. *client* is connected."""
+
+    def __init__(self, client: PlatformClient, config: PlatformConfig) -> None:
+        self._client, self._bus, self._names = client, client.bus, client.names
+        self._ttl = float(config.timings.ttl)
+        self._info: dict[str, dict[str, Any]] = {}
+        self._streams: StreamList | None = None
+        self._exists = False
+        self._moments: list[tuple[float, float]] = []
+        """Pairs of our steady clock and the server's wall clock."""
+
+    def all(self) -> list[tuple[str, Check]]:
+        """Name and check, in the order in which they build on each other."""
+        return [
+            ("nats", self.server),
+            ("jetstream", self.jetstream),
+            ("platform", self.platform),
+            ("replicas", self.replicas),
+            ("sessions", self.sessions),
+            ("peers", self.peers),
+            ("permissions", self.permissions),
+            ("round-trip", self.round_trip),
+            ("clocks", self.clocks),
+            ("members", self.members),
+        ]
+
+    async def server(self) -> list[Finding]:
+        """The connection."""
+        bus = self._bus
+        cluster = f" of cluster {bus.cluster}" if bus.cluster else ""
+        return [ok("nats", f"connected to {bus.server_name}{cluster}, nats-server {bus.server_version}")]
+
+    async def jetstream(self) -> list[Finding]:
+        """Version, JetStream, and the account's limits."""
+        try:
+            info = await provision.check_nats(self._bus)
+        except NatsUnusable as error:
+            said = f"; the server said: {self._bus.last_error}" if self._bus.last_error else ""
+            return [fail("jetstream", f"{error.problem}{said}", error.remedy)]
+        limits: dict[str, Any] = info.get("limits") or {}
+        most, used = int(limits.get("max_storage", -1)), int(info.get("storage", 0))
+        streams, count = int(limits.get("max_streams", -1)), int(info.get("streams", 0))
+        found = [self._storage(most, used)]
+        if streams > 0 and streams - count < 10:
+            text = f"{count} of {streams} streams are used"
+            remedy = "raise max_streams of the account: each app needs one, the platform five"
+            found.append((fail if streams - count < 1 else warn)("jetstream", text, remedy))
+        return found
+
+    def _storage(self, most: int, used: int) -> Finding:
+        if most < 0:
+            return ok("jetstream", f"on; {size(used)} used, no limit for this account")
+        text = f"on; {size(used)} of {size(most)} used"
+        remedy = "raise max_file of the account (the audit log alone may take 1 GiB)"
+        if most - used < LITTLE_SPACE:
+            return fail("jetstream", text, remedy)
+        return (
+            warn("jetstream", text, remedy)
+            if most - used < provision.AUDIT_MAX_BYTES
+            else ok("jetstream", text)
+        )
+
+    async def platform(self) -> list[Finding]:
+        """Whether the platform exists, and all that it needs."""
+        names = self._names
+        try:
+            apps = await self._client.apps()
+        except PlatformNotFound:
+            text = f"platform {names.platform} does not exist yet; its first node makes it"
+            return [ok("platform", text)]
+        self._exists = True
+        self._streams = await self._client.session_streams()
+        wanted = [
+            names.bucket_stream(names.platform_bucket),
+            names.audit_stream,
+            *(names.bucket_stream(names.app_bucket(app)) for app in apps),
+            *(self._streams.all_streams if self._streams is not None else ()),
+        ]
+        missing: list[str] = []
+        for stream in wanted:
+            info = await self._stream_info(stream)
+            if info is None:
+                missing.append(stream)
+            else:
+                self._info[stream] = info
+        if missing:
+            return [
+                fail(
+                    "platform",
+                    f"streams are gone: {', '.join(missing)}",
+                    "restore them from a backup; see docs/operations.md",
+                )
+            ]
+        return [ok("platform", f"platform {names.platform}: {len(wanted)} streams, {len(apps)} apps")]
+
+    async def _stream_info(self, stream: str) -> dict[str, Any] | None:
+        before = system.now()
+        info = await provision.stream_info(self._bus, stream)
+        if info is not None and (at := _server_time(info)):
+            self._moments.append(((before + system.now()) / 2, at))
+        return info
+
+    async def replicas(self) -> list[Finding]:
+        """How many servers there are, and whether the streams make use of them."""
+        servers = provision.known_servers(self._bus)
+        if servers == 1:
+            text, remedy = "one NATS server: while it is away nothing is active", "run three"
+            found = [warn("replicas", text, remedy)]
+        elif servers == 2:
+            text = "two NATS servers bear no loss: JetStream needs a majority of them"
+            found = [warn("replicas", text, "run three, or one")]
+        else:
+            found = [ok("replicas", f"{servers} NATS servers")]
+        sessions = self._streams.all_streams if self._streams is not None else ()
+        few = [
+            name
+            for name, info in self._info.items()
+            if name not in sessions and int(info["config"].get("num_replicas", 1)) < min(3, servers)
+        ]
+        if few and servers >= 3:
+            text = f"one replica only, though there are {servers} servers: {', '.join(few)}"
+            found.append(warn("replicas", text, "start the nodes again one by one: that adds replicas"))
+        return found
+
+    async def sessions(self) -> list[Finding]:
+        """Whether the session streams are on different servers, so that each may be lost."""
+        if self._streams is None:
+            return []
+        where = {name: _leader(self._info[name]) for name in self._streams.streams if name in self._info}
+        shown = ", ".join(f"{name} on {server or '?'}" for name, server in where.items())
+        if len(where) == 1:
+            if provision.known_servers(self._bus) < 3:
+                return [ok("sessions", shown)]
+            text = f"only one session stream ({shown}), though there are three servers or more"
+            return [
+                warn("sessions", text, "the loss of that server ends all sessions; see docs/operations.md")
+            ]
+        if len(set(where.values())) < len(where):
+            remedy = "they repair themselves when a server comes back or is replaced; see docs/operations.md"
+            return [warn("sessions", f"two session streams on one server: {shown}", remedy)]
+        return [ok("sessions", shown)]
+
+    async def peers(self) -> list[Finding]:
+        """Replicas that are offline or behind, streams without leader."""
+        bad: dict[str, list[str]] = {}
+        for name, info in self._info.items():
+            cluster: dict[str, Any] = info.get("cluster") or {}
+            if cluster and not cluster.get("leader"):
+                bad.setdefault("without leader", []).append(name)
+            replicas: list[dict[str, Any]] = cluster.get("replicas") or []
+            for replica in replicas:
+                if replica.get("offline"):
+                    bad.setdefault(f"{replica.get('name')} offline", []).append(name)
+                elif not replica.get("current"):
+                    bad.setdefault(f"{replica.get('name')} behind", []).append(name)
+        if not bad:
+            return [ok("peers", "all replicas are up to date")] if self._info else []
+        return [
+            warn(
+                "peers", f"{what}: {', '.join(names)}", "start that server, or remove it: nats server cluster"
+            )
+            for what, names in bad.items()
+        ]
+
+    async def permissions(self) -> list[Finding]:
+        """Whether this user may do what nodes do. What exists is not changed."""
+        refused: list[str] = []
+        names = self._names
+        if self._exists:
+            subjects = [names.key_subject(names.platform_bucket, names.member_key("doctor"))]
+            subjects += [
+                names.key_subject(names.app_bucket(app), names.candidate_key("doctor"))
+                for app in await self._client.apps()
+            ]
+            streams = self._streams.all_streams if self._streams is not None else ()
+            nobody = SessionId.new("doctor")
+            subjects += [names.session_subject(stream, nobody) for stream in streams]
+            results = await asyncio.gather(*(self._may_write(subject) for subject in subjects))
+            refused = [problem for problem in results if problem]
+        if refused:
+            return [fail("permissions", "; ".join(refused), _PERMISSIONS)]
+        return [ok("permissions", "may write where nodes write")] if self._exists else []
+
+    async def _may_write(self, subject: str) -> str:
+        try:
+            await self._bus.write(subject, b"", expect=NEVER_A_REVISION)
+        except WrongRevision:
+            return ""
+        except BusTimeout:
+            return f"cannot write {subject} ({self._bus.last_error or 'no answer'})"
+        except BusError as error:
+            return str(error)
+        return f"{subject}: a write with an impossible revision was accepted"
+
+    async def round_trip(self) -> list[Finding]:
+        """Make a stream, write to it, read it, delete it: what renewing a session takes."""
+        token = secrets.token_hex(6)
+        stream, subject = self._names.scratch_stream(token), self._names.scratch_subject(token)
+        request = {"name": stream, "subjects": [subject], "storage": "file", "allow_direct": True}
+        request |= {"max_age": 120_000_000_000, "num_replicas": 1}
+        try:
+            await self._bus.api(f"STREAM.CREATE.{stream}", request)
+        except BusError as error:
+            said = self._bus.last_error or str(error)
+            return [fail("round-trip", f"no stream can be made: {said}", _PERMISSIONS)]
+        try:
+            times = [await self._timed_write(subject) for _ in range(TRIPS)]
+            await self._bus.read_log(stream, subject)
+            await self._stream_info(stream)
+        except BusError as error:
+            said = self._bus.last_error or str(error)
+            return [fail("round-trip", f"a new stream cannot be written and read: {said}", _PERMISSIONS)]
+        finally:
+            with contextlib.suppress(BusError):
+                await self._bus.api(f"STREAM.DELETE.{stream}", {})
+        return [self._judged(times)]
+
+    async def _timed_write(self, subject: str) -> float:
+        began = system.now()
+        await self._bus.write(subject, b"", timeout=5.0)
+        return system.now() - began
+
+    def _judged(self, times: list[float]) -> Finding:
+        median, most, limit = statistics.median(times), max(times), self._ttl / 20
+        text = (
+            f"a stored write takes {span(median)}, {span(most)} at most ({TRIPS} tried); "
+            f"ttl is {span(self._ttl)}"
+        )
+        remedy = (
+            f"raise timings.ttl above {span(20 * most)}, or bring NATS nearer (faster disks, shorter ways)"
+        )
+        if median > limit:
+            return fail("round-trip", text, remedy)
+        return warn("round-trip", text, remedy) if most > limit else ok("round-trip", text)
+
+    async def clocks(self) -> list[Finding]:
+        """This host's clock beside the server's. Its rate matters; its time only to whoever reads logs."""
+        if not self._moments:
+            return []
+        steady, at = self._moments[-1]
+        offset = at - (system.wall() - (system.now() - steady))
+        found: list[Finding] = []
+        if abs(offset) > CLOCK_SECONDS:
+            text = f"this host and the NATS server differ by {span(abs(offset))}"
+            found.append(warn("clocks", text, "run NTP (chrony); no decision depends on it, but logs do"))
+        first_steady, first_at = self._moments[0]
+        passed = steady - first_steady
+        if passed > 0.1:  # over less the network's own delays would decide
+            rate = (at - first_at) / passed - 1
+            if abs(rate) > max(RATE, 0.02 / passed):
+                text = f"the clocks of this host and of the NATS server differ by {100 * rate:.0f} % in rate"
+                found.append(
+                    fail("clocks", text, "repair the machine's clock source: G1 needs rates within 5 %")
+                )
+        return found or [ok("clocks", f"differs from the NATS server's by {span(abs(offset))}")]
+
+    async def members(self) -> list[Finding]:
+        """Who is there, and who should be."""
+        if not self._exists:
+            return []
+        nodes = await self._client.nodes()
+        found: list[Finding] = []
+        for node in nodes:
+            if node.is_live and not node.answers:
+                text = f"node {node.node} has a session but does not answer"
+                found.append(warn("members", text, "look at its log; it may be frozen, or have just died"))
+            elif not node.answers:
+                text = f"node {node.node} is dead"
+                found.append(
+                    warn("members", text, "start it again; or it is gone for good, and stays listed")
+                )
+            elif node.status is not None:
+                found += [
+                    warn("members", f"node {node.node}: {problem}", "see its log")
+                    for problem in node.status.problems
+                ]
+        answering = [node.node for node in nodes if node.answers]
+        return [ok("members", f"{len(answering)} answer: {', '.join(answering) or 'none'}"), *found]
+
+
+def _leader(info: dict[str, Any]) -> str:
+    cluster: dict[str, Any] = info.get("cluster") or {}
+    return str(cluster.get("leader") or "")
+
+
+def _server_time(info: dict[str, Any]) -> float:
+    """When the server answered, by its clock; 0 where it does not say."""
+    text = str(info.get("ts") or "")
+    try:
+        # Nanoseconds are more than fromisoformat of Python 3.11 takes.
+        return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except ValueError:
+        return 0.0
