@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
+from phalanx import system
 from phalanx.testing.faults import TcpProxy
 from phalanx.testing.nats import NatsCluster, NatsServer
 from phalanx.testing.stage import since_now, stage
@@ -219,3 +221,62 @@ async def test_deaf_hook_costs_the_node_not_the_promise(nats_server: NatsServer,
         assert s.nodes[active].wait(5) == -9
         assert began.node != active
         s.check()
+
+
+async def test_g1_backend_does_not_outlive_node_and_keeper_killed_at_once(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """Nobody is left who could kill the program: the kernel does. Its successor runs elsewhere alone."""
+    pids = tmp_path / "pids"
+    program = f"/bin/sh -c 'echo $PHALANX_NODE $$ >> {pids}; exec sleep 1000'"
+    with stage(tmp_path, nats_server, count=2, backend=program, hooks=False) as s:
+        active = await s.settled()
+        node, pid = (await s.nodes.wait_until(pids.read_text, 5, "no program")).split()[:2]
+        assert node == active
+        s.nodes[active].kill_both()
+        await s.nodes.wait_until(lambda: not system.is_running(int(pid)), 1.0, "the program goes on")
+        other = await s.nodes.wait_for_active("wiki", other_than=active)
+        assert pids.read_text().split()[2] == other
+
+
+async def test_g4_backend_of_a_killed_node_is_gone_before_its_successor_starts(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """SIGKILL of the node: its program, and children that left its process group, are gone first."""
+    alive = tmp_path / "alive"
+    code = (
+        "import os,time\\n"
+        "if os.fork() == 0: os.setsid()\\n"
+        "f=os.open(os.environ['ALIVE'],os.O_WRONLY|os.O_APPEND|os.O_CREAT)\\n"
+        "while True:\\n"
+        "  line=os.environ['PHALANX_EPOCH']+' '+str(time.clock_gettime(time.CLOCK_BOOTTIME))+chr(10)\\n"
+        "  os.write(f,line.encode()); time.sleep(0.002)\\n"
+    )
+    script = tmp_path / "beacon.py"
+    script.write_text(code.replace("\\n", "\n"))
+    env = {"ALIVE": str(alive)}
+    with stage(
+        tmp_path,
+        nats_server,
+        count=2,
+        backend=f"{sys.executable} {script}",
+        hooks=False,
+        node_env=env,
+    ) as s:
+        active = await s.settled()
+        await s.nodes.wait_until(
+            lambda: alive.exists() and alive.stat().st_size > 1000, 5, "no signs of life"
+        )
+        s.nodes[active].kill()
+        await s.nodes.wait_for_active("wiki", other_than=active)
+
+        def spans() -> dict[int, tuple[float, float]]:
+            times: dict[int, list[float]] = {}
+            for line in alive.read_text().splitlines():
+                epoch, at = line.split()
+                times.setdefault(int(epoch), []).append(float(at))
+            return {epoch: (min(at), max(at)) for epoch, at in times.items()}
+
+        await s.nodes.wait_until(lambda: len(spans()) == 2, 10, "the successor gives no sign of life")
+        first, second = (spans()[epoch] for epoch in sorted(spans()))
+        assert first[1] < second[0]

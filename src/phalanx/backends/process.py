@@ -16,7 +16,7 @@ import secrets
 import shutil
 import signal
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 
 import msgspec
 
@@ -129,6 +129,35 @@ def _program(config: Process, env: Mapping[str, str], app: str) -> str:
     return os.path.abspath(path)
 
 
+@cache
+def _setpriv() -> str:
+    return (shutil.which("setpriv") or "") if system.LINUX else ""
+
+
+def _is_sure_to_run(program: str) -> bool:
+    """Whether the kernel knows what to do with the file; otherwise its own error is the better message."""
+    with open(program, "rb") as file:
+        head = file.read(256)
+    if head.startswith(b"#!"):
+        interpreter = head[2:].split(b"\n")[0].split()
+        return bool(interpreter) and os.access(interpreter[0], os.X_OK)
+    return head.startswith(b"\x7fELF")
+
+
+def _dies_with_node(program: str) -> tuple[str, ...]:
+    """What has the kernel kill the program when the node's process ends, whatever ended it (Linux).
+
+    The keeper kills it too, and better: all of its processes. This is for the case that node and keeper
+    are killed at once, so that nobody is left who could: the program must not outlive the session then.
+    setpriv (util-linux) sets prctl(2) PR_SET_PDEATHSIG and becomes the program.
+    """
+    try:
+        usable = _setpriv() and _is_sure_to_run(program)
+    except OSError:
+        usable = False
+    return (_setpriv(), "--pdeathsig", "KILL", "--") if usable else ()
+
+
 def _spawn_failed(app: str, command: str, error: OSError) -> BackendError:
     step = "prepare" if error.errno in _PREPARE_ERRORS else "start"
     remedy = {
@@ -191,7 +220,7 @@ class _Run:
         }
         start = partial(
             child.spawn,
-            (self._launch.program, *self._config.command[1:]),
+            (*_dies_with_node(self._launch.program), self._launch.program, *self._config.command[1:]),
             env=env,
             cwd=self._config.cwd,
             identity=self._launch.identity,
