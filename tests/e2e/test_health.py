@@ -459,12 +459,14 @@ async def test_switching_fast_never_overlaps_runs() -> None:
             await asyncio.sleep(0.02)
             state["now"] -= 1
 
-    async with Watched(function(probe, "web")) as monitor:
+    watched = Watched(function(probe, "web", failures=1))
+    async with watched as monitor:
         for n in range(21):
             monitor.set_active(n % 2 == 0)
             await asyncio.sleep(0.007)
         await until(lambda: monitor.verdict is Health.HEALTHY)
     assert state == {"now": 0, "most": 1}
+    assert Health.UNHEALTHY not in watched.healths, "waiting for the last run to end is no failure"
 
 
 async def test_listener_that_raises_does_not_end_the_checks(caplog: pytest.LogCaptureFixture) -> None:
