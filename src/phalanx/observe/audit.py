@@ -37,6 +37,9 @@ _MAX_PENDING = 512
 _RETRY_SECONDS = (0.1, 5.0)
 _SKEW_SECONDS = 60.0
 _POLL_SECONDS = 3.0
+_CALL_SECONDS = 8.0
+"""Longer than any deadline of the bus: only for calls that hang in spite of theirs."""
+
 _AFTER_WAKE_SECONDS = (0.002, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5)
 """A node hears of an entry before the stream's servers have stored it."""
 _REMEMBERED = 10_000
@@ -232,6 +235,7 @@ class AuditLog:
         problem = ""
         try:
             while True:
+                _heed_cancellation()
                 self._recorded.clear()
                 if (line := self._next()) is None:
                     await self._recorded.wait()
@@ -297,7 +301,8 @@ class AuditLog:
     async def _deliver(self, bus: Bus, line: bytes) -> None:
         entry = _decode(line)
         subject = self._names.audit_subject(entry.category, entry.action)
-        await bus.write(subject, line, headers={"Nats-Msg-Id": entry.id})
+        async with asyncio.timeout(_CALL_SECONDS):
+            await bus.write(subject, line, headers={"Nats-Msg-Id": entry.id})
 
     def _done(self, line: bytes) -> None:
         try:
@@ -354,14 +359,16 @@ async def follow_audit(bus: Bus, names: Names, *, since: float | None = None) ->
     pauses: deque[float] = deque()
     try:
         while True:
+            _heed_cancellation()
             try:
-                page = await bus.read_log(
-                    names.audit_stream, names.audit_subjects, start=start, start_time=start_time
-                )
-                if not page and not pauses and await _was_made_anew(bus, names, start):
-                    start, start_time = 1, None
-                    continue
-            except BusError as error:
+                async with asyncio.timeout(_CALL_SECONDS):
+                    page = await bus.read_log(
+                        names.audit_stream, names.audit_subjects, start=start, start_time=start_time
+                    )
+                    if not page and not pauses and await _was_made_anew(bus, names, start):
+                        start, start_time = 1, None
+                        continue
+            except (BusError, TimeoutError) as error:
                 log.debug("following the audit log: %s", error)
                 page = []
             if page:
@@ -413,6 +420,13 @@ async def _was_made_anew(bus: Bus, names: Names, start: int) -> bool:
 
 
 # --- small things
+
+
+def _heed_cancellation() -> None:
+    """nats-py swallows a cancellation that meets it while it flushes; a loop must not go on then."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _is_entry(line: bytes) -> bool:
