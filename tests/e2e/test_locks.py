@@ -16,6 +16,7 @@ from phalanx.bus.connection import NatsBus
 from phalanx.bus.provision import bucket_config, create_stream, session_config
 from phalanx.config import NatsOptions
 from phalanx.coord.kv import AppKV
+from phalanx.coord.lock_key import Holder
 from phalanx.coord.locks import Lock, Locks
 from phalanx.coord.register import Register
 from phalanx.decide.session import SessionBody, StreamList
@@ -324,6 +325,16 @@ async def test_lock_of_a_dead_session_is_taken_over(a: Node, b: Node) -> None:
     await got.release()
 
 
+async def test_lock_of_an_unknown_session_is_taken_over(a: Node) -> None:
+    """A holder whose session is in no session stream (its server lost its data) does not keep it for ever."""
+    ghost = Holder(SessionId.new("ghost"), "nonce")
+    await a.bus.write(lock_subject("x"), msgspec.json.encode(ghost))
+    with pytest.raises(LockTimeout, match="ghost"):
+        await a.locks.acquire("x", timeout=0)
+    async with a.locks.lock("x", timeout=10):
+        pass
+
+
 async def test_session_loss_is_a_signal(a: Node) -> None:
     """With the session every lock is lost at once, waiting ends, and the block ends with LockLost."""
     waited: list[BaseException] = []
@@ -374,6 +385,18 @@ async def test_overwritten_and_deleted_keys_are_a_loss(a: Node) -> None:
     await held2.release()
 
 
+async def test_vanished_key_is_a_loss(nats_server: NatsServer) -> None:
+    """A key that is gone without a trace is noticed at the next look at the bucket, as after a reconnection."""
+    async with node("a", nats_server.url()) as a:
+        held = await a.locks.acquire("x")
+        await eventually(lambda: bool(held.is_watched))
+        await a.bus.api(f"STREAM.PURGE.{NAMES.bucket_stream(BUCKET)}", {"filter": lock_subject("x")})
+        nats_server.kill()
+        nats_server.start()
+        await asyncio.wait_for(held.lost.wait(), 10)
+        await held.release()
+
+
 async def test_junk_in_the_key_counts_as_free(a: Node) -> None:
     """A key that holds no lock does not close it for ever."""
     await a.bus.write(lock_subject("x"), b"{not json")
@@ -407,6 +430,17 @@ async def test_leader_lock_ends_with_the_epoch(a: Node, b: Node) -> None:
         assert refused.value.epoch == fence.revision
     assert got.is_held
     await got.release()
+
+
+async def test_leader_lock_is_lost_though_nobody_wants_it(a: Node, b: Node) -> None:
+    """The holder learns of the end of its epoch from the leader key, not only from a new holder."""
+    fence = await lead(a)
+    held = await a.locks.under(fence, fence.revision).acquire("x")
+    await lead(b)
+    await asyncio.wait_for(held.lost.wait(), 5)
+    with pytest.raises(LockLost, match=f"epoch {fence.revision} is over"):
+        held.check()
+    await held.release()
 
 
 async def test_leader_lock_excludes_in_its_epoch(a: Node, b: Node) -> None:

@@ -160,6 +160,11 @@ class LockKey:
         if leader:
             self._start(LEADER_KEY, self._on_leader)
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether the state has been read by every watch that was asked for."""
+        return bool(self._watches) and not self._starting
+
     def _start(self, key: str, on_record: Callable[[Record], None]) -> None:
         if key in self._watches:
             return

@@ -135,6 +135,11 @@ class Lock:
         return self._released is None and not self.lost.is_set()
 
     @property
+    def is_watched(self) -> bool:
+        """Whether a loss that only its key tells of would be seen: from a moment after taking it on."""
+        return self._key.is_watched
+
+    @property
     def is_released(self) -> bool:
         """Whether :meth:`release` was called."""
         return self._released is not None
