@@ -66,19 +66,24 @@ class Probe:
             raise CheckFailed(f"its last run has not ended, {seconds:.1f} s after it began")
         began, timeout = system.now(), self.check.timeout
         task = asyncio.create_task(_attempt(self.check), name=f"check {self.check.name}")
+        self._left, self._left_since = task, began
+        task.add_done_callback(_seen)
         in_time = False
         try:
             done, _ = await asyncio.wait({task}, timeout=timeout)
             in_time = bool(done)
         finally:
             if not task.done():
-                self._left, self._left_since = task, began
-                task.add_done_callback(_seen)
                 task.cancel()
                 await asyncio.wait({task}, timeout=CANCEL_GRACE_SECONDS)
         if not in_time or task.cancelled():
             raise CheckFailed(f"no result within {timeout:g} s" if not in_time else "it was cancelled")
         return _one_line(task.result())
+
+    async def wait_ended(self) -> None:
+        """Give a run that was just cancelled its time to clean up."""
+        if self._left is not None and not self._left.done():
+            await asyncio.wait({self._left}, timeout=2 * CANCEL_GRACE_SECONDS)
 
 
 def _seen(task: asyncio.Task[str]) -> None:

@@ -115,13 +115,10 @@ class HealthMonitor:
 
     def _begin(self, one: _Watched) -> None:
         if self._tasks is not None:
-            one.task = self._tasks.create_task(
-                self._watch(one, one.task), name=f"{self._app} check {one.rule.name}"
-            )
+            one.task = self._tasks.create_task(self._watch(one), name=f"{self._app} check {one.rule.name}")
 
-    async def _watch(self, one: _Watched, before: asyncio.Task[None] | None) -> None:
-        if before is not None and not before.done():
-            await asyncio.wait({before})  # of the last active section, just now cancelled
+    async def _watch(self, one: _Watched) -> None:
+        await one.probe.wait_ended()  # of the last active section, perhaps just now cancelled
         while True:
             one.wake.clear()
             began = system.now()
