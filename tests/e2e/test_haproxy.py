@@ -99,6 +99,15 @@ class HAProxy:
     def __init__(self, socket_path: Path, port: int) -> None:
         self._socket_path, self.port = socket_path, port
 
+    def listens(self) -> bool:
+        """Whether it runs already."""
+        with socket.socket(socket.AF_UNIX) as channel:
+            try:
+                channel.connect(str(self._socket_path))
+            except OSError:
+                return False
+        return True
+
     def up(self) -> list[str]:
         """The servers of the backend that HAProxy sends requests to."""
         with socket.socket(socket.AF_UNIX) as channel:
@@ -134,9 +143,10 @@ def haproxy(directory: Path, port: int, servers: dict[str, tuple[int, int]]) -> 
     with log.open("wb") as output:
         process = subprocess.Popen([program, "-db", "-f", str(path)], stdout=output, stderr=output)
     try:
-        wait_until(lambda: stats.exists() or process.poll() is not None, "HAProxy does not start")
+        proxy = HAProxy(stats, port)
+        wait_until(lambda: proxy.listens() or process.poll() is not None, "HAProxy does not start")
         assert process.poll() is None, log.read_text()
-        yield HAProxy(stats, port)
+        yield proxy
         assert process.poll() is None, log.read_text()
     finally:
         process.kill()
