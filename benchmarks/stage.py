@@ -25,6 +25,9 @@ from phalanx.testing.program import Settings
 
 PLATFORM = "bench"
 APP = "wiki"
+APP_KEYS = "kv."
+"""What the app's own keys begin with, in its bucket."""
+
 LOOK_SECONDS = 0.01
 """Between looks at the history. It bounds no figure: events are stamped where they happen."""
 
@@ -35,9 +38,10 @@ STEADY_TIMEOUT_SECONDS = 90.0
 class Stage:
     """``async with Stage(…)``: nodes of the test program, ready.
 
-    *servers*: how many nats-servers run beside the nodes; 0: every node has an embedded one, and together
-    they are a cluster. *tick_seconds*: between signs of life of active sections. Further *settings* are
-    those of the test program.
+    *servers*: how many nats-servers run beside the nodes (or *nats*, which is started here); 0: every node
+    has an embedded one, and together they are a cluster. *urls_of*: the URLs for node number i, if they are
+    not simply the servers', its own first. *tick_seconds*: between signs of life of active sections.
+    Further *settings* are those of the test program.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Stage:
         *,
         ttl: float,
         servers: int = 3,
+        nats: NatsCluster | None = None,
         count: int = 3,
         apps: tuple[str, ...] = (APP,),
         tick_seconds: float = 0.05,
@@ -52,9 +57,9 @@ class Stage:
         **settings: Any,
     ) -> None:
         self.names = Names(PLATFORM)
-        self.nats = NatsCluster(servers) if servers else None
+        self.nats = nats if nats is not None else NatsCluster(servers) if servers else None
         self._ports = Ports()
-        self._embedded = [] if servers else self._embedded_servers(count)
+        self._embedded = [] if self.nats is not None else self._embedded_servers(count)
         self._urls_of = urls_of
         self._directory = Path(tempfile.mkdtemp(prefix="phalanx-bench-"))
         self.history = History(self._directory / "history")

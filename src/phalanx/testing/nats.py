@@ -51,7 +51,8 @@ class NatsCluster:
 
     *sync_always*: every stored message is synced to disk before it is acknowledged.
     *extra*: further configuration text for every server. *system_user*: define the system account's
-    user; turn it off when *extra* has an ``accounts`` block.
+    user; turn it off when *extra* has an ``accounts`` block. *advertise*: what each server tells clients
+    of where it listens, for clients that must not find a way around a proxy.
     """
 
     def __init__(
@@ -62,12 +63,13 @@ class NatsCluster:
         extra: str = "",
         system_user: bool = True,
         cluster_name: str = "test",
+        advertise: Sequence[str] = (),
     ) -> None:
         if n < 1:
             raise ValueError(f"a cluster needs at least one server, not {n}")
         self.size = n
         self._sync_always, self._extra, self._system_user = sync_always, extra, system_user
-        self._cluster_name = cluster_name
+        self._cluster_name, self._advertise = cluster_name, advertise
         self._ports = Ports()
         self._client = [self._ports.take() for _ in range(n)]
         self._route = [self._ports.take() for _ in range(n)]
@@ -343,6 +345,8 @@ class NatsCluster:
             'lame_duck_grace_period: "200ms"',
             'lame_duck_duration: "30s"',
         ]
+        if self._advertise:
+            lines.append(f'client_advertise: "{self._advertise[i]}"')
         if self._system_user:
             user = f"{{ user: {SYSTEM_USER}, password: {SYSTEM_USER} }}"
             lines.append(f"accounts {{ $SYS {{ users: [{user}] }} }}")
