@@ -66,7 +66,7 @@ def _kind(block: Block) -> str:
         return block.mark.partition(":")[0]
     if block.page.name == "nats.md":
         return "app user"
-    if re.search(r"^ *platform\.run\(\)", block.text, re.MULTILINE):
+    if re.search(r"^ *\S+\.run\(\)$", block.text, re.MULTILINE):
         return "node"
     return "pytest" if re.search(r"^(async )?def test_", block.text, re.MULTILINE) else "script"
 
@@ -160,7 +160,8 @@ def test_script_runs(block: Block, tmp_path: Path, nats_server: NatsServer, port
 def test_tests_of_users_pass(block: Block, tmp_path: Path, ports: Ports) -> None:
     """What a user copies into a test file passes, with the fixtures that the plugin gives."""
     path = _file(block, tmp_path, ports)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nasyncio_mode = auto\nfilterwarnings = error\n")
+    [ini] = [each.text for each in blocks("ini") if "[pytest]" in each.text]
+    (tmp_path / "pytest.ini").write_text(f"{ini}filterwarnings = error\n")
     environment = {k: v for k, v in _environment(tmp_path).items() if not k.startswith("PHALANX_")}
     _run(sys.executable, "-m", "pytest", "-q", path.name, folder=tmp_path, env=environment)
 
