@@ -386,7 +386,7 @@ async def test_overwritten_and_deleted_keys_are_a_loss(a: Node) -> None:
 
 
 async def test_vanished_key_is_a_loss(nats_server: NatsServer) -> None:
-    """A key that is gone without a trace is noticed at the next look at the bucket, as after a reconnection."""
+    """A key that is gone without a trace is noticed at the next look at the bucket, as at a reconnection."""
     async with node("a", nats_server.url()) as a:
         held = await a.locks.acquire("x")
         await eventually(lambda: bool(held.is_watched))
