@@ -14,10 +14,14 @@ from .run import Summary, run_many, run_one
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--schedules", type=int, default=20_000, help="how many (default 20000)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
+    )
     parser.add_argument("--seed", type=int, default=1, help="the first seed; with --trace the only one")
     parser.add_argument("--trace", action="store_true", help="replay exactly one schedule, readably")
-    parser.add_argument("--break", dest="broken", default="", choices=["", *BREAKS], help="plant a rule break")
+    parser.add_argument(
+        "--break", dest="broken", default="", choices=["", *BREAKS], help="plant a rule break"
+    )
     parser.add_argument("--seconds", type=float, default=0.0, help="stop after that many seconds")
     parser.add_argument("--violations", type=int, default=1, help="stop after that many violations")
     parser.add_argument("--json", action="store_true", help="one JSON object at the end")
@@ -44,8 +48,8 @@ def _progress(summary: Summary) -> None:
 def report(summary: Summary, broken: str = "") -> str:
     """The summary, for people."""
     lines = [
-        f"{summary.schedules} schedules ({summary.virtual_seconds:.0f} s of virtual time) in {summary.seconds:.1f} s,"
-        f" {len(summary.violations)} violations",
+        f"{summary.schedules} schedules ({summary.virtual_seconds:.0f} s of virtual time) "
+        f"in {summary.seconds:.1f} s, {len(summary.violations)} violations",
         "schedules that contained:",
     ]
     lines += [f"  {count:7d}  {what}" for what, count in sorted(summary.coverage.items())]

@@ -17,7 +17,7 @@ BREAKS = {
     "keeper-deadline-from-reply": "the keeper counts a renewal from its reply, not from its sending",
     "tombstone-without-cas": "tombstones are written whatever the stream holds",
     "tombstone-into-fresh-stream": "one stale stream is enough to write tombstones into all",
-    "leader-key-before-session-over": "the leader key is taken when its holder looks stale, before it is over",
+    "leader-key-before-session-over": "the leader key is taken when its holder merely looks stale",
     "release-before-kill": "the keeper ends the session first and kills then",
     "single-list-switch": "a session stream is replaced without the joint list",
     "expiry-from-first-stream": "a session counts as over as soon as one of its keys is a tombstone",

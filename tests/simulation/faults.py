@@ -61,7 +61,9 @@ def _must_be_over(world: World, node: Node, since: int) -> None:
     if world.disturbances != since:
         return
     if node.session not in world.over_at:
-        world.fail("G4", f"{node.session} is not over 0.8 s after its node was killed, with nothing else wrong")
+        world.fail(
+            "G4", f"{node.session} is not over 0.8 s after its node was killed, with nothing else wrong"
+        )
     world.count("G4 checked")
 
 
@@ -204,7 +206,11 @@ def connection_kicked(world: World) -> Undo:
 
 
 def server_down(world: World, index: int, *, lose: bool = False, wipe: bool = False) -> Undo:
-    """A server dies. ``lose``: it comes back without its last writes; a machine does not boot faster than ``gap``."""
+    """A server dies. ``lose``, ``wipe``: it comes back without its last writes, or with nothing.
+
+    It loses nothing when it is back within ``Timing.gap``: what a server wrote is lost by a machine that
+    goes down, not by a process that is killed, and the design takes it that no machine boots that fast.
+    """
     server = world.nats.servers[index]
     if not server.up:
         return _nothing
@@ -500,4 +506,3 @@ class Plan:
                         process.resume()
             if host.node is None or not host.node.alive:
                 host.start_soon()
-

@@ -247,7 +247,8 @@ class Keeper(Process):
         body = SessionBody(generation=self.holder.streams.generation)
         stream, session, revision, nats = renewal.stream, self.session, renewal.revision, self.nats
         nats.call(
-            self, stream, lambda: nats.put(stream, session, body, revision), self.timeout, self._renewed, stream, now
+            self, stream, lambda: nats.put(stream, session, body, revision), self.timeout,
+            self._renewed, stream, now,
         )  # fmt: skip
 
     def _renewed(self, result: Any, stream: str, sent_at: float) -> None:
@@ -268,7 +269,9 @@ class Keeper(Process):
         for stream in self.holder.reads():
             if stream not in self._reading:
                 self._reading.add(stream)
-                nats.call(self, stream, lambda s=stream: nats.get(s, session), self.timeout, self._read, stream)
+                nats.call(
+                    self, stream, lambda s=stream: nats.get(s, session), self.timeout, self._read, stream
+                )
 
     def _read(self, result: Any, stream: str) -> None:
         self._reading.discard(stream)
@@ -318,7 +321,12 @@ class Keeper(Process):
     def _bury_answer(self, result: Any, stream: str) -> None:
         if result is REFUSED:
             self.nats.call(
-                self, stream, lambda: self.nats.get(stream, self.session), self.timeout, self._bury_read, stream
+                self,
+                stream,
+                lambda: self.nats.get(stream, self.session),
+                self.timeout,
+                self._bury_read,
+                stream,
             )
             return
         if result is not UNANSWERED:

@@ -131,7 +131,10 @@ class Nats:
                 self.bucket.on_server = world.rng.choice(others)
                 self.bucket.ready_at = world.now + world.rng.uniform(1.0, 4.0)
                 world.count("re-elections of the bucket")
-                world.log("nats", f"bucket elects server {self.bucket.on_server}, ready at {self.bucket.ready_at:.2f}")
+                world.log(
+                    "nats",
+                    f"bucket elects server {self.bucket.on_server}, ready at {self.bucket.ready_at:.2f}",
+                )
         for host in world.hosts:
             for process in (host.node, host.keeper):
                 if process is not None and process.alive and process.conn and not self.connected(process):
@@ -148,7 +151,7 @@ class Nats:
         done: Callable[..., None],
         *args: Any,
     ) -> None:
-        """One request to *stream* (None: the bucket); *done* gets the result, or UNANSWERED after *timeout*."""
+        """One request to *stream* (None: the bucket); *done* gets its result, or UNANSWERED in the end."""
         world, random = self.world, self.world.rng.random
         deadline = world.now + timeout
         target = self.bucket.on_server if stream is None else self.streams[stream].server
@@ -171,7 +174,9 @@ class Nats:
         unavailable = not server.up or server.life != life
         if stream is None and not unavailable:
             unavailable = (
-                self.bucket.on_server != target or world.now < self.bucket.ready_at or not self._has_majority(target)
+                self.bucket.on_server != target
+                or world.now < self.bucket.ready_at
+                or not self._has_majority(target)
             )
         if unavailable:
             world.at(max(deadline, world.now), process.run, done, UNANSWERED, *args)
@@ -203,7 +208,9 @@ class Nats:
         store.seq += 1
         store.keys[session] = (store.seq, body)
         store.log.append((world.now, session, before))
-        self._publish(stream, store.server, "on_session", session, store.seq, body, before[0] if before else 0)
+        self._publish(
+            stream, store.server, "on_session", session, store.seq, body, before[0] if before else 0
+        )
         return store.seq
 
     def get(self, stream: str, session: SessionId) -> Any:

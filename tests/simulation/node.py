@@ -80,6 +80,7 @@ class Node(Process):
             and self.keeper_runs
             and self.session_valid()
             and not self.stopping
+            and self.not_before < self.host.clock()
             and not self._asked
             and self.nats.connected(self)
         )
@@ -233,7 +234,14 @@ class Node(Process):
         body = SessionBody(self.observer.streams.generation, True, "expired", self.name)
         expect = None if self.world.rules.no_cas else tombstone.revision
         nats.call(
-            self, stream, lambda: nats.put(stream, session, body, expect), 0.4, self._buried, stream, session, body
+            self,
+            stream,
+            lambda: nats.put(stream, session, body, expect),
+            0.4,
+            self._buried,
+            stream,
+            session,
+            body,
         )
 
     def _buried(self, result: Any, stream: str, session: SessionId, body: SessionBody) -> None:
@@ -260,7 +268,9 @@ class Node(Process):
         if conn is None or conn == self.conn:
             self.run(getattr(self, handler), channel, *args)
 
-    def on_session(self, stream: str, session: SessionId, revision: int, body: SessionBody, before: int) -> None:
+    def on_session(
+        self, stream: str, session: SessionId, revision: int, body: SessionBody, before: int
+    ) -> None:
         """A session key was written."""
         if self.observer is None:
             return
@@ -301,7 +311,14 @@ class Node(Process):
             nats.call(self, None, nats.bucket_state, RPC_TIMEOUT, self._bucket_state)
         else:
             nats.call(
-                self, channel, lambda: nats.state(channel), RPC_TIMEOUT, self._caught, channel, interrupted, asked_at
+                self,
+                channel,
+                lambda: nats.state(channel),
+                RPC_TIMEOUT,
+                self._caught,
+                channel,
+                interrupted,
+                asked_at,
             )
 
     def _caught(self, keys: Any, channel: str, interrupted: bool, asked_at: float) -> None:
@@ -402,7 +419,10 @@ class Node(Process):
                 self.ask(name, interrupted=False)
 
     def _settle(self) -> None:
-        """Second step, once everything was read after the first and every live session uses the joint list."""
+        """Second step, once all streams were read after the first and every live session uses both lists.
+
+        Read after the first: a session that was made under the old list just before must be known here.
+        """
         assert self._repair is not None
         _, joint, since = self._repair
         if self.observer.streams.generation != joint.generation:
@@ -419,7 +439,12 @@ class Node(Process):
         then = joint.settled()
         self.world.count("stream lists replaced")
         self.nats.call(
-            self, None, lambda: self.nats.use_streams(then, joint.generation), RPC_TIMEOUT, self._settled, then
+            self,
+            None,
+            lambda: self.nats.use_streams(then, joint.generation),
+            RPC_TIMEOUT,
+            self._settled,
+            then,
         )
 
     def _settled(self, result: Any, streams: StreamList) -> None:
@@ -536,7 +561,10 @@ class Node(Process):
         """The keeper would kill it from now on: begin, unless it is too late."""
         if section is not self.section or section.state != "starting":
             return
-        if not self.session_valid() or phase(self.host.clock(), self.valid_until, self.timing) is not Phase.WORK:
+        if (
+            not self.session_valid()
+            or phase(self.host.clock(), self.valid_until, self.timing) is not Phase.WORK
+        ):
             self._over(section)
             return
         self.world.start_section(section)
@@ -581,7 +609,13 @@ class Node(Process):
         epoch, successor = self._unreleased
         self._busy = True
         self.nats.call(
-            self, None, lambda: self.nats.lead(None, successor, epoch), RPC_TIMEOUT, self._released, epoch, successor
+            self,
+            None,
+            lambda: self.nats.lead(None, successor, epoch),
+            RPC_TIMEOUT,
+            self._released,
+            epoch,
+            successor,
         )
 
     def _released(self, result: Any, epoch: int, successor: str | None) -> None:
@@ -591,7 +625,9 @@ class Node(Process):
         elif result is REFUSED:
             # It proves nothing: read before this is taken for done.
             self._busy = True
-            self.nats.call(self, None, lambda: self.nats.bucket.leader, RPC_TIMEOUT, self._release_read, epoch)
+            self.nats.call(
+                self, None, lambda: self.nats.bucket.leader, RPC_TIMEOUT, self._release_read, epoch
+            )
         else:
             if successor is not None:
                 self.world.count("hand-overs to a named successor")

@@ -29,7 +29,9 @@ def build(seed: int, broken: str = "", *, tracing: bool = False) -> World:
     """The platform of one schedule, before it starts."""
     world = World(seed, Rules(broken), tracing=tracing)
     rng = world.rng
-    world.timing = Timing.of(2.0, renew_every=rng.choice((0.5,) * 8 + (0.4,) * 3 + (0.2,)), stall_limit=rng.choice((0.8, 2.0)))
+    world.timing = Timing.of(
+        2.0, renew_every=rng.choice((0.5,) * 8 + (0.4,) * 3 + (0.2,)), stall_limit=rng.choice((0.8, 2.0))
+    )
     hosts = rng.choice((2, 2, 3, 3, 3, 4, 5))
     world.nats = Nats(world, hosts, StreamList(1, ("s1", "s2", "s3")))
     world.hosts = [Host(world, index) for index in range(hosts)]
@@ -89,8 +91,8 @@ class Summary:
     """What many schedules came to. ``coverage``: in how many schedules something happened."""
 
     schedules: int = 0
-    coverage: Counter[str] = field(default_factory=Counter)
-    violations: list[Outcome] = field(default_factory=list)
+    coverage: Counter[str] = field(default_factory=lambda: Counter[str]())
+    violations: list[Outcome] = field(default_factory=lambda: [])
     virtual_seconds: float = 0.0
     seconds: float = 0.0
 

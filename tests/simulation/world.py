@@ -107,17 +107,14 @@ class World:
     def start_section(self, section: Section) -> None:
         """G1 and G2, where a section begins."""
         node = section.node
+        begins = f"{node.name} begins at epoch {section.epoch}"
         for other in self.active:
             if other.node.may_work and (other.node.keeper_runs or not other.node.blocked):
-                self.fail(
-                    "G1",
-                    f"{node.name} begins at epoch {section.epoch} while {other.node.name} is active at {other.epoch}",
-                )
+                self.fail("G1", f"{begins} while {other.node.name} is active at {other.epoch}")
             if other.node.keeper_runs:
                 self.fail(
                     "G1",
-                    f"{node.name} begins at epoch {section.epoch}; {other.node.name}, stopped, still has epoch "
-                    f"{other.epoch} and its keeper runs",
+                    f"{begins}; {other.node.name}, stopped, still has {other.epoch} and its keeper runs",
                 )
             self.count(
                 "excused: loop blocked and no keeper" if other.node.blocked else "excused: both were stopped"
@@ -158,7 +155,9 @@ class World:
     def fenced_write(self, epoch: int, key_revision: int, accepted: bool) -> None:
         """G2 at the server: what it accepts is of the present epoch, and epochs never go back."""
         if accepted and (epoch != key_revision or epoch < self.last_fenced):
-            self.fail("G2", f"a write of epoch {epoch} was accepted at {key_revision} after {self.last_fenced}")
+            self.fail(
+                "G2", f"a write of epoch {epoch} was accepted at {key_revision} after {self.last_fenced}"
+            )
         if accepted:
             self.last_fenced = epoch
         else:
@@ -172,6 +171,6 @@ class Outcome:
     seed: int
     violation: str = ""
     promise: str = ""
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=lambda: {})
     seconds: float = 0.0
-    lines: list[str] = field(default_factory=list)
+    lines: list[str] = field(default_factory=lambda: [])
