@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import Callable
@@ -21,6 +22,9 @@ from phalanx.types import Member
 log = logging.getLogger("phalanx.membership")
 
 T = TypeVar("T")
+
+CREATE_TRIES = 50
+CREATE_RETRY_SECONDS = 0.1
 
 _encode = msgspec.json.Encoder().encode
 
@@ -88,19 +92,20 @@ class PlatformState:
     async def create_or_read(self, key: str, value: T) -> T:
         """Create *key* with *value*, or return what somebody else has created before."""
         kind = type(value)
-        if (found := await self.read(key, kind)) is not None:
-            return found[0]
-        try:
-            await self._bus.write(self._subject(key), _encode(value), expect=0)
-        except WrongRevision:
-            found = await self.read(key, kind)
-            if found is None:
-                raise IdentityError(
-                    f"key {key!r} of bucket {self._names.platform_bucket!r} was removed while it was read",
-                    "nobody but Phalanx should write there; see docs/operations.md",
-                ) from None
-            return found[0]
-        return value
+        for _ in range(CREATE_TRIES):
+            if (found := await self.read(key, kind)) is not None:
+                return found[0]
+            try:
+                await self._bus.write(self._subject(key), _encode(value), expect=0)
+            except WrongRevision:
+                # Somebody else's creation may be refused to us before it can be read (10164).
+                await asyncio.sleep(CREATE_RETRY_SECONDS)
+            else:
+                return value
+        raise IdentityError(
+            f"key {key!r} of bucket {self._names.platform_bucket!r} can be neither created nor read",
+            "nobody but Phalanx should write there; see docs/operations.md",
+        )
 
     async def take_setup_lock(self, node: str, seconds: float) -> bool:
         """Become the one node that makes the platform's session streams. Lapses after *seconds*."""
