@@ -1,0 +1,112 @@
+"""Who takes the leader key, when, and who is named as successor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from phalanx.decide.election import (
+    HEAD_START_SECONDS,
+    RANK_STEP_SECONDS,
+    Acquire,
+    Action,
+    Begin,
+    Deposed,
+    Idle,
+    View,
+    Wait,
+    choose_successor,
+    next_action,
+    rank,
+)
+from phalanx.types import Candidate, LeaderRecord, SessionId
+
+ME, A, Z = SessionId("n1", "x"), SessionId("a", "1"), SessionId("z", "1")
+OFFERS = (Candidate(ME, True), Candidate(A, True), Candidate(Z, True))
+
+
+def nobody_over(_session: SessionId) -> bool:
+    """Every session lives."""
+    return False
+
+
+def act(leader: LeaderRecord, now: float = 100.0, **changes: Any) -> Action:
+    """The next action of an eligible node with a valid session, vacancy known since 100."""
+    view: dict[str, Any] = {
+        "session_valid": True,
+        "eligible": True,
+        "leader_over": False,
+        "vacant_since": 100.0,
+    }
+    return next_action(View(me=ME, leader=leader, **{**view, **changes}), now, nobody_over)
+
+
+def test_a_free_key_is_taken_at_its_revision() -> None:
+    """Never written (0), released, or its holder's session over: replaced by compare-and-set."""
+    assert act(LeaderRecord(0)) == Acquire(0)
+    assert act(LeaderRecord(7)) == Acquire(7)
+    assert act(LeaderRecord(7, A), leader_over=True) == Acquire(7)
+
+
+@pytest.mark.parametrize(
+    ("leader", "changes"),
+    [
+        (LeaderRecord(7, A), {}),
+        (LeaderRecord(7), {"eligible": False}),
+        (LeaderRecord(7), {"session_valid": False}),
+        (LeaderRecord(7, ME), {"session_valid": False}),
+        (LeaderRecord(7, ME), {"leading": 7}),
+    ],
+)
+def test_nothing_is_done(leader: LeaderRecord, changes: dict[str, Any]) -> None:
+    """While another one holds it, without eligibility or session, or when all is as it should be."""
+    assert act(leader, **changes) == Idle()
+
+
+def test_a_write_whose_answer_was_lost_is_taken_up() -> None:
+    """The watch shows that the key names this very session."""
+    assert act(LeaderRecord(9, ME)) == Begin(9)
+
+
+@pytest.mark.parametrize(
+    ("leader", "valid"),
+    [
+        (LeaderRecord(7, ME), False),
+        (LeaderRecord(8, A), True),
+        (LeaderRecord(8, ME), True),
+        (LeaderRecord(8), True),
+    ],
+)
+def test_a_leader_whose_key_or_session_is_gone_is_deposed(leader: LeaderRecord, valid: bool) -> None:
+    """Another holder, another epoch, a release that it did not make, an invalid session."""
+    assert isinstance(act(leader, leading=7, session_valid=valid), Deposed)
+
+
+def test_the_less_preferred_wait_longer() -> None:
+    """By priority, then by name; whoever is over or not eligible does not count."""
+    assert rank(ME, OFFERS, nobody_over) == 1
+    assert rank(ME, OFFERS, lambda s: s == A) == 0
+    assert rank(ME, (Candidate(ME, True, 5), Candidate(A, True, 9), Candidate(Z, True, 9)), nobody_over) == 2
+    assert act(LeaderRecord(7), candidates=OFFERS) == Wait(100.0 + RANK_STEP_SECONDS)
+    assert act(LeaderRecord(7), 100.0 + RANK_STEP_SECONDS, candidates=OFFERS) == Acquire(7)
+
+
+def test_a_named_successor_goes_first_and_the_others_give_it_a_head_start() -> None:
+    """The name is no right: they try too, a little later."""
+    assert act(LeaderRecord(7, None, "n1"), candidates=OFFERS) == Acquire(7)
+    later = 100.0 + (RANK_STEP_SECONDS + HEAD_START_SECONDS)
+    assert act(LeaderRecord(7, None, "z"), candidates=OFFERS) == Wait(later)
+
+
+def test_a_node_that_steps_aside_waits_until_its_time() -> None:
+    """After failures of its own, even when it is named."""
+    assert act(LeaderRecord(7, None, "n1"), not_before=130.0) == Wait(130.0)
+
+
+def test_the_successor_is_the_best_live_other() -> None:
+    """Highest priority, then name; never oneself, the dead or the ineligible."""
+    assert choose_successor(ME, OFFERS, nobody_over) == "a"
+    assert choose_successor(ME, OFFERS, lambda s: s == A) == "z"
+    assert choose_successor(ME, (*OFFERS[:2], Candidate(Z, True, 1)), nobody_over) == "z"
+    assert choose_successor(ME, (Candidate(ME, True), Candidate(A, False)), nobody_over) is None
