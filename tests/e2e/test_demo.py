@@ -1,0 +1,181 @@
+"""The demo: it runs, it cleans up, and it would notice a broken promise."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from examples.demo.client import Answer, outages
+from examples.demo.node import RUN_MARK
+from examples.demo.programs import Programs
+from examples.demo.promises import FAULTS, Outcome, judge
+from examples.wiki import platform
+
+from phalanx import system
+from phalanx.config import load_toml
+
+ROOT = Path(__file__).parents[2]
+
+GOOD = Outcome("kill", "n1", 1, "n2", 5, "killed by the keeper", takeover=0.1, program_start=0.2, outage=0.3)
+UNMOVED = Outcome("nats", "n1", 5, "n1", 5, "goes on")
+
+
+@pytest.fixture
+def own_temp(tmp_path: Path) -> Path:
+    """A folder for temporary files of the demo alone, so that a test sees what it leaves."""
+    folder = tmp_path / "temp"
+    folder.mkdir()
+    return folder
+
+
+def start_demo(temp: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The demo as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "examples.demo", "--json", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(temp)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def left_behind(temp: Path) -> list[str]:
+    """Processes that run in or with that folder, and files in it."""
+    found = [str(path) for path in temp.iterdir()]
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit() and int(folder.name) != os.getpid():
+            try:
+                text = (folder / "cmdline").read_bytes() + (folder / "environ").read_bytes()
+            except OSError:
+                continue
+            if os.fsencode(temp) in text:
+                found.append(f"process {folder.name}")
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float) -> bool:
+    """Ask every 10 ms until it is so, at most *seconds*."""
+    deadline, pause = system.now() + seconds, threading.Event()
+    while not condition():
+        if system.now() > deadline:
+            return False
+        pause.wait(0.01)
+    return True
+
+
+def test_demo_keeps_its_promises_and_leaves_nothing(own_temp: Path) -> None:
+    """One fault for real: exit code 0, who took over, a growing epoch, no process and no file left."""
+    demo = start_demo(own_temp, "--only", "kill")
+    output, errors = demo.communicate(timeout=150)
+    events: list[dict[str, Any]] = [json.loads(line) for line in output.splitlines()]
+    assert demo.returncode == 0, output + errors
+    outcome = next(event for event in events if event.get("fault") == "kill")
+    assert outcome["before"] != outcome["after"]
+    assert outcome["epoch_after"] > outcome["epoch_before"]
+    assert outcome["failed_requests"] > 0
+    assert events[-1]["kept"] is True
+    assert left_behind(own_temp) == []
+
+
+def test_interrupted_demo_leaves_nothing(own_temp: Path) -> None:
+    """Ctrl-C while nodes run (and again, while it cleans up): exit code 130, nothing left."""
+    demo = start_demo(own_temp)
+    # As soon as a node has a NATS server there is all that could be left behind.
+    assert wait_until(lambda: list(own_temp.glob("*/n*/data/nats/server.json")), 60)
+    assert len(left_behind(own_temp)) > 3
+    demo.send_signal(signal.SIGINT)
+    demo.send_signal(signal.SIGINT)
+    demo.communicate(timeout=30)
+    assert demo.returncode == 130
+    assert left_behind(own_temp) == []
+
+
+def test_good_outcomes_are_kept() -> None:
+    """What is within the bounds is no broken promise."""
+    assert judge(GOOD).is_kept
+    assert judge(UNMOVED).is_kept
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"after": ""}, "nobody took over"),
+        ({"after": "n1"}, "nobody else took over"),
+        ({"epoch_after": 1}, "epoch did not grow"),
+        ({"takeover": 0.6}, "the new program was started after 600 ms"),
+        ({"takeover": 0.8, "waited_for_cpu": 9.0}, "the new program was started after 800 ms"),
+        ({"takeover": None}, "never seen"),
+        ({"outage": 1.0}, "the client saw 1,000 ms"),
+    ],
+)
+def test_broken_promise_is_noticed(change: dict[str, Any], problem: str) -> None:
+    """Each way in which a failover can break its promise."""
+    broken = judge(msgspec.structs.replace(GOOD, **change)).broken
+    assert any(problem in each for each in broken), broken
+
+
+def test_failover_by_nats_is_noticed() -> None:
+    """A NATS server's death must move nothing and fail no request."""
+    moved = judge(msgspec.structs.replace(UNMOVED, after="n2", epoch_after=7))
+    assert "it caused a failover" in moved.broken[0]
+    failed = judge(msgspec.structs.replace(UNMOVED, failed_requests=1, outage=0.02))
+    assert "1 requests failed" in failed.broken[0]
+
+
+def test_overlap_breaks_any_fault() -> None:
+    """Two programs at once break the promise, whatever else went well."""
+    for fault in FAULTS:
+        good = UNMOVED if fault.bound_seconds is None else msgspec.structs.replace(GOOD, fault=fault.key)
+        assert judge(good, ("both ran",)).broken == ("both ran",)
+
+
+def test_programs_that_run_at_once_are_seen(tmp_path: Path) -> None:
+    """Two real processes of different epochs: one after the other is fine, both at once is an overlap."""
+    run = tmp_path.name
+
+    def start(epoch: int) -> subprocess.Popen[bytes]:
+        env = {RUN_MARK: run, "PHALANX_NODE": f"n{epoch}", "PHALANX_EPOCH": str(epoch)}
+        return subprocess.Popen(["/bin/sleep", "60"], env=env)
+
+    with Programs(run) as programs:
+        first = start(1)
+        assert wait_until(lambda: [p.epoch for p in programs.running()] == [1], 5)
+        first.kill()
+        first.wait()
+        second = start(2)
+        assert wait_until(lambda: [p.epoch for p in programs.running()] == [2], 5)
+        assert programs.overlaps == []
+        third = start(3)
+        assert wait_until(lambda: programs.overlaps, 5)
+        for process in (second, third):
+            process.kill()
+            process.wait()
+        assert wait_until(lambda: programs.running() == [], 5)
+    assert "n2 (epoch 2) and n3 (epoch 3) ran at once" in str(programs.overlaps[0])
+
+
+def test_outage_is_from_answer_to_answer() -> None:
+    """Failed requests between two answers are one outage, from the end of the one to that of the other."""
+    answers = [Answer(0.0, 0.1, "n1"), Answer(0.2, 0.21, ""), Answer(0.3, 0.31, ""), Answer(0.4, 0.5, "n2")]
+    (outage,) = outages(answers, 9.0)
+    assert (outage.began, outage.ended, outage.failed) == (0.1, 0.5, 2)
+    (lasting,) = outages(answers[:3], 9.0)
+    assert (lasting.ended, lasting.failed) == (9.0, 2)
+    assert outages(answers[:1], 9.0) == []
+
+
+def test_examples_are_valid() -> None:
+    """The ten lines of the README and the example file are correct declarations."""
+    assert list(platform.apps) == ["wiki"]
+    config, apps = load_toml(ROOT / "examples" / "phalanx.toml")
+    assert (config.name, [app.name for app in apps]) == ("prod", ["wiki"])
