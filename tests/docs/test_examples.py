@@ -16,8 +16,9 @@ import pytest
 from tests.docs.pages import ROOT, Block, blocks, commands
 
 from phalanx.bus import permissions, provision
+from phalanx.bus.connection import NatsBus
 from phalanx.cli.main import app as command_line
-from phalanx.config import check_toml
+from phalanx.config import NatsOptions, check_toml
 from phalanx.names import Names
 from phalanx.testing.nats import NatsServer, Ports
 from phalanx.testing.nodes import NodeProcess
@@ -186,6 +187,64 @@ async def test_client_of_an_app_user(block: Block) -> None:
         await names["client"].close()  # type: ignore[attr-defined]
 
 
+# --- repairs of docs/operations.md
+
+
+async def _platform_without(stream: str, nats: NatsServer, folder: Path) -> NodeProcess:
+    """A node that was active once, is stopped, and whose NATS has lost *stream*."""
+    (folder / "mine.py").write_text(
+        'from phalanx import Platform\nplatform = Platform("prod")\nplatform.app("wiki")\nplatform.run()\n'
+    )
+    command = [sys.executable, str(folder / "mine.py")]
+    ports = Ports()
+    node = NodeProcess(command, "n1", folder / "node", ports.take(), {"PHALANX_NATS": nats.url()})
+    ports.close()
+    await _run_until_active(node)
+    bus = await NatsBus.connect(NatsOptions(urls=(nats.url(),)))
+    await bus.api(f"STREAM.DELETE.{stream}", {})
+    await bus.close()
+    return node
+
+
+async def _run_until_active(node: NodeProcess) -> int:
+    """Start the node, wait until it is active, stop it; the epoch."""
+    node.start()
+    try:
+        async with asyncio.timeout(SECONDS):
+            while not node.is_active("wiki"):
+                assert node.is_running, node.log()
+                await asyncio.sleep(0.02)
+        epoch = int(node.status()["apps"][0]["epoch"])
+        node.terminate()
+        await asyncio.to_thread(node.wait, SECONDS)
+        return epoch
+    finally:
+        node.stop()
+
+
+@pytest.mark.parametrize("block", _of("recover bucket"))
+async def test_vanished_bucket_is_made_anew_above_all_epochs(
+    block: Block, tmp_path: Path, nats_server: NatsServer
+) -> None:
+    """The node refuses to start without the bucket; after the repair it is active, under a larger epoch."""
+    node = await _platform_without("KV_prod_wiki", nats_server, tmp_path)
+    node.start()
+    assert await asyncio.to_thread(node.wait, SECONDS) == 2
+    assert "'prod_wiki' of app 'wiki' is gone" in node.log()
+    (tmp_path / "example.py").write_text(block.text)
+    _run(sys.executable, "example.py", folder=tmp_path, env=_environment(tmp_path, nats_server))
+    assert await _run_until_active(node) > 1_000_000_000_000
+
+
+@pytest.mark.parametrize("block", _of("recover sessions"))
+async def test_session_streams_are_made_anew(block: Block, tmp_path: Path, nats_server: NatsServer) -> None:
+    """Without session streams no node gets a session; after the repair one is active again."""
+    node = await _platform_without("prod_sessions_1", nats_server, tmp_path)
+    (tmp_path / "example.py").write_text(block.text)
+    _run(sys.executable, "example.py", folder=tmp_path, env=_environment(tmp_path, nats_server))
+    assert await _run_until_active(node) > 0
+
+
 @pytest.mark.parametrize("block", _of("fragment"))
 def test_fragment_is_python(block: Block) -> None:
     """A fragment says why it is one, and at least compiles."""
@@ -196,6 +255,7 @@ def test_fragment_is_python(block: Block) -> None:
 def test_every_python_block_is_of_a_known_kind() -> None:
     """A mistyped mark would leave a block out."""
     known = {"node", "in on_active", "script", "pytest", "app user", "fragment"}
+    known |= {"recover bucket", "recover sessions"}
     assert {str(b): _kind(b) for b in PYTHON if _kind(b) not in known} == {}
 
 
