@@ -42,15 +42,17 @@ def main() -> int:
 def _run(faults: tuple[Fault, ...], timeline: Timeline, keep_logs: Path | None) -> int:
     run = secrets.token_hex(8)
     with contextlib.ExitStack() as stack:
+        programs = Programs(run)
+        stack.callback(programs.kill_left)
         hosts = Hosts(run)
         stack.callback(hosts.stop, keep_logs)
-        programs = stack.enter_context(Programs(run))
+        stack.enter_context(programs)
         client = stack.enter_context(Client(hosts.backend_port))
         scenario = Scenario(hosts, client, programs, timeline)
         try:
             scenario.run(faults)
         except Failed as error:
-            scenario.problems.append(str(error))
+            scenario.fail(str(error))
         stack.callback(timeline.close)
         timeline.summary(scenario.outcomes, scenario.problems, len(client.answers))
         kept = not scenario.problems and all(outcome.is_kept for outcome in scenario.outcomes)

@@ -5,8 +5,10 @@ It asks the kernel, not Phalanx: what it finds is evidence for or against the pr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import signal
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -79,6 +81,13 @@ class Programs:
     def last_of(self, epoch: int) -> Program | None:
         """The last one that was started under that epoch."""
         return next((program for program in reversed(list(self.all)) if program.epoch == epoch), None)
+
+    def kill_left(self) -> None:
+        """SIGKILL all that run: after the end of the hosts there are none, unless a keeper failed."""
+        for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
+            if self._identify(pid, 0.0) is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _run(self) -> None:
         while not self._stop.is_set():

@@ -39,7 +39,7 @@ FAULTS: tuple[Fault, ...] = (
         "kill",
         "node killed",
         "SIGKILL of the active node's process",
-        "the keeper kills what ran and releases; another node takes over, whatever the TTL (G4)",
+        "what ran is killed, the keeper releases, another node takes over, whatever the TTL (G4)",
         0.5,
     ),
     Fault(

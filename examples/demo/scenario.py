@@ -63,6 +63,10 @@ class Scenario:
             self._heal()
         self._finish()
 
+    def fail(self, problem: str) -> None:
+        """It could not go on: *problem*, and what was seen until then."""
+        self.problems += [problem, *self._new_overlaps()]
+
     # --- start, and between faults
 
     def _start(self) -> None:
@@ -265,7 +269,7 @@ class Scenario:
         began_wall = system.wall() - (system.now() - began) - 0.001
         for line in self._lines:
             if line.who == f"{old.node} keeper" and "fencing" in line.text and line.at >= began_wall:
-                return "killed by the keeper"
+                return "killed with its node"  # by the keeper, or by the kernel for it
             if line.who == old.node and (
                 found := re.search(rf"process {old.pid} (exited|killed) .+", line.text)
             ):

@@ -25,7 +25,7 @@ from phalanx.config import load_toml
 
 ROOT = Path(__file__).parents[2]
 
-GOOD = Outcome("kill", "n1", 1, "n2", 5, "killed by the keeper", takeover=0.1, program_start=0.2, outage=0.3)
+GOOD = Outcome("kill", "n1", 1, "n2", 5, "killed with its node", takeover=0.1, program_start=0.2, outage=0.3)
 UNMOVED = Outcome("nats", "n1", 5, "n1", 5, "goes on")
 
 
