@@ -220,10 +220,12 @@ def test_a_sequence_that_went_back_restarts_the_count() -> None:
 def test_the_same_revision_again_on_the_watch_is_a_renewal() -> None:
     """After a loss a number is used twice; taking the second for the first would end a live session."""
     seen = observer()
-    hear(seen, 0.0, 2.0, session=OTHER)
+    hear(seen, 0.0, 1.0, session=OTHER)
     for stream in "abc":
         seen.on_record(stream, ME, 1, ALIVE, 1.5)
-    assert seen.tombstones(2.5) == []
+    hear(seen, 2.0, 3.5, session=OTHER)
+    assert seen.tombstones(3.5) == []
+    assert len(seen.tombstones(3.7)) == 3
 
 
 def test_reading_an_old_renewal_again_makes_it_no_younger() -> None:
@@ -259,6 +261,14 @@ def test_two_tombstones_end_a_session_for_good() -> None:
     seen.forget(OTHER)
     seen.forget(ME)
     assert seen.known() == [OTHER]
+
+
+def test_a_tombstone_counts_though_its_server_lost_it() -> None:
+    """It was written, so the session had run out: the second one ends it."""
+    seen = observer()
+    seen.on_record("a", ME, 20, DEAD, 1.0)
+    seen.on_record("a", ME, 3, ALIVE, 1.2)
+    assert seen.on_record("b", ME, 20, DEAD, 1.3) == [ME]
 
 
 def test_a_session_in_one_stream_ends_with_one_tombstone() -> None:
