@@ -31,7 +31,7 @@ def audit(
     where: Where = _WHERE,
     json: Annotated[bool, Parameter(help="As JSON, one object a line.")] = False,
 ) -> int:
-    """Show the audit log: every decision with its time, node, app, epoch and reason, oldest first."""
+    """Show what happened, and why: the audit log, oldest first."""
     if not 1 <= limit <= 1_000_000:
         raise ConfigError("--limit", limit, "out of range", "choose 1 to 1000000")
     start = moment(since, system.wall()) if since is not None else None
@@ -43,20 +43,18 @@ def audit(
 
 async def _audit(client: PlatformClient, since: float | None, limit: int, follow: bool, json: bool) -> None:
     async with client:
-        shown = dict.fromkeys(entry.id for entry in await _show_all(client, since, limit, json))
+        entries = await client.audit(since, limit)
+        for entry in entries:
+            _show(entry, json)
         if not follow:
             return
-        # From a little earlier than now, so that nothing falls between reading and following.
-        async for entry in client.follow_audit(max(since or 0.0, system.wall() - 60)):
-            if entry.id not in shown:
+        # On from the last one that was shown; what came before it in the log was shown, or is over the limit.
+        last = entries[-1] if entries else None
+        passed = last is None
+        async for entry in client.follow_audit(last.time if last is not None else since or 0.0):
+            if passed:
                 _show(entry, json)
-
-
-async def _show_all(client: PlatformClient, since: float | None, limit: int, json: bool) -> list[AuditEntry]:
-    entries = await client.audit(since, limit)
-    for entry in entries:
-        _show(entry, json)
-    return entries
+            passed = passed or (last is not None and entry.id == last.id)
 
 
 def _show(entry: AuditEntry, json: bool) -> None:

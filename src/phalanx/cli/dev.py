@@ -52,11 +52,11 @@ def dev(
     no_restart: Annotated[bool, Parameter(help="A node that dies stays dead.")] = False,
     json: Annotated[bool, Parameter(help="As JSON, one object a line.")] = False,
 ) -> int:
-    """Run a whole platform on this machine until Ctrl-C: several nodes and their own NATS servers.
+    """Run a whole platform on this machine, until Ctrl-C.
 
-    Each node is a process of its own, so kill, freeze and stop them at will. A node that died is started
-    again after 5 seconds. The NATS of TARGET is not used: with three nodes or more a cluster of three
-    servers is started on free ports of 127.0.0.1, else one server.
+    Several nodes and their own NATS servers. Each node is a process of its own, so kill, freeze and stop
+    them at will; one that died is started again after 5 seconds. The NATS of TARGET is not used: with three
+    nodes or more a cluster of three servers is started on free ports of 127.0.0.1, else one server.
     """
     if not 1 <= nodes <= 9:
         raise ConfigError("--nodes", nodes, "out of range", "choose 1 to 9")

@@ -27,8 +27,9 @@ def doctor(
     where: Where = _WHERE,
     json: Annotated[bool, Parameter(help="As JSON, one object a line.")] = False,
 ) -> int:
-    """Check this machine and NATS for what usually goes wrong, and say the remedy (exit code 1 for a FAIL).
+    """Check for what usually goes wrong, and say the remedy.
 
+    It looks at this machine and at NATS; exit code 1 if anything is FAIL.
     With a file it checks the node that the file declares here: ports, folders, embedded server. It makes
     one stream, which it deletes again; nothing else is changed.
     """

@@ -24,7 +24,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 
-_COMMANDS = {
+COMMANDS = {
     "run": "run:run",
     "dev": "dev:dev",
     "status": "status:status",
@@ -39,7 +39,7 @@ _COMMANDS = {
 }
 """Modules are imported when their command is called: `phalanx version` needs no HTTP server."""
 
-for _name, _where in _COMMANDS.items():
+for _name, _where in COMMANDS.items():
     app.command(f"phalanx.cli.{_where}", name=_name)
 
 
@@ -89,7 +89,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 def import_all() -> None:
     """Import every command, for what describes them all: the list in the help, completion."""
-    for name in _COMMANDS:
+    for name in COMMANDS:
         _ = app[name]
 
 

@@ -23,6 +23,9 @@ from phalanx.types import SessionId
 TRIPS = 20
 CLOCK_SECONDS = 1.0
 RATE = 0.05
+JITTER_SECONDS = 0.05
+"""How much the ways to and from the server may differ."""
+
 NEVER_A_REVISION = 1 << 50
 """A write that expects this revision is always refused: it shows the right to write, and writes nothing."""
 
@@ -245,46 +248,16 @@ class NatsChecks:
         finally:
             with contextlib.suppress(BusError):
                 await self._bus.api(f"STREAM.DELETE.{stream}", {})
-        return [self._judged(times)]
+        return [judge_writes(times, self._ttl)]
 
     async def _timed_write(self, subject: str) -> float:
         began = system.now()
         await self._bus.write(subject, b"", timeout=5.0)
         return system.now() - began
 
-    def _judged(self, times: list[float]) -> Finding:
-        median, most, limit = statistics.median(times), max(times), self._ttl / 20
-        text = (
-            f"a stored write takes {span(median)}, {span(most)} at most ({TRIPS} tried); "
-            f"ttl is {span(self._ttl)}"
-        )
-        remedy = (
-            f"raise timings.ttl above {span(20 * most)}, or bring NATS nearer (faster disks, shorter ways)"
-        )
-        if median > limit:
-            return fail("round-trip", text, remedy)
-        return warn("round-trip", text, remedy) if most > limit else ok("round-trip", text)
-
     async def clocks(self) -> list[Finding]:
-        """This host's clock beside the server's. Its rate matters; its time only to whoever reads logs."""
-        if not self._moments:
-            return []
-        steady, at = self._moments[-1]
-        offset = at - (system.wall() - (system.now() - steady))
-        found: list[Finding] = []
-        if abs(offset) > CLOCK_SECONDS:
-            text = f"this host and the NATS server differ by {span(abs(offset))}"
-            found.append(warn("clocks", text, "run NTP (chrony); no decision depends on it, but logs do"))
-        first_steady, first_at = self._moments[0]
-        passed = steady - first_steady
-        if passed > 0.1:  # over less the network's own delays would decide
-            rate = (at - first_at) / passed - 1
-            if abs(rate) > max(RATE, 0.02 / passed):
-                text = f"the clocks of this host and of the NATS server differ by {100 * rate:.0f} % in rate"
-                found.append(
-                    fail("clocks", text, "repair the machine's clock source: G1 needs rates within 5 %")
-                )
-        return found or [ok("clocks", f"differs from the NATS server's by {span(abs(offset))}")]
+        """This host's clock beside the server's."""
+        return judge_clocks(self._moments, system.wall() - system.now())
 
     async def members(self) -> list[Finding]:
         """Who is there, and who should be."""
@@ -308,6 +281,39 @@ class NatsChecks:
                 ]
         answering = [node.node for node in nodes if node.answers]
         return [ok("members", f"{len(answering)} answer: {', '.join(answering) or 'none'}"), *found]
+
+
+def judge_writes(times: list[float], ttl: float) -> Finding:
+    """Whether writes that took so long (seconds) leave a session of that TTL room to be renewed."""
+    median, most, limit = statistics.median(times), max(times), ttl / 20
+    text = (
+        f"a stored write takes {span(median)}, {span(most)} at most ({len(times)} tried); ttl is {span(ttl)}"
+    )
+    remedy = f"raise timings.ttl above {span(20 * most)}, or bring NATS nearer (faster disks, shorter ways)"
+    if median > limit:
+        return fail("round-trip", text, remedy)
+    return warn("round-trip", text, remedy) if most > limit else ok("round-trip", text)
+
+
+def judge_clocks(moments: list[tuple[float, float]], to_wall: float) -> list[Finding]:
+    """*moments*: pairs of our steady clock and the server's wall clock. *to_wall*: from our steady to our
+    wall clock. Only the rate matters to decisions; the time does to whoever reads logs."""
+    if not moments:
+        return []
+    steady, at = moments[-1]
+    offset = at - (steady + to_wall)
+    found: list[Finding] = []
+    if abs(offset) > CLOCK_SECONDS:
+        text = f"this host and the NATS server differ by {span(abs(offset))}"
+        found.append(warn("clocks", text, "run NTP (chrony); no decision depends on it, but logs do"))
+    first_steady, first_at = moments[0]
+    passed = steady - first_steady
+    if passed > 0.1:  # over less the network's own delays would decide
+        rate = (at - first_at) / passed - 1
+        if abs(rate) > max(RATE, JITTER_SECONDS / passed):
+            text = f"the clocks of this host and of the NATS server differ by {100 * rate:.0f} % in rate"
+            found.append(fail("clocks", text, "repair the machine's clock source: G1 needs rates within 5 %"))
+    return found or [ok("clocks", f"differs from the NATS server's by {span(abs(offset))}")]
 
 
 def _leader(info: dict[str, Any]) -> str:

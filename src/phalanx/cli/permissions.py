@@ -24,7 +24,7 @@ def permissions(
     app: Annotated[list[str] | None, Parameter(help="An app's name; may be given several times.")] = None,
     json: Annotated[bool, Parameter(help="As JSON: the text is one field of it.")] = False,
 ) -> int:
-    """Print the accounts and permissions for nats-server that keep apps apart.
+    """Print accounts and permissions for nats-server that keep apps apart.
 
     The text is to be included in the servers' configuration; passwords come from their environment.
     """

@@ -21,10 +21,11 @@ def run(
     overrides: Overrides = Overrides(),  # noqa: B008 - frozen
     json: Annotated[bool, Parameter(help="Log as JSON, one object a line.")] = False,
 ) -> int:
-    """Run this node of a platform until SIGTERM or Ctrl-C, which hand its apps over first.
+    """Run this node of a platform.
 
-    TARGET is a file, or a Platform in a Python module of the current folder (module:platform), or a
-    function there that returns one.
+    Until SIGTERM or Ctrl-C, which hand its apps over first; a second one ends it at once. TARGET is a file,
+    or a Platform in a Python module of the current folder (module:platform), or a function there that
+    returns one.
     """
     with overrides.applied():
         platform = load(target)

@@ -136,7 +136,10 @@ def health(
     where: Where = _WHERE,
     json: Annotated[bool, Parameter(help="As JSON.")] = False,
 ) -> int:
-    """Say whether every app has an active, healthy leader and all nodes answer (else exit code 1)."""
+    """Say whether all is well; exit code 1 if not.
+
+    All is well when every app has one active node that is not unhealthy, and all nodes answer.
+    """
     platform, nats = where.find()
     view = asyncio.run(_view(PlatformClient(platform, nats, timeout=where.timeout)))
     reasons = views.verdict(view)

@@ -25,10 +25,11 @@ def stepdown(
     where: Where = _WHERE,
     json: Annotated[bool, Parameter(help="As JSON.")] = False,
 ) -> int:
-    """Have the active node of APP hand over to another one, and say who took over.
+    """Have the active node of an app hand over to another one.
 
-    Needs a NATS login that may publish on the platform's control subjects. Exit code 1 when no node is
-    active or nobody took over, 2 for an unknown app or a node that cannot take over.
+    It says who took over, and after how long. Needs a NATS login that may publish on the platform's control
+    subjects. Exit code 1 when no node is active or nobody took over, 2 for an unknown app or a node that
+    cannot take over.
     """
     if not 0.1 <= wait <= 86400:
         raise ConfigError("--wait", wait, "out of range", "choose 0.1 to 86400 seconds")
