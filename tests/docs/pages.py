@@ -52,11 +52,11 @@ def blocks(*languages: str) -> list[Block]:
 def commands() -> list[tuple[Block, list[str]]]:
     """The arguments of every ``phalanx …`` in blocks that show a shell or a systemd unit."""
     found: list[tuple[Block, list[str]]] = []
-    for block in blocks("console", "bash", "sh", "ini"):
+    for block in blocks("console", "bash", "sh", "ini", ""):
         for line in block.text.replace("\\\n", " ").splitlines():
             command = line.removeprefix("$ ")
-            if block.language == "console" and command == line and not line.startswith("phalanx "):
-                continue  # what the command prints
+            if block.language in ("console", "") and command == line and not line.startswith("phalanx "):
+                continue  # what a command prints, or no shell at all
             for match in _COMMAND.finditer(command if block.language != "ini" else _exec(command)):
                 found.append((block, shlex.split(match[1])))
     return found

@@ -190,11 +190,18 @@ async def test_client_of_an_app_user(block: Block) -> None:
 # --- repairs of docs/operations.md
 
 
+_WIKI = """
+from phalanx import Platform
+
+platform = Platform("prod", timings={"ttl": "1s"})
+platform.app("wiki")
+platform.run()
+"""
+
+
 async def _platform_without(stream: str, nats: NatsServer, folder: Path) -> NodeProcess:
     """A node that was active once, is stopped, and whose NATS has lost *stream*."""
-    (folder / "mine.py").write_text(
-        'from phalanx import Platform\nplatform = Platform("prod")\nplatform.app("wiki")\nplatform.run()\n'
-    )
+    (folder / "mine.py").write_text(_WIKI)
     command = [sys.executable, str(folder / "mine.py")]
     ports = Ports()
     node = NodeProcess(command, "n1", folder / "node", ports.take(), {"PHALANX_NATS": nats.url()})

@@ -170,12 +170,14 @@ def _audited() -> Iterator[str]:
         for call in ast.walk(ast.parse(path.read_text())):
             if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
                 continue
-            journal = isinstance(call.func.value, ast.Attribute) and "journal" in call.func.value.attr
+            value = call.func.value
+            owner = value.attr if isinstance(value, ast.Attribute) else getattr(value, "id", "")
+            journal = "journal" in owner
             if call.func.attr == "_journal_app" or (journal and call.func.attr in methods):
                 place = 1 if call.func.attr == "app" else 0
-                for value in ast.walk(call.args[place]):
-                    if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                        yield value.value
+                for part in ast.walk(call.args[place]):
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                        yield part.value
 
 
 def test_every_audited_action_is_explained() -> None:
