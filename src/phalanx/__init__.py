@@ -26,6 +26,8 @@ if TYPE_CHECKING:
         TcpCheck,
         Timings,
     )
+    from phalanx.coord.codec import Entry, Removed
+    from phalanx.coord.locks import Lock
     from phalanx.decide.backoff import Backoff
     from phalanx.errors import (
         BackendError,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
         SessionLost,
         StartError,
         WrongRevision,
+        WrongValue,
     )
     from phalanx.platform import Platform
     from phalanx.types import AppStatus, Health, Member, NodeStatus, Role
@@ -88,7 +91,10 @@ _WHERE = {
         "SessionLost",
         "StartError",
         "WrongRevision",
+        "WrongValue",
     ),
+    "phalanx.coord.codec": ("Entry", "Removed"),
+    "phalanx.coord.locks": ("Lock",),
     "phalanx.platform": ("Platform",),
     "phalanx.types": ("AppStatus", "Health", "Member", "NodeStatus", "Role"),
 }
@@ -115,6 +121,9 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "HttpServer",
     "Logging",
     "Secret",
+    "Entry",
+    "Removed",
+    "Lock",
     "Role",
     "Health",
     "AppStatus",
@@ -130,6 +139,7 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "BusUnavailable",
     "BusTimeout",
     "WrongRevision",
+    "WrongValue",
     "Fenced",
     "NotActive",
     "SessionLost",

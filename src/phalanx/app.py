@@ -139,6 +139,7 @@ class App:
         self.health = HealthMonitor(config.name, config.checks, self._on_health)
         self._role, self._since, self._reason = Role.STOPPED, system.wall(), ""
         self._failures = Failures()
+        self._activating_since = 0.0
         self._parts: NodeParts | None = None
         self._session: Session | None = None
         self._election: Election | None = None
@@ -153,8 +154,10 @@ class App:
         self._events: deque[tuple[str, object]] = deque()
         self._event_waits = asyncio.Event()
         self._changed = asyncio.Event()
-        self._idle = asyncio.Event()
+        self._ended, self._idle = asyncio.Event(), asyncio.Event()
+        self._ended.set()
         self._idle.set()
+        self._when_idle: Callable[[], None] | None = None
 
     # --- declaring
 
@@ -347,14 +350,22 @@ class App:
 
     async def _run_reign(self, election: Election, reign: Reign) -> None:
         parts = self._running_parts
+        self._ended.clear()
         self._idle.clear()
+        began = system.now()
         try:
-            await self._run_section(election, reign, parts)
+            try:
+                section = await self._run_section(reign, parts)
+            finally:
+                self._section = self._context = None
+                self._ended.set()
+            await self._after_section(election, section, system.now() - began)
         finally:
-            self._section = self._context = None
             self._idle.set()
+            if self._when_idle is not None:
+                self._when_idle()
 
-    async def _run_section(self, election: Election, reign: Reign, parts: NodeParts) -> None:
+    async def _run_section(self, reign: Reign, parts: NodeParts) -> Section:
         epoch = int(reign.epoch)
         assert self._session is not None and self._locks is not None  # noqa: PT018 - serve() has set both
         context = ActiveContext(
@@ -379,16 +390,14 @@ class App:
             on_step=self._on_step,
         )
         self._section, self._context, self._target = section, context, None
-        began = system.now()
         self._set_role(Role.ACTIVATING)
-        self.health.set_active(True)
+        self._activating_since = system.now()
         watch_stuck = asyncio.create_task(self._watch_stuck(section))
         try:
             await section.run()
         finally:
-            self.health.set_active(False)
             watch_stuck.cancel()
-        await self._after_section(election, section, system.now() - began)
+        return section
 
     async def _watch_stuck(self, section: Section) -> None:
         await section.stuck.wait()
@@ -397,7 +406,7 @@ class App:
     async def _after_section(self, election: Election, section: Section, lasted: float) -> None:
         """The section has ended: count failures, say who is next, give the key back."""
         now = system.now()
-        reason = section.reign.reason
+        reason, epoch = section.reign.reason, int(section.reign.epoch)
         if section.failure is not None:
             self._failures = self._failures.failed(now, str(section.failure), self.config.retry)
             delay = self._failures.not_before - now
@@ -406,13 +415,14 @@ class App:
                 action,
                 f"{section.failure}; failure {self._failures.count} in a row, not before {delay:.1f} s again",
                 level=logging.ERROR,
+                epoch=epoch,
             )
         elif section.active_since is not None:
             self._failures = self._failures.was_active(now - section.active_since)
         self._offer_candidacy()
         successor = self._target if self._target is not None else election.successor()
         await election.release(section.reign, reason, successor)
-        self._journal_app("released", f"{reason}; next: {successor or SUCCESSOR_NONE}", lasted, section)
+        self._journal_app("released", f"{reason}; next: {successor or SUCCESSOR_NONE}", lasted, epoch=epoch)
         self._set_role(self._passive_role(), reason)
 
     def end_section(self, reason: str) -> None:
@@ -435,14 +445,23 @@ class App:
         if self._section is not None:
             self._section.fence(reason)
 
-    async def wait_idle(self) -> None:
-        """Wait until no section runs here."""
-        await self._idle.wait()
+    async def wait_ended(self) -> None:
+        """Wait until nothing of a section runs here."""
+        await self._ended.wait()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no section runs here, and the last one's leader key was given back (or tried to)."""
+        return self._idle.is_set()
+
+    def on_idle(self, callback: Callable[[], None] | None) -> None:
+        """Have one function told each time the app becomes idle; None: nobody."""
+        self._when_idle = callback
 
     @property
     def has_section(self) -> bool:
         """Whether something of an active section may run here."""
-        return self._section is not None
+        return not self._ended.is_set()
 
     # --- candidacy
 
@@ -486,11 +505,15 @@ class App:
     def _on_section_role(self, role: Role) -> None:
         section = self._section
         reason = section.reign.reason if section is not None else ""
-        if role is Role.ACTIVE:
-            self._journal_app("active", "", section=section)
-        elif role is Role.STANDING_DOWN:
-            self._journal_app("standing-down", reason)
         self._set_role(role, reason)
+        if role is Role.ACTIVE:
+            # Only now: what is still starting is not ill.
+            self.health.set_active(True)
+            seconds = system.now() - self._activating_since
+            self._running_parts.journal.activated(self.name, self.epoch, seconds)
+        elif role is Role.STANDING_DOWN:
+            self.health.set_active(False)
+            self._journal_app("standing-down", reason)
 
     def _on_step(self, step: str, seconds: float, problem: str) -> None:
         parts = self._running_parts
@@ -563,10 +586,11 @@ class App:
         action: str,
         reason: str,
         duration_seconds: float | None = None,
-        section: Section | None = None,
         level: int = logging.INFO,
+        epoch: int = 0,
     ) -> None:
-        epoch = self._context.epoch if self._context is not None else 0
+        if self._context is not None:
+            epoch = self._context.epoch
         self._running_parts.journal.app(
             self.name, action, epoch=epoch, reason=reason, duration_seconds=duration_seconds, level=level
         )

@@ -10,12 +10,9 @@ import asyncio
 import contextlib
 import logging
 import os
-import signal
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-
-import msgspec
 
 from phalanx import system
 from phalanx.app import App
@@ -23,24 +20,22 @@ from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.config import EmbeddedNats, NatsOptions, PlatformConfig
 from phalanx.control import Control
-from phalanx.coord.membership import AppRegistration, Identity, PlatformState
+from phalanx.coord.membership import PlatformState
 from phalanx.coord.register import Register
 from phalanx.coord.repair import Repair
 from phalanx.coord.session import Session
 from phalanx.coord.steering import Steering
 from phalanx.decide.backoff import Backoff
-from phalanx.decide.keeper import Phase, next_phase_at, phase
 from phalanx.decide.session import StreamList
 from phalanx.decide.timing import Timing
 from phalanx.errors import (
     BusError,
-    BusTimeout,
-    BusUnavailable,
-    IdentityError,
     NodeIdTaken,
     SessionLost,
     StartError,
 )
+from phalanx.founding import START_PATIENCE_SECONDS, Founding, patiently
+from phalanx.guard import Guard, die
 from phalanx.names import Names
 from phalanx.observe.audit import AuditLog
 from phalanx.observe.http import StatusServer
@@ -52,13 +47,9 @@ from phalanx.version import VERSION
 
 log = logging.getLogger("phalanx.node")
 
-START_PATIENCE_SECONDS = 30.0
-SETUP_LOCK_SECONDS = 30.0
-SETUP_WAIT_SECONDS = 60.0
 STUCK_SECONDS = 10.0
 """A section that should have ended and does not: after this long the node kills itself."""
 
-FENCE_WAIT_SECONDS = 3.0
 SESSION_RETRY = Backoff(first=0.2, longest=5.0)
 
 
@@ -91,11 +82,11 @@ class Node:
         self.has_started = False
         self._earlier_renewals = 0
         self._stopping = asyncio.Event()
-        self._stop_reason = ""
-        self._hurry = asyncio.Event()
-        self._wake = asyncio.Event()
+        self.stop_reason = ""
+        self._guard: Guard | None = None
+        self.in_a_hurry = False
         self._serving = asyncio.Event()
-        self._disconnected_at: float | None = None
+        self.disconnected_at: float | None = None
         self._member: Member | None = None
         self._previous: SessionId | None = None
         self._since = system.wall()
@@ -122,11 +113,14 @@ class Node:
 
     def stop(self, reason: str = "the node is stopping") -> None:
         """Hand everything over and end. A second call ends without grace."""
-        if self._stopping.is_set():
-            self._hurry.set()
-        self._stop_reason = self._stop_reason or reason
+        self.in_a_hurry = self._stopping.is_set()
+        self.stop_reason = self.stop_reason or reason
         self._stopping.set()
-        self._wake.set()
+        self._look()
+
+    def _look(self) -> None:
+        if self._guard is not None:
+            self._guard.wake()
 
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
         """Everything that outlives a session. What was opened is on *stack*."""
@@ -146,7 +140,7 @@ class Node:
         )
         stack.push_async_callback(self.bus.close)
         stack.callback(self.bus.on_connection(self._on_connection))
-        await self._patiently(self._provision, "set up the platform in NATS")
+        await self._found()
         delivering = asyncio.create_task(audit.run(self.bus), name="audit delivery")
         stack.push_async_callback(self._end_delivery, delivering)
         await self._watch_platform(stack)
@@ -155,7 +149,7 @@ class Node:
             await app.start(self)
             stack.push_async_callback(app.stop)
         self.journal.node("started", version=VERSION, nats_server=self.bus.server_name)
-        stack.callback(lambda: self.journal.node("stopped", reason=self._stop_reason))
+        stack.callback(lambda: self.journal.node("stopped", reason=self.stop_reason))
 
     async def _end_delivery(self, delivering: asyncio.Task[None]) -> None:
         if not await self.audit.flush(1.0):
@@ -208,117 +202,12 @@ class Node:
     def _on_server_event(self, kind: str, detail: str) -> None:
         self.journal.nats(f"server-{kind}", detail, logging.WARNING if kind == "exited" else logging.INFO)
 
-    # --- what must exist
-
-    async def _patiently(self, work: Callable[[], Awaitable[None]], what: str) -> None:
-        """Do *work* again while NATS does not answer: a stream that was just made has no leader yet.
-
-        Every step of it reads before it writes, so doing it twice is harmless.
-        """
-        deadline = system.now() + START_PATIENCE_SECONDS
-        while True:
-            try:
-                return await work()
-            except (BusUnavailable, BusTimeout) as error:
-                if system.now() >= deadline:
-                    raise StartError(f"cannot {what}: {error}", "see phalanx doctor") from error
-                log.info("%s; trying again", error)
-            await asyncio.sleep(0.2)
-
-    async def _provision(self) -> None:
-        await provision.check_nats(self.bus)
-        replicas = provision.wanted_replicas(self.bus, self._replicas)
-        await self._join_platform(replicas)
-        await provision.create_stream(self.bus, provision.audit_config(self.names, replicas=replicas))
-        for app in self.apps.values():
-            await self._provision_app(app, replicas)
-
-    async def _join_platform(self, replicas: int) -> None:
-        """The platform's bucket and identity: joined, or made when this node never knew one."""
-        names = self.names
-        known = self._known_identity()
-        stream = names.bucket_stream(names.platform_bucket)
-        if known is not None and await provision.stream_info(self.bus, stream) is None:
-            raise IdentityError(
-                f"the bucket {names.platform_bucket!r} is gone, but this node belongs to platform {known.id}",
-                "NATS lost its data, or this is another NATS. Restore it; or, to start a new platform "
-                f"without the old data, remove {self._identity_path} on every node (docs/operations.md)",
-            )
-        await provision.create_stream(
-            self.bus,
-            provision.bucket_config(names, names.platform_bucket, None, history=4, replicas=replicas),
-        )
-        self.state = PlatformState(self.bus, names)
-        identity = await self.state.create_or_read(names.IDENTITY_KEY, Identity.new())
-        if known is not None and known.id != identity.id:
-            raise IdentityError(
-                f"this node belongs to platform {known.id}, but NATS holds another one called "
-                f"{names.platform!r} ({identity.id})",
-                f"connect it to its own NATS; or remove {self._identity_path} to join the other platform",
-            )
-        if known is None:
-            temporary = self._identity_path.with_suffix(".new")
-            temporary.write_bytes(msgspec.json.encode(identity))
-            temporary.replace(self._identity_path)
-        self._streams = await self._session_streams()
-
-    @property
-    def _identity_path(self) -> Path:
-        return self.data_dir / "identity.json"
-
-    def _known_identity(self) -> Identity | None:
-        try:
-            return msgspec.json.decode(self._identity_path.read_bytes(), type=Identity)
-        except FileNotFoundError:
-            return None
-        except msgspec.DecodeError as error:
-            raise IdentityError(
-                f"{self._identity_path} is damaged ({error})",
-                "remove it if this NATS is the right one",
-            ) from None
-
-    async def _session_streams(self) -> StreamList:
-        """The list of session streams; made by one node, under a lock that lapses with its maker."""
-        deadline = system.now() + SETUP_WAIT_SECONDS
-        while True:
-            found = await self.state.read(self.names.SESSIONS_KEY, StreamList)
-            if found is not None:
-                return found[0]
-            if await self.state.take_setup_lock(self.node, SETUP_LOCK_SECONDS):
-                servers = provision.known_servers(self.bus)
-                streams = await provision.create_session_streams(self.bus, self.names, servers=servers)
-                streams = await self.state.create_or_read(self.names.SESSIONS_KEY, streams)
-                self.journal.platform("session-streams-made", ", ".join(streams.all_streams))
-                return streams
-            if system.now() > deadline:
-                raise StartError(
-                    "another node has been setting up the platform for too long", "see that node's log"
-                )
-            await asyncio.sleep(0.1)
-
-    async def _place_session_stream(self, stream: str, avoid: set[str]) -> str | None:
-        return await provision.place_session_stream(self.bus, self.names, stream, avoid)
-
-    async def _provision_app(self, app: App, replicas: int) -> None:
-        """The app's bucket. One that was there once and has vanished is never made anew silently."""
-        names, bucket = self.names, self.names.app_bucket(app.name)
-        registered = await self.state.read(names.app_key(app.name), AppRegistration)
-        stream = names.bucket_stream(bucket)
-        if registered is not None and await provision.stream_info(self.bus, stream) is None:
-            raise IdentityError(
-                f"the bucket {bucket!r} of app {app.name!r} is gone, though the app was created once",
-                "restore it from a backup; or accept the loss: see docs/operations.md",
-            )
-        await provision.create_stream(
-            self.bus,
-            provision.bucket_config(
-                names, bucket, app.name, history=app.config.kv_history, replicas=replicas
-            ),
-        )
-        if registered is None:
-            await self.state.create_or_read(
-                names.app_key(app.name), AppRegistration(system.wall(), self.node)
-            )
+    async def _found(self) -> None:
+        """The streams, buckets and identity of the platform, made or found."""
+        founding = Founding(self.bus, self.names, self.node, self.data_dir, self.journal)
+        histories = {name: app.config.kv_history for name, app in self.apps.items()}
+        await patiently(lambda: founding.run(self._replicas, histories), "set up the platform in NATS")
+        self.state, self._streams = founding.state, founding.streams
 
     async def _watch_platform(self, stack: contextlib.AsyncExitStack) -> None:
         stack.push_async_callback(self.state.close)
@@ -336,7 +225,12 @@ class Node:
                 "check the NATS servers; phalanx doctor says more",
             ) from None
         self._repair = Repair(
-            self.bus, self.names, self.state, self._register, self.journal, self._place_session_stream
+            self.bus,
+            self.names,
+            self.state,
+            self._register,
+            self.journal,
+            self._place_session_stream,
         )
         self._own(stack, self._repair.run(), "session stream repair")
         self._steering = Steering(self.bus, self.names, self._local_server, self.journal)
@@ -346,6 +240,9 @@ class Node:
         control = Control(self)
         await control.start()
         stack.push_async_callback(control.stop)
+
+    async def _place_session_stream(self, stream: str, avoid: set[str]) -> str | None:
+        return await provision.place_session_stream(self.bus, self.names, stream, avoid)
 
     def _own(self, stack: contextlib.AsyncExitStack, work: object, name: str) -> None:
         """A task for the whole life of the node. Its failure is a failure of the node."""
@@ -464,11 +361,10 @@ class Node:
         try:
             self._member = self._describe(session)
             member = self._member
-            await self._patiently(
+            await patiently(
                 lambda: self.state.claim_member(member, self._register, self.timing.observe + 1.0),
                 "take the node id",
             )
-            session.on_change(self._wake.set)
             self.journal.node(
                 "session-established", duration_seconds=system.now() - began, session=str(session.id)
             )
@@ -496,7 +392,8 @@ class Node:
             asyncio.create_task(app.serve(session, self._register), name=f"app {app.name}")
             for app in self.apps.values()
         ]
-        guard = asyncio.create_task(self._guard(session), name="guard")
+        watch = self._guard = Guard(self.apps.values(), session, self.timing, self, self.journal)
+        guard = asyncio.create_task(watch.run(), name="guard")
         self._serving.set()
         self.has_started = True
         if started is not None and not started.done():
@@ -512,120 +409,21 @@ class Node:
             await guard
         finally:
             guard.cancel()
-            await self._fence_all("the session ends")
+            await watch.fence_all("the session ends")
             for task in serving:
                 task.cancel()
             await asyncio.gather(guard, *serving, return_exceptions=True)
-
-    async def _guard(self, session: Session) -> None:
-        """Ends the active sections in time, whatever the session does; returns when all have ended."""
-        warned = False
-        while True:
-            self._wake.clear()
-            now = system.now()
-            if session.lost.is_set():
-                await self._fence_all(f"the session is lost: {session.lost_reason}")
-                return
-            if self._stopping.is_set():
-                await self._hand_over_all(session)
-                return
-            match phase(now, session.valid_until, self.timing):
-                case Phase.WORK:
-                    warned = False
-                case Phase.STAND_DOWN:
-                    if not warned:
-                        warned = True
-                        self.journal.node(
-                            "standing-down", reason="no renewal of the session in time", level=logging.ERROR
-                        )
-                    for app in self.apps.values():
-                        app.end_section("the session is about to run out")
-                case Phase.FENCE | Phase.OVER:
-                    for app in self.apps.values():
-                        app.fence("the session runs out")
-            if self._cut_off(now):
-                await self._give_up_session(session)
-                return
-            await self._pause(self._next_look(session, now) - now)
-
-    def _next_look(self, session: Session, now: float) -> float:
-        moment = min(next_phase_at(now, session.valid_until, self.timing), now + self.timing.ttl)
-        if self._disconnected_at is not None:
-            moment = min(moment, self._disconnected_at + self.timing.ttl)
-        return moment
-
-    async def _pause(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), max(0.001, seconds))
-
-    def _cut_off(self, now: float) -> bool:
-        return self._disconnected_at is not None and now - self._disconnected_at >= self.timing.ttl
-
-    async def _give_up_session(self, session: Session) -> None:
-        """The keeper's connection is fine, ours is gone: nobody can reach what we lead."""
-        self.journal.node(
-            "cut-off",
-            reason=f"no connection to NATS for {self.timing.ttl:g} s; giving the session up",
-            level=logging.ERROR,
-        )
-        for app in self.apps.values():
-            app.end_section("the node has no connection to NATS")
-        await self._wait_idle(self.timing.grace)
-        await self._fence_all("the node has no connection to NATS")
-
-    async def _hand_over_all(self, session: Session) -> None:
-        for app in self.apps.values():
-            app.bar(self._stop_reason)
-        for app in self.apps.values():
-            app.end_section(self._stop_reason)
-        idle = asyncio.create_task(self._all_idle())
-        hurry = asyncio.create_task(self._hurry.wait())
-        lost = asyncio.create_task(session.lost.wait())
-        try:
-            await asyncio.wait({idle, hurry, lost}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (idle, hurry, lost):
-                task.cancel()
-        await self._fence_all(self._stop_reason)
-
-    async def _all_idle(self) -> None:
-        for app in self.apps.values():
-            await app.wait_idle()
-
-    async def _wait_idle(self, seconds: float) -> bool:
-        try:
-            await asyncio.wait_for(self._all_idle(), seconds)
-        except TimeoutError:
-            return False
-        return True
-
-    async def _fence_all(self, reason: str) -> None:
-        """End all sections at once. If they do not end the node ends itself: nobody else may start before."""
-        if not any(app.has_section for app in self.apps.values()):
-            return
-        for app in self.apps.values():
-            app.fence(reason)
-        session = self.session
-        left = (session.valid_until - self.timing.fence_budget / 2 - system.now()) if session else 0.0
-        if not await self._wait_idle(min(FENCE_WAIT_SECONDS, max(0.2, left))):
-            self._die(f"sections do not end ({reason})")
 
     def on_stuck(self, app: App, reason: str) -> None:
         """A section does not end: give it some time, then end the node."""
 
         async def wait() -> None:
             try:
-                await asyncio.wait_for(app.wait_idle(), STUCK_SECONDS)
+                await asyncio.wait_for(app.wait_ended(), STUCK_SECONDS)
             except TimeoutError:
-                self._die(f"app {app.name} does not end ({reason})")
+                die(self.journal, f"app {app.name} does not end ({reason})")
 
         self._background(wait(), f"stuck {app.name}")
-
-    def _die(self, reason: str) -> None:
-        """SIGKILL to ourselves: the keeper, where it lives, kills what we started and releases."""
-        log.critical("node %s kills itself: %s", self.node, reason)
-        self.journal.node("suicide", reason=reason, level=logging.CRITICAL)
-        os.kill(os.getpid(), signal.SIGKILL)
 
     async def _end_session(self, session: Session) -> None:
         """All sections have ended: say so to everybody."""
@@ -633,7 +431,7 @@ class Node:
         if lost:
             self.journal.node("session-lost", reason=session.lost_reason, level=logging.ERROR)
         else:
-            if not await session.release(self._stop_reason or "starting over"):
+            if not await session.release(self.stop_reason or "starting over"):
                 log.warning("session %s: nobody confirmed its end; it expires", session.id)
             if self._member is not None and self._stopping.is_set() and self.bus.is_connected:
                 await self.state.remove_member(self.node, self._member)
@@ -663,13 +461,13 @@ class Node:
 
     def _on_connection(self, event: Connection) -> None:
         if event is Connection.CONNECTED:
-            away = system.now() - self._disconnected_at if self._disconnected_at is not None else 0.0
-            self._disconnected_at = None
+            away = system.now() - self.disconnected_at if self.disconnected_at is not None else 0.0
+            self.disconnected_at = None
             self.journal.nats("connected", f"to {self.bus.server_name}, after {away:.2f} s")
-        elif event is Connection.DISCONNECTED and self._disconnected_at is None:
-            self._disconnected_at = system.now()
+        elif event is Connection.DISCONNECTED and self.disconnected_at is None:
+            self.disconnected_at = system.now()
             self.journal.nats("disconnected", level=logging.WARNING)
-        self._wake.set()
+        self._look()
 
     # --- what is shown (NodeView)
 

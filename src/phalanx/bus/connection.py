@@ -24,9 +24,9 @@ import logging
 import math
 import secrets
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 from nats.aio.client import Client
@@ -41,13 +41,19 @@ from phalanx.ports import Connection, Fence, Message, Record
 
 log = logging.getLogger("phalanx.nats")
 
+T = TypeVar("T")
+
 WRONG_LAST_SEQUENCE = (10071, 10164)
 """JSStreamWrongLastSequenceErrF, and its constant form: another compare-and-set is under way."""
 
 NO_MESSAGE_FOUND = 10037
 RECONNECT_SECONDS = 0.05
 REOPEN_SECONDS = (0.2, 5.0)
-"""First and longest delay before a client that the server closed for good is replaced."""
+"""First and longest delay between tries to replace a client that the server closed for good."""
+
+OPEN_SECONDS = 10.0
+WEDGED_SECONDS = 15.0
+"""A client that has not reconnected after this long is replaced by a new one."""
 
 
 class _Error(msgspec.Struct):
@@ -146,7 +152,7 @@ class NatsBus:
         self._subscriptions: set[_Subscription] = set()
         self._listeners: list[Callable[[Connection], None]] = []
         self._waiting: dict[str, asyncio.Future[Msg]] = {}
-        self._gathering: set[asyncio.Queue[Msg | None]] = set()
+        self._gathering: set[asyncio.Future[str]] = set()
         self._tokens = itertools.count(1)
         self._inbox = ""
         self._closing = False
@@ -176,7 +182,7 @@ class NatsBus:
             if not opening.done() or opening.exception() is not None:
                 bus._closing = True
                 opening.cancel()
-                await asyncio.gather(opening, return_exceptions=True)
+                opening.add_done_callback(_seen)
                 await bus.close()
         where = ", ".join(_without_login(url) for url in options.urls)
         raise NatsUnusable(
@@ -198,6 +204,7 @@ class NatsBus:
             connect_timeout=max(0.25, min(2.0, 2 * self._ping_interval)),  # pyright: ignore[reportArgumentType]
             ping_interval=self._ping_interval,  # pyright: ignore[reportArgumentType]
             max_outstanding_pings=2,
+            pending_size=0,  # nothing is kept while disconnected, and no publish waits for a stuck flush
             **_login(self._options),
             **_tls(self._options),
         )
@@ -216,27 +223,42 @@ class NatsBus:
         client = self._client
         if client.is_connected:
             with contextlib.suppress(NatsError, OSError, TimeoutError):
-                await client.flush(timeout=1)
-        client.abort()
-        with contextlib.suppress(NatsError, OSError, TimeoutError, asyncio.CancelledError):
-            await asyncio.wait_for(client.close(), 2)
+                await _bounded(client.flush(timeout=1), 2)
+        await self._dispose(client)
         self._fail_requests("the connection was closed")
         self._tell(Connection.CLOSED)
+
+    async def _dispose(self, client: _Client) -> None:
+        client.abort()
+        with contextlib.suppress(NatsError, OSError, TimeoutError):
+            await _bounded(client.close(), 2)
 
     # --- what happens to the connection
 
     def _on_broken(self) -> None:
         self._fail_requests("the connection broke")
         self._tell(Connection.DISCONNECTED)
+        if not self._closing:
+            loop = asyncio.get_running_loop()
+            loop.call_later(WEDGED_SECONDS, self._replace_if_wedged, self._client)
+
+    def _replace_if_wedged(self, client: _Client) -> None:
+        """A reconnection that does not come about although it is tried: begin anew, with a fresh client."""
+        if client is self._client and not client.is_connected and not self._closing:
+            self._start_reopening(f"no reconnection within {WEDGED_SECONDS:g} s")
+
+    def _start_reopening(self, why: str) -> None:
+        if self._reopening is not None and not self._reopening.done():
+            return
+        log.warning("nats: %s; a new client is made", why)
+        self._reopening = asyncio.create_task(self._reopen(), name="nats reopen")
 
     def _fail_requests(self, why: str) -> None:
         waiting, self._waiting = self._waiting, {}
-        for future in waiting.values():
+        open_requests: list[asyncio.Future[Any]] = [*waiting.values(), *self._gathering]
+        for future in open_requests:
             if not future.done():
                 future.set_exception(BusTimeout("request", f"{why}; whether it was carried out is unknown"))
-        for queue in self._gathering:
-            with contextlib.suppress(asyncio.QueueFull):
-                queue.put_nowait(None)
 
     async def _on_error(self, error: Exception) -> None:
         self._last_error = error
@@ -253,22 +275,20 @@ class NatsBus:
 
     async def _on_closed(self) -> None:
         if self._closing or (self._reopening is not None and not self._reopening.done()):
-            return
-        log.error("nats: the server ended the connection for good (%s); a new one is made", self._last_error)
+            return  # on purpose, or a client that is being replaced
         self._on_broken()
-        self._reopening = asyncio.create_task(self._reopen(), name="nats reopen")
+        self._start_reopening(f"the server ended the connection for good ({_plain(self._last_error)})")
 
     async def _reopen(self) -> None:
         delay, longest = REOPEN_SECONDS
         while not self._closing:
-            await asyncio.sleep(delay)
-            delay = min(longest, 2 * delay)
+            await self._dispose(self._client)
             try:
-                async with asyncio.timeout(10):
-                    await self._open()
+                await _bounded(self._open(), OPEN_SECONDS)
             except (NatsError, OSError, TimeoutError) as error:
-                log.error("nats: reconnecting failed: %s", _plain(error))
-                self._client.abort()
+                log.warning("nats: not connected: %s", _plain(self._last_error or error))
+                await asyncio.sleep(delay)
+                delay = min(longest, 2 * delay)
                 continue
             self._tell(Connection.CONNECTED)
             return
@@ -474,40 +494,38 @@ class NatsBus:
         client = self._client
         if not client.is_connected:
             raise BusUnavailable(operation, "not connected to NATS")
-        queue: asyncio.Queue[Msg | None] = asyncio.Queue(4096)
-        inbox = client.new_inbox()
+        loop = asyncio.get_running_loop()
+        records: list[Record] = []
+        end: asyncio.Future[str] = loop.create_future()
 
         async def keep(msg: Msg) -> None:
-            await queue.put(msg)
+            status = _status(msg)
+            if status is None:
+                records.append(_direct_record(msg))
+            elif not end.done():
+                end.set_result(status)
 
-        self._gathering.add(queue)
-        records: list[Record] = []
+        self._gathering.add(end)
+        timer = loop.call_later(timeout, _expire, end, operation, timeout)
+        inbox = client.new_inbox()
         try:
             answers = await _subscribe(client, inbox, keep)
             try:
-                async with asyncio.timeout(timeout):
-                    await client.publish(f"$JS.API.DIRECT.GET.{stream}", _encode(request), reply=inbox)
-                    while True:
-                        msg = await queue.get()
-                        if msg is None:
-                            raise BusTimeout(operation, "the connection broke")
-                        status = _status(msg)
-                        if status is None:
-                            records.append(_direct_record(msg))
-                        elif status.startswith("503"):
-                            raise BusUnavailable(operation, "nobody answers there just now")
-                        elif status[:3] in ("204", "404", "413"):
-                            return records, status
-                        else:
-                            raise BusError(operation, status)
+                await client.publish(f"$JS.API.DIRECT.GET.{stream}", _encode(request), reply=inbox)
+                status = await end
             finally:
-                await answers.unsubscribe()
-        except TimeoutError:
-            raise BusTimeout(operation, f"no complete answer within {timeout:g} s") from None
+                with contextlib.suppress(NatsError):
+                    await answers.unsubscribe()
         except (NatsError, OSError) as error:
             raise BusError(operation, _plain(error)) from error
         finally:
-            self._gathering.discard(queue)
+            timer.cancel()
+            self._gathering.discard(end)
+        if status.startswith("503"):
+            raise BusUnavailable(operation, "nobody answers there just now")
+        if status[:3] not in ("204", "404", "413"):
+            raise BusError(operation, status)
+        return records, status
 
     async def publish(
         self, subject: str, data: bytes = b"", *, headers: Mapping[str, str] | None = None
@@ -595,6 +613,27 @@ class NatsBus:
 # --- small things
 
 
+async def _bounded(work: Coroutine[Any, Any, T], seconds: float) -> T:
+    """Wait for *work* within *seconds*, else TimeoutError. Never longer: nats-py swallows cancellations
+    in places, so that neither wait_for() nor timeout() would be a bound."""
+    task = asyncio.create_task(work, name="nats bounded")
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+    finally:
+        if not task.done():
+            task.cancel()
+            task.add_done_callback(_seen)
+    if not task.done():
+        raise TimeoutError(f"not done within {seconds:g} s")
+    return task.result()
+
+
+def _seen(task: asyncio.Task[Any]) -> None:
+    """Whatever becomes of an abandoned task: it is not reported as an error that nobody saw."""
+    if not task.cancelled():
+        task.exception()
+
+
 async def _subscribe(
     client: Client, subject: str, on_message: Callable[[Msg], Awaitable[None]], *, queue: str = ""
 ) -> NatsSubscription:
@@ -602,7 +641,7 @@ async def _subscribe(
     return cast("NatsSubscription", await untyped.subscribe(subject, queue=queue, cb=on_message))
 
 
-def _expire(future: asyncio.Future[Msg], operation: str, timeout: float) -> None:
+def _expire(future: asyncio.Future[Any], operation: str, timeout: float) -> None:
     if not future.done():
         future.set_exception(BusTimeout(operation, f"no answer within {timeout:g} s; the outcome is unknown"))
 

@@ -14,6 +14,7 @@ from phalanx.coord.register import Register
 from phalanx.coord.session import Session
 from phalanx.coord.watch import Watch
 from phalanx.decide import election as rules
+from phalanx.decide.backoff import Backoff
 from phalanx.errors import BusError, ConfigError, WrongRevision
 from phalanx.names import CANDIDATE_KEYS, LEADER_KEY, Names
 from phalanx.ports import Bus, Connection, Fence, Record
@@ -23,6 +24,7 @@ log = logging.getLogger("phalanx.election")
 
 RETRY_SECONDS = 0.1
 STREAM_NOT_FOUND = 10059
+RETRIES = Backoff(first=0.1, longest=2.0)
 VERIFY_TIMEOUT_SECONDS = 1.0
 
 
@@ -85,6 +87,7 @@ class Election:
         self.candidates: dict[str, Candidate] = {}
         self._eligible, self._not_before = False, float("-inf")
         self._reign: Reign | None = None
+        self._ended = self._highest = self._failures = 0
         self._unreleased: tuple[int, str, str | None] | None = None
         self._releasing = asyncio.Lock()
         self._reigns: asyncio.Queue[Reign] = asyncio.Queue(1)
@@ -137,6 +140,7 @@ class Election:
         If NATS does not answer, the release is tried again until the session ends.
         """
         self._reign = None
+        self._ended = max(self._ended, reign.epoch)
         if not reign.deposed:
             self._unreleased = (reign.epoch, reason, successor)
             await self._try_release()
@@ -183,6 +187,8 @@ class Election:
             case rules.Acquire(expected):
                 return await self._acquire(expected)
             case rules.Begin(epoch):
+                if epoch <= self._highest:
+                    return await self._acquire(epoch)
                 self._begin(epoch, 0.0)
             case rules.Deposed(reason):
                 if self._reign is not None:
@@ -206,6 +212,7 @@ class Election:
             candidates=tuple(self.candidates.values()),
             not_before=self._not_before,
             leading=self._reign.epoch if self._reign else None,
+            ended=self._ended,
         )
 
     async def _acquire(self, expected: int) -> float | None:
@@ -218,12 +225,18 @@ class Election:
             )
         except WrongRevision:
             # Somebody else was faster; or it was our own write, or a spurious refusal: read back.
-            await self._read_leader()
+            if not await self._read_leader():
+                return RETRY_SECONDS
             return 0.0 if self.leader.revision == expected else None
         except BusError as error:
+            self._failures += 1
             log.warning("app %s: taking the leader key: %s", self._app, error)
             await self._read_leader()
-            return RETRY_SECONDS
+            return RETRIES.delay(self._failures)
+        self._failures = 0
+        if revision <= self._highest:
+            # The servers have lost writes, and would count the same epochs again: go on until past them.
+            return await self._acquire(revision)
         vacant_for = started - self._vacant_since
         self._learn(_record(revision, body))
         if self.leader.revision == revision:
@@ -285,8 +298,7 @@ class Election:
         except BusError as error:
             log.warning("app %s: reading the leader key: %s", self._app, error)
             return False
-        if record is not None:
-            self._learn(_record(record.revision, _leader_of(record.data)))
+        self._learn_from_leader(record)
         return True
 
     async def _verify_reign(self) -> bool:
@@ -301,6 +313,7 @@ class Election:
         if self._reign is not None and (record is None or record.revision != self._reign.epoch):
             found = record.revision if record else "nothing"
             self._reign.end(f"after a reconnection the leader key is at {found}", deposed=True)
+        self._learn_from_leader(record)
         return True
 
     # --- what was seen
@@ -325,10 +338,27 @@ class Election:
             self.candidates[offer.session.node] = offer
         self._changed.set()
 
+    def _learn_from_leader(self, record: Record | None) -> None:
+        """What the stream's leader has, which counts even if it is older: servers may have lost writes."""
+        found = _record(record.revision, _leader_of(record.data)) if record is not None else LeaderRecord(0)
+        if found.revision < self.leader.revision:
+            log.error(
+                "app %s: the leader key went back from revision %d to %d: NATS has lost acknowledged writes",
+                self._app,
+                self.leader.revision,
+                found.revision,
+            )
+            self._replace(found)
+        else:
+            self._learn(found)
+
     def _learn(self, record: LeaderRecord) -> None:
-        if record.revision <= self.leader.revision:
-            return
+        if record.revision > self.leader.revision:
+            self._replace(record)
+
+    def _replace(self, record: LeaderRecord) -> None:
         old, self.leader = self.leader, record
+        self._highest = max(self._highest, old.revision)
         self.leader_since = system.wall()
         if record.session is None:
             self._vacant_since = system.now()

@@ -115,7 +115,7 @@ class PlatformState:
             )
         except WrongRevision:
             record = await self._bus.read(self._stream, self._subject(self._names.SETUP_KEY))
-            if record is None or not record.removed:
+            if record is None or not (record.removed or record.data == node.encode()):
                 return False
             try:
                 await self._bus.write(

@@ -39,6 +39,8 @@ class View(msgspec.Struct, frozen=True):
     not_before: float = float("-inf")
     leading: int | None = None
     """The epoch this node holds and acts under, if it does."""
+    ended: int = 0
+    """The latest epoch whose reign has ended on this node: it never begins again (G2)."""
 
 
 class Idle(msgspec.Struct, frozen=True):
@@ -101,10 +103,11 @@ def next_action(view: View, now: float, is_over: Callable[[SessionId], bool]) ->
         return Idle()
     if not view.session_valid:
         return Idle()
-    if mine:
+    if mine and view.leader.revision > view.ended:
         # Our own write, found by the watch after its reply was lost or late.
         return Begin(view.leader.revision)
-    if view.leader.session is not None and not view.leader_over:
+    # A key that still names this session for a reign that has ended is as good as released.
+    if view.leader.session is not None and not view.leader_over and not mine:
         return Idle()
     if not view.eligible:
         return Idle()

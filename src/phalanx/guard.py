@@ -1,0 +1,173 @@
+"""Ends a node's active sections in time, whatever its session does.
+
+One :class:`Guard` for each session. It asks gracefully first, and fences when the session's end, a second
+signal or a lost session leave no time. If sections do not end then, the node ends itself: nobody else may
+start before they have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Collection, Generator
+from typing import Protocol
+
+from phalanx import system
+from phalanx.app import App
+from phalanx.coord.session import Session
+from phalanx.decide.keeper import Phase, next_phase_at, phase
+from phalanx.decide.timing import Timing
+from phalanx.observe.journal import Journal
+
+log = logging.getLogger("phalanx.node")
+
+FENCE_WAIT_SECONDS = 3.0
+"""Sections that are fenced have to end within this, or within what the session has left."""
+
+
+class Watched(Protocol):
+    """What the guard looks at besides the session."""
+
+    @property
+    def stop_reason(self) -> str:
+        """Why the node is to stop; empty while it is not."""
+        ...
+
+    @property
+    def in_a_hurry(self) -> bool:
+        """Whether it is to stop without grace."""
+        ...
+
+    @property
+    def disconnected_at(self) -> float | None:
+        """Since when the node itself has no connection to NATS."""
+        ...
+
+
+class Guard:
+    """Call :meth:`run`; :meth:`wake` whenever something of :class:`Watched` has changed."""
+
+    def __init__(
+        self, apps: Collection[App], session: Session, timing: Timing, watched: Watched, journal: Journal
+    ) -> None:
+        self._apps, self._session, self._timing = apps, session, timing
+        self._watched, self._journal = watched, journal
+        self._wake = asyncio.Event()
+        self._leaving_since: float | None = None
+
+    def wake(self) -> None:
+        """Look again now."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Until the session is lost, or is to be given up and all sections have ended."""
+        warned = False
+        with self._woken_by_apps():
+            while True:
+                self._wake.clear()
+                now = system.now()
+                if self._session.lost.is_set():
+                    await self.fence_all(f"the session is lost: {self._session.lost_reason}")
+                    return
+                if self._leaves(now) and all(app.is_idle for app in self._apps):
+                    return
+                current = phase(now, self._session.valid_until, self._timing)
+                if current is Phase.STAND_DOWN and not warned:
+                    self._journal.node(
+                        "standing-down", reason="no renewal of the session in time", level=logging.ERROR
+                    )
+                warned = current is not Phase.WORK
+                self._act(current, now)
+                await self._pause(self._next_look(now) - now)
+
+    @contextlib.contextmanager
+    def _woken_by_apps(self) -> Generator[None]:
+        for app in self._apps:
+            app.on_idle(self.wake)
+        self._session.on_change(self.wake)
+        try:
+            yield
+        finally:
+            for app in self._apps:
+                app.on_idle(None)
+            self._session.off_change(self.wake)
+
+    def _leaves(self, now: float) -> bool:
+        """Whether the session is to be given up; asks for the end of everything when that begins."""
+        reason = self._watched.stop_reason or self._cut_off(now)
+        if reason and self._leaving_since is None:
+            self._leaving_since = now
+            for app in self._apps:
+                app.bar(reason)
+            for app in self._apps:
+                app.end_section(reason)
+        return self._leaving_since is not None
+
+    def _cut_off(self, now: float) -> str:
+        """The keeper's connection may be fine; if ours is gone nobody can reach what we lead."""
+        since = self._watched.disconnected_at
+        if since is None or now - since < self._timing.ttl:
+            return ""
+        if self._leaving_since is None:
+            self._journal.node(
+                "cut-off",
+                reason=f"no connection to NATS for {self._timing.ttl:g} s; giving the session up",
+                level=logging.ERROR,
+            )
+        return "the node has no connection to NATS"
+
+    def _act(self, current: Phase, now: float) -> None:
+        if current in (Phase.FENCE, Phase.OVER):
+            self._fence("the session runs out")
+        elif current is Phase.STAND_DOWN:
+            for app in self._apps:
+                app.end_section("the session is about to run out")
+        if self._watched.in_a_hurry:
+            self._fence(self._watched.stop_reason)
+        elif self._is_late(now):
+            self._fence("the node has no connection to NATS")
+
+    def _is_late(self, now: float) -> bool:
+        """A node that is cut off gets the grace, a node that stops all the time its hooks may take."""
+        leaving = self._leaving_since
+        return leaving is not None and not self._watched.stop_reason and now - leaving > self._timing.grace
+
+    def _fence(self, reason: str) -> None:
+        for app in self._apps:
+            app.fence(reason)
+
+    def _next_look(self, now: float) -> float:
+        moment = min(next_phase_at(now, self._session.valid_until, self._timing), now + self._timing.ttl)
+        if self._leaving_since is not None:
+            moment = min(moment, now + 0.1)
+        if (since := self._watched.disconnected_at) is not None:
+            moment = min(moment, max(now, since + self._timing.ttl))
+        return moment
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), max(0.001, seconds))
+
+    async def fence_all(self, reason: str) -> None:
+        """End all sections at once; if they do not end, end the node."""
+        sections = [app for app in self._apps if app.has_section]
+        if not sections:
+            return
+        self._fence(reason)
+        left = self._session.valid_until - self._timing.fence_budget / 2 - system.now()
+        try:
+            async with asyncio.timeout(min(FENCE_WAIT_SECONDS, max(0.2, left))):
+                for app in sections:
+                    await app.wait_ended()
+        except TimeoutError:
+            die(self._journal, f"sections do not end ({reason})")
+
+
+def die(journal: Journal, reason: str) -> None:
+    """SIGKILL to ourselves: the keeper, where it lives, kills what we started and releases."""
+    log.critical("this node kills itself: %s", reason)
+    journal.node("suicide", reason=reason, level=logging.CRITICAL)
+    os.kill(os.getpid(), signal.SIGKILL)
