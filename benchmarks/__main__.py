@@ -12,7 +12,7 @@ import fnmatch
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -80,6 +80,15 @@ async def measure(benchmark: Benchmark, runs: int | None) -> Run:
     return run
 
 
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """The event loop that nodes use; what runs in this process is measured on it too."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
 def _show_list() -> None:
     for benchmark in BENCHMARKS:
         runs = f"{benchmark.runs} runs" + (", always" if benchmark.fixed else "")
@@ -96,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not parsed.json:
         print(line(HEADER), flush=True)
     for benchmark in parsed.chosen:
-        run = asyncio.run(measure(benchmark, parsed.runs))
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            run = runner.run(measure(benchmark, parsed.runs))
         result = figures(benchmark, run)
         every_bar_met = every_bar_met and result.met
         text = msgspec.json.encode(result).decode() if parsed.json else line(row(benchmark, run, result))

@@ -32,6 +32,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60.0, help="how long there are faults (default 60)")
     parser.add_argument("--seed", type=int, help="draws the faults (default: a new one, which is printed)")
     parser.add_argument("--ttl", type=float, default=2.0, help="of the sessions, in seconds (default 2)")
+    parser.add_argument("--keep", action="store_true", help="keep history and logs also if nothing broke")
     parsed = parser.parse_args(arguments)
     if parsed.seconds <= 0 or not 1 <= parsed.ttl <= 300:
         parser.error("--seconds must be above 0, --ttl from 1 to 300")
@@ -40,7 +41,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
-async def validate(seed: int, seconds: float, ttl: float) -> Verdict:
+async def validate(seed: int, seconds: float, ttl: float, *, keep: bool = False) -> Verdict:
     """Faults for *seconds*, then recovery; prints what happens."""
     began = system.now()
 
@@ -79,7 +80,7 @@ async def validate(seed: int, seconds: float, ttl: float) -> Verdict:
             verdict.excused,
         )
         _report(chaos, verdict)
-        if verdict.problems:
+        if verdict.problems or keep:
             _keep(stage, seed)
         return verdict
 
@@ -143,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"scripts/validate-election.sh --seconds {parsed.seconds:g} --seed {parsed.seed} --ttl {parsed.ttl:g}"
     )
     print(f"seed {parsed.seed}; the same faults again: {again}", flush=True)
-    verdict = asyncio.run(validate(parsed.seed, parsed.seconds, parsed.ttl))
+    verdict = asyncio.run(validate(parsed.seed, parsed.seconds, parsed.ttl, keep=parsed.keep))
     return 1 if verdict.problems else 0
 
 
