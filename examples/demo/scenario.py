@@ -303,6 +303,7 @@ class Scenario:
             self._tell_lines()
             value = condition()
             if value is not None:
+                self._timeline.close()
                 return value
             problem = waiting_for()
             if system.now() > deadline:

@@ -107,7 +107,7 @@ class Timeline:
         self._console.print(f"{verdict}  [dim]{faults}[/]")
 
     def close(self) -> None:
-        """No more progress."""
+        """Nothing is being waited for any more."""
         if self._status is not None:
             self._status.stop()
 
