@@ -149,7 +149,7 @@ class App:
         self._context: ActiveContext | None = None
         self._has_standby_checks = any(check.when == "always" for check in config.checks)
         self._started = False
-        self._barred = ""
+        self._barred = self._leaving = ""
         self._target: str | None = None
         self._events: deque[tuple[str, object]] = deque()
         self._event_waits = asyncio.Event()
@@ -322,7 +322,7 @@ class App:
     async def serve(self, session: Session, register: Register) -> None:
         """Take part in the election under *session* until cancelled. End the section before: ``wind_up``."""
         parts = self._running_parts
-        self._session = session
+        self._session, self._leaving = session, ""
         self._locks = locks = Locks(parts.bus, parts.names, self.name, session, register)
         self._election = election = Election(
             parts.bus,
@@ -434,8 +434,8 @@ class App:
             self._section.reign.end(reason)
 
     def bar(self, reason: str) -> None:
-        """This node is no candidate from now on (``""``: it is again)."""
-        self._barred = reason
+        """This node is no candidate any more under this session: the session is being given up."""
+        self._leaving = reason
         self._offer_candidacy()
         if self._section is None and self._started:
             self._set_role(self._passive_role())
@@ -466,8 +466,8 @@ class App:
     # --- candidacy
 
     def _ineligible_because(self) -> str:
-        if self._barred:
-            return self._barred
+        if self._barred or self._leaving:
+            return self._barred or self._leaving
         verdict = self.health.standby_verdict
         if verdict is Health.UNHEALTHY:
             return f"unhealthy: {self.health.standby_reason}"
