@@ -323,11 +323,10 @@ def route_cut(world: World) -> Undo:
 
 
 def _slow(values: list[float], index: int, amount: float) -> Undo:
-    before = values[index]
     values[index] = amount
 
     def undo() -> None:
-        values[index] = before
+        values[index] = 0.0  # not what was there before: of two that overlap, one would stay for ever
 
     return undo
 
@@ -362,9 +361,8 @@ def replies_slow_then_isolated(world: World) -> Undo:
 
 
 def _set(target: object, name: str, value: float) -> Undo:
-    before = getattr(target, name)
     setattr(target, name, value)
-    return lambda: setattr(target, name, before)
+    return lambda: setattr(target, name, 0.0)
 
 
 def messages_lost(world: World) -> Undo:
