@@ -223,18 +223,25 @@ class _Dev:
             password=self._password,
         )
         deadline = system.now() + UP_SECONDS
-        async with PlatformClient(self._platform, options) as client:
-            while True:
-                active = await self._active_nodes(client)
-                if active is not None:
-                    break
+        while True:
+            try:
+                async with PlatformClient(self._platform, options) as client:
+                    active = await self._wait_up(client, deadline)
+            except PhalanxError as error:
                 if system.now() > deadline:
-                    self._tell(
-                        "log", self._names[0], f"not all nodes are up after {UP_SECONDS:g} s; see above"
-                    )
+                    self._tell("log", self._names[0], f"whether all is up cannot be seen: {error}")
                     return
-                await asyncio.sleep(0.2)
-        self._say_up(active)
+                continue
+            break
+        if active is not None:
+            self._say_up(active)
+        else:
+            self._tell("log", self._names[0], f"not everything is up after {UP_SECONDS:g} s; see above")
+
+    async def _wait_up(self, client: PlatformClient, deadline: float) -> dict[str, str] | None:
+        while (active := await self._active_nodes(client)) is None and system.now() < deadline:
+            await asyncio.sleep(0.2)
+        return active
 
     async def _active_nodes(self, client: PlatformClient) -> dict[str, str] | None:
         """The active node of each app, once everything is up."""

@@ -137,7 +137,7 @@ class NatsChecks:
 
     async def replicas(self) -> list[Finding]:
         """How many servers there are, and whether the streams make use of them."""
-        servers = provision.known_servers(self._bus)
+        servers = self._servers()
         if servers == 1:
             text, remedy = "one NATS server: while it is away nothing is active", "run three"
             found = [warn("replicas", text, remedy)]
@@ -157,6 +157,17 @@ class NatsChecks:
             found.append(warn("replicas", text, "start the nodes again one by one: that adds replicas"))
         return found
 
+    def _servers(self) -> int:
+        """How many servers there are, those that are down included, as far as a stream knows them."""
+        named: set[str] = set()
+        for info in self._info.values():
+            cluster: dict[str, Any] = info.get("cluster") or {}
+            replicas: list[dict[str, Any]] = cluster.get("replicas") or []
+            named.update(str(replica.get("name")) for replica in replicas)
+            if leader := _leader(info):
+                named.add(leader)
+        return max(provision.known_servers(self._bus), len(named))
+
     async def sessions(self) -> list[Finding]:
         """Whether the session streams are on different servers, so that each may be lost."""
         if self._streams is None:
@@ -164,7 +175,7 @@ class NatsChecks:
         where = {name: _leader(self._info[name]) for name in self._streams.streams if name in self._info}
         shown = ", ".join(f"{name} on {server or '?'}" for name, server in where.items())
         if len(where) == 1:
-            if provision.known_servers(self._bus) < 3:
+            if self._servers() < 3:
                 return [ok("sessions", shown)]
             text = f"only one session stream ({shown}), though there are three servers or more"
             return [

@@ -90,7 +90,8 @@ class Where:
         """The declaration, and whether it is this machine's own, from a file. Raises ConfigError."""
         if not 0.05 <= self.timeout <= 600:
             raise ConfigError("--timeout", self.timeout, "out of range", "choose 0.05 to 600 seconds")
-        name = self.platform or os.environ.get("PHALANX_PLATFORM") or ""
+        # A file that was named says more than the environment; one that is only found here says less.
+        name = self.platform or ("" if self.config else os.environ.get("PHALANX_PLATFORM")) or ""
         with Overrides(nats=self.nats).applied():
             config, declared = self._declared(name)
         if name and name != config.name:
