@@ -307,7 +307,8 @@ class Node:
             before = system.now()
             await asyncio.sleep(min(1.0, interval))
             self._metrics.set_loop_lag(max(0.0, system.now() - before - min(1.0, interval)))
-            if self._serving.is_set() and system.watchdog_interval() is not None:
+            # Also without a session: a restart would bring no NATS back, but would end an embedded server.
+            if system.watchdog_interval() is not None:
                 with contextlib.suppress(OSError):
                     system.notify("WATCHDOG=1")
 

@@ -1,4 +1,4 @@
-"""A node without a connection of its own for a TTL, whose keeper has one, gives its session up, and returns."""
+"""A node that alone has no connection, while its keeper has one, gives its session up, and returns."""
 
 from __future__ import annotations
 
