@@ -160,6 +160,7 @@ def _expect_hand_over(world: World, node: Node) -> None:
     others = [h.node for h in world.hosts if h.node is not None and h.node is not node]
     calm = (
         world.faults_active == 1
+        and world.calm_for > 2.6  # sessions are fresh again, and no watch still lags
         and world.now >= nats.bucket.ready_at + 1.5
         and section is not None
         and section.state == "active"
@@ -453,6 +454,7 @@ class Plan:
     def __init__(self, world: World, chaos_from: float, chaos_until: float) -> None:
         self.world = world
         self._undos: dict[int, Undo] = {}
+        self._disturbed_at = -9.0
         rng: Random = world.rng
         kinds, weights = list(FAULTS), list(FAULTS.values())
         for number in range(rng.choice((1, 2, 3, 3, 4, 5, 6))):
@@ -467,6 +469,7 @@ class Plan:
         world = self.world
         world.disturbances += 1
         world.faults_active += 1
+        world.calm_for, self._disturbed_at = world.now - self._disturbed_at, world.now
         world.count(f"fault {fault.__name__}")
         world.log("FAULT", fault.__name__)
         self._undos[number] = fault(world)
@@ -475,6 +478,7 @@ class Plan:
         undo = self._undos.pop(number, None)
         if undo is not None:
             self.world.disturbances += 1
+            self._disturbed_at = self.world.now
             self.world.log("FAULT", f"{name} is over")
             undo()
             self.world.faults_active -= 1

@@ -55,6 +55,8 @@ class World:
         self.disturbances = 0
         """How many faults have begun or ended so far: lets a check see that nothing happened between."""
         self.faults_active = 0
+        self.calm_for = 0.0
+        """How long nothing had happened when the latest fault began."""
         self.active: list[Section] = []
         self.last_epoch = 0
         self.last_fenced = 0
