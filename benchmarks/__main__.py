@@ -6,16 +6,16 @@ Exit code 0: every bar that ran is met; 1: one is missed, or a benchmark failed;
 from __future__ import annotations
 
 import argparse
-import asyncio
 import difflib
 import fnmatch
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
+from benchmarks import running
 from benchmarks.figures import HEADER, Benchmark, Run, bar_text, figures, line, row
 from benchmarks.table import BENCHMARKS
 
@@ -80,15 +80,6 @@ async def measure(benchmark: Benchmark, runs: int | None) -> Run:
     return run
 
 
-def loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """The event loop that nodes use; what runs in this process is measured on it too."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
-
-
 def _show_list() -> None:
     for benchmark in BENCHMARKS:
         runs = f"{benchmark.runs} runs" + (", always" if benchmark.fixed else "")
@@ -105,8 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not parsed.json:
         print(line(HEADER), flush=True)
     for benchmark in parsed.chosen:
-        with asyncio.Runner(loop_factory=loop_factory()) as runner:
-            run = runner.run(measure(benchmark, parsed.runs))
+        run = running.run(measure(benchmark, parsed.runs))
         result = figures(benchmark, run)
         every_bar_met = every_bar_met and result.met
         text = msgspec.json.encode(result).decode() if parsed.json else line(row(benchmark, run, result))
@@ -115,4 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

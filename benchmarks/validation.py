@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import running
 from benchmarks.chaos import Chaos
 from benchmarks.checker import WRITE_KEY, Verdict, judge
 from benchmarks.stage import APP, Stage
@@ -144,9 +145,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"scripts/validate-election.sh --seconds {parsed.seconds:g} --seed {parsed.seed} --ttl {parsed.ttl:g}"
     )
     print(f"seed {parsed.seed}; the same faults again: {again}", flush=True)
-    verdict = asyncio.run(validate(parsed.seed, parsed.seconds, parsed.ttl, keep=parsed.keep))
+    verdict = running.run(validate(parsed.seed, parsed.seconds, parsed.ttl, keep=parsed.keep), as_nodes=False)
     return 1 if verdict.problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
