@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -108,7 +108,7 @@ def _run(*command: str, folder: Path, env: Mapping[str, str]) -> None:
 
 
 @pytest.fixture
-def ports() -> object:
+def ports() -> Iterator[Ports]:
     """Free ports, kept for this test."""
     taken = Ports()
     yield taken
@@ -121,12 +121,16 @@ async def test_program_runs_as_a_node(
 ) -> None:
     """Every app of the program becomes active on a real NATS server, and SIGTERM ends it with 0."""
     path = _file(block, tmp_path, ports)
+    await _is_active_and_ends([sys.executable, str(path)], tmp_path, nats_server, ports)
+
+
+async def _is_active_and_ends(command: list[str], folder: Path, nats: NatsServer, ports: Ports) -> None:
     env = {
-        "PATH": _environment(tmp_path)["PATH"],
-        "PHALANX_NATS": nats_server.url(),
-        "PYTHONPATH": str(tmp_path),
+        "PATH": _environment(folder)["PATH"],
+        "PHALANX_NATS": nats.url(),
+        "PYTHONPATH": str(folder),
     }
-    node = NodeProcess([sys.executable, str(path)], "n1", tmp_path / "node", ports.take(), env)
+    node = NodeProcess(command, "n1", folder / "node", ports.take(), env)
     node.start()
     try:
         async with asyncio.timeout(SECONDS):
@@ -140,6 +144,20 @@ async def test_program_runs_as_a_node(
         pytest.fail(f"not active: {node.log()}")
     finally:
         node.stop()
+
+
+@pytest.mark.parametrize(
+    "block", [pytest.param(b, id=str(b)) for b in blocks("toml") if b.page.name == "README.md"]
+)
+async def test_file_runs_as_a_node(
+    block: Block, tmp_path: Path, nats_server: NatsServer, ports: Ports
+) -> None:
+    """`phalanx run phalanx.toml` does what the program does."""
+    path = tmp_path / "phalanx.toml"
+    path.write_text(block.text.replace("8080", str(ports.take())))
+    await _is_active_and_ends(
+        [sys.executable, "-m", "phalanx.cli.main", "run", str(path)], tmp_path, nats_server, ports
+    )
 
 
 @pytest.mark.parametrize("block", _of("in on_active"))
