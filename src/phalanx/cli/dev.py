@@ -239,9 +239,11 @@ class _Dev:
             self._tell("log", self._names[0], f"not everything is up after {UP_SECONDS:g} s; see above")
 
     async def _wait_up(self, client: PlatformClient, deadline: float) -> dict[str, str] | None:
-        while (active := await self._active_nodes(client)) is None and system.now() < deadline:
+        while True:
+            active = await self._active_nodes(client)
+            if active is not None or system.now() > deadline:
+                return active
             await asyncio.sleep(0.2)
-        return active
 
     async def _active_nodes(self, client: PlatformClient) -> dict[str, str] | None:
         """The active node of each app, once everything is up."""

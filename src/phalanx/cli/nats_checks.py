@@ -11,6 +11,7 @@ from typing import Any
 
 from phalanx import system
 from phalanx.bus import provision
+from phalanx.cli import preflight
 from phalanx.cli.findings import Check, Finding, fail, ok, warn
 from phalanx.cli.host_checks import LITTLE_SPACE, size
 from phalanx.cli.output import span
@@ -111,27 +112,30 @@ class NatsChecks:
             *(names.bucket_stream(names.app_bucket(app)) for app in apps),
             *(self._streams.all_streams if self._streams is not None else ()),
         ]
-        missing: list[str] = []
-        for stream in wanted:
-            info = await self._stream_info(stream)
-            if info is None:
-                missing.append(stream)
-            else:
-                self._info[stream] = info
-        if missing:
-            return [
-                fail(
-                    "platform",
-                    f"streams are gone: {', '.join(missing)}",
-                    "restore them from a backup; see docs/operations.md",
-                )
-            ]
-        return [ok("platform", f"platform {names.platform}: {len(wanted)} streams, {len(apps)} apps")]
+        found = await asyncio.gather(*(self._stream_problem(stream) for stream in wanted))
+        problems = [problem for problem in found if problem is not None]
+        text = f"platform {names.platform}: {len(wanted)} streams, {len(apps)} apps"
+        return problems or [ok("platform", text)]
 
-    async def _stream_info(self, stream: str) -> dict[str, Any] | None:
+    async def _stream_problem(self, stream: str) -> Finding | None:
+        """Ask for one stream, once: that it does not answer just now is what is wanted to be known."""
+        try:
+            self._info[stream] = await self._ask_info(stream)
+        except BusError as error:
+            if error.code == provision.STREAM_NOT_FOUND:
+                remedy = "restore it from a backup; see docs/operations.md"
+                return fail("platform", f"the stream {stream} is gone", remedy)
+            text = f"the stream {stream} is not served just now ({error.description})"
+            if self._streams is not None and stream in self._streams.all_streams:
+                # One replica each, on different servers: sessions need a majority of them.
+                return warn("platform", text, "start the server that holds it; sessions bear the loss of one")
+            return fail("platform", text, "start the servers that hold it; see: nats stream report")
+        return None
+
+    async def _ask_info(self, stream: str) -> dict[str, Any]:
         before = system.now()
-        info = await provision.stream_info(self._bus, stream)
-        if info is not None and (at := _server_time(info)):
+        info = await self._bus.api(f"STREAM.INFO.{stream}", {}, timeout=2.0)
+        if at := _server_time(info):
             self._moments.append(((before + system.now()) / 2, at))
         return info
 
@@ -247,19 +251,24 @@ class NatsChecks:
         try:
             await self._bus.api(f"STREAM.CREATE.{stream}", request)
         except BusError as error:
-            said = self._bus.last_error or str(error)
-            return [fail("round-trip", f"no stream can be made: {said}", _PERMISSIONS)]
+            return [self._refused("no stream can be made", error)]
         try:
             times = [await self._timed_write(subject) for _ in range(TRIPS)]
             await self._bus.read_log(stream, subject)
-            await self._stream_info(stream)
+            await self._ask_info(stream)
         except BusError as error:
-            said = self._bus.last_error or str(error)
-            return [fail("round-trip", f"a new stream cannot be written and read: {said}", _PERMISSIONS)]
+            return [self._refused("a new stream cannot be written and read", error)]
         finally:
             with contextlib.suppress(BusError):
                 await self._bus.api(f"STREAM.DELETE.{stream}", {})
         return [judge_writes(times, self._ttl)]
+
+    def _refused(self, what: str, error: BusError) -> Finding:
+        """A failed step of the round trip: for want of a permission, or because NATS does not answer."""
+        said = self._bus.last_error
+        if preflight.PERMISSION in said.lower():
+            return fail("round-trip", f"{what}: {said}", _PERMISSIONS)
+        return fail("round-trip", f"{what}: {error}", "see the other lines, and the logs of the NATS servers")
 
     async def _timed_write(self, subject: str) -> float:
         began = system.now()
