@@ -79,5 +79,9 @@ class Failures(msgspec.Struct, frozen=True):
         return Failures(count, now + retry.delay(count), reason)
 
     def was_active(self, seconds: float) -> Failures:
-        """A section ended without a failure of its own after it had been active for *seconds*."""
-        return Failures() if seconds >= STABLE_SECONDS else self
+        """A section ended without a failure of its own after it had been active for *seconds*.
+
+        What was before it is forgotten, but not for how long this node has to leave the app to others now:
+        it may just have stepped down, or been found ill.
+        """
+        return Failures(not_before=self.not_before) if seconds >= STABLE_SECONDS else self
