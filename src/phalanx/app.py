@@ -127,6 +127,8 @@ class NodeParts(Protocol):
     def unregister(self, resource_id: str) -> None: ...
     def on_stuck(self, app: App, reason: str) -> None: ...
     def on_app_changed(self, app: App) -> None: ...
+    def section_begins(self) -> None: ...
+    def section_has_ended(self) -> None: ...
 
 
 class App:
@@ -354,10 +356,12 @@ class App:
         self._idle.clear()
         began = system.now()
         try:
+            parts.section_begins()
             try:
                 section = await self._run_section(reign, parts)
             finally:
                 self._section = self._context = None
+                parts.section_has_ended()
                 self._ended.set()
             await self._after_section(election, section, system.now() - began)
         finally:

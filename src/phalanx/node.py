@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from phalanx import system
+from phalanx.alarm import Alarm
 from phalanx.app import App
 from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
@@ -79,6 +80,7 @@ class Node:
         self.state: PlatformState
         self._register: Register
         self._metrics = Metrics(config.name, config.node, VERSION)
+        self.alarm = Alarm()
         self.has_started = False
         self._earlier_renewals = 0
         self._stopping = asyncio.Event()
@@ -237,6 +239,7 @@ class Node:
         self._own(stack, self._steering.run(self._active_apps), "steering")
         self._own(stack, self._watch_buckets(), "bucket check")
         self._own(stack, self._measure_lag(), "loop lag")
+        self._own(stack, self._leave_isolated_server(), "isolated server")
         control = Control(self)
         await control.start()
         stack.push_async_callback(control.stop)
@@ -264,11 +267,12 @@ class Node:
 
     def _use_streams(self, streams: StreamList) -> None:
         async def use() -> None:
+            # The observer first: that the session is seen under a list must mean that this node judges by it.
             await self._register.use_streams(streams)
+            if self.session is not None:
+                self.session.use_streams(streams)
 
         self._background(use(), "use streams")
-        if self.session is not None:
-            self.session.use_streams(streams)
 
     def _background(self, work: object, name: str) -> None:
         task: asyncio.Task[None] = asyncio.create_task(work, name=name)  # type: ignore[arg-type]
@@ -312,6 +316,20 @@ class Node:
                 with contextlib.suppress(OSError):
                     system.notify("WATCHDOG=1")
 
+    async def _leave_isolated_server(self) -> None:
+        """A server that answers pings but has lost its routes tells us nothing of the others any more."""
+        patience = max(1.0, 0.4 * self.timing.ttl)
+        left_at = system.now()
+        while True:
+            await asyncio.sleep(patience / 4)
+            session = self.session
+            if session is None or not session.is_valid or not self.bus.is_connected:
+                left_at = system.now()
+            elif system.now() - max(left_at, self._register.heard_at) > patience:
+                # The session is renewed all the time, so its own renewals at least should have come.
+                left_at = system.now()
+                await self.bus.switch_server(f"no session was heard of for {patience:g} s")
+
     async def _start_http(self, stack: contextlib.AsyncExitStack) -> None:
         if not self.config.http.enabled:
             return
@@ -330,7 +348,7 @@ class Node:
                 failures = 0
             except NodeIdTaken:
                 raise
-            except (SessionLost, BusError) as error:
+            except (SessionLost, BusError, TimeoutError) as error:
                 if started is not None and not started.done() and failures >= 3:
                     raise StartError(
                         f"no session: {error}", "check the NATS servers; phalanx doctor says more"
@@ -344,8 +362,15 @@ class Node:
         """One session, from its start to its end."""
         began = system.now()
         session = Session(SessionId.new(self.node), self.timing)
+        session.on_renewed = self._on_renewed
         if self._previous is not None:
             await self._register.bury_own(self._previous, "its node starts over")
+            found = await self.state.read(self.names.SESSIONS_KEY, StreamList)
+            if found is not None:
+                # This node may have slept through changes of the list: what it judged by is worth nothing.
+                await self._register.start_over(found[0])
+                async with asyncio.timeout(START_PATIENCE_SECONDS):
+                    await self._register.ready.wait()
         try:
             await session.start(
                 self.names.platform,
@@ -362,6 +387,7 @@ class Node:
         try:
             self._member = self._describe(session)
             member = self._member
+            await self._check_streams()
             await patiently(
                 lambda: self.state.claim_member(member, self._register, self.timing.observe + 1.0),
                 "take the node id",
@@ -373,6 +399,20 @@ class Node:
         finally:
             self._serving.clear()
             await self._end_session(session)
+
+    def _on_renewed(self, valid_until: float) -> None:
+        # After the guard should have fenced and the keeper should have killed.
+        self.alarm.move(valid_until - self.timing.fence_budget / 4)
+
+    async def _check_streams(self) -> None:
+        """The list may have been replaced while the session was being made, unseen by who replaced it."""
+        found = await self.state.read(self.names.SESSIONS_KEY, StreamList)
+        used = self._register.streams
+        if found is not None and found[0].generation != used.generation:
+            self._use_streams(found[0])
+            raise SessionLost(
+                str(self._previous), f"the list of session streams is at generation {found[0].generation} now"
+            )
 
     def _describe(self, session: Session) -> Member:
         return Member(
@@ -452,6 +492,14 @@ class Node:
         """Tell the keeper that it has ended."""
         if self.session is not None:
             self.session.unregister(resource_id)
+
+    def section_begins(self) -> None:
+        """Something of an active section is about to run in this process."""
+        self.alarm.begin()
+
+    def section_has_ended(self) -> None:
+        """Nothing of it runs any more."""
+        self.alarm.end()
 
     def on_app_changed(self, app: App) -> None:
         """A role has changed."""

@@ -79,6 +79,7 @@ class Platform:
         self._apps: dict[str, App] = {}
         self._node: Node | None = None
         self._running: asyncio.Task[None] | None = None
+        self._owns_process = False
 
     @classmethod
     def from_config(cls, config: PlatformConfig, apps: Sequence[AppConfig] = ()) -> Platform:
@@ -136,6 +137,11 @@ class Platform:
         if self._running is not None:
             raise StartError("this platform runs already", "make another Platform for another node")
         self._node = node = Node(self.config, self._apps.values())
+        if self._owns_process:
+            try:
+                node.alarm.enable()
+            except RuntimeError as error:
+                log.warning("the kernel will not end this process at its session's end: %s", error)
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._running = running = asyncio.create_task(node.run(started), name=f"phalanx {self.config.node}")
         try:
@@ -218,6 +224,7 @@ class Platform:
         start, 1 when it failed later.
         """
         configure_logging(self.config.logging, platform=self.config.name, node=self.config.node)
+        self._owns_process = True
         try:
             _runner()(self._main())
         except (ConfigError, StartError) as error:

@@ -48,6 +48,8 @@ class Connection(StrEnum):
     CONNECTED = "connected"
     DISCONNECTED = "disconnected"
     CLOSED = "closed"
+    MISSED = "missed"
+    """Still connected, but messages were lost on their way: a cut between servers that is over."""
 
 
 class Subscription(Protocol):
@@ -146,6 +148,14 @@ class Bus(Protocol):
 
     async def api(self, subject: str, request: Mapping[str, Any], *, timeout: float = 5.0) -> dict[str, Any]:
         """A JetStream API request (subject without ``$JS.API.``). Raises BusError with the server's code."""
+        ...
+
+    def missed(self) -> None:
+        """Somebody found that messages were lost: tells all listeners MISSED, at most once a second."""
+        ...
+
+    async def switch_server(self, why: str) -> None:
+        """Leave the present server for another one of the list, although it answers."""
         ...
 
     def on_connection(self, callback: Callable[[Connection], None]) -> Callable[[], None]:

@@ -212,6 +212,8 @@ class Section:
                 case Undo.UNREGISTER:
                     self._resources.unregister(self.resource_id)
             self._forget(undo)
+            if undo is Undo.ON_PASSIVE and "on_passive" not in self._hooks:
+                continue
             self._on_step(undo, system.now() - began, problem)
 
     def _forget(self, undo: Undo) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -71,8 +72,26 @@ async def test_g1_frozen_host_cannot_go_on_after_its_session(
         await s.nodes.wait_until(
             lambda: not s.nodes[active].is_running or not s.nodes[active].is_active("wiki"), 5, "goes on"
         )
-        late = [e for e in s.history.events("written", since=thawed) if e.node == active]
+        late = [e for e in s.history.events("written", "tick", since=thawed) if e.node == active]
         assert [e for e in late if e.epoch < began.epoch] == []
+        s.check()
+
+
+async def test_g1_blocked_node_without_a_keeper_dies_with_its_session(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """Blocked loop, keeper killed: the kernel's timer ends the process before another begins."""
+    trigger = tmp_path / "block"
+    with stage(tmp_path, nats_server, count=2, fault="block", fault_file=str(trigger)) as s:
+        active = await s.settled()
+        trigger.touch()
+        blocking = await s.wait_for("blocking", 0.0)
+        s.nodes[active].kill_keeper()
+        assert s.nodes[active].wait(5) == -signal.SIGALRM
+        died = since_now()
+        began = await s.next_active(blocking.at)
+        assert began.at > died - 0.3
+        s.check()
 
 
 async def test_g4_blocked_event_loop_counts_as_a_crash(nats_cluster: NatsCluster, tmp_path: Path) -> None:

@@ -98,6 +98,10 @@ class _Client(Client):
             self._drop()
         await super()._process_op_err(e)
 
+    async def leave(self) -> None:
+        """Reconnect to the next server of the pool."""
+        await self._process_op_err(NatsError("leaving this server"))
+
     def abort(self) -> None:
         """Close the transport without waiting for anything."""
         writer = getattr(self._transport, "_io_writer", None)
@@ -155,6 +159,7 @@ class NatsBus:
         self._gathering: set[asyncio.Future[str]] = set()
         self._tokens = itertools.count(1)
         self._inbox = ""
+        self._missed_at = float("-inf")
         self._closing = False
         self._reopening: asyncio.Task[None] | None = None
         self._last_error: Exception | None = None
@@ -299,6 +304,20 @@ class NatsBus:
                 listener(event)
             except Exception:
                 log.exception("a listener for connection changes failed")
+
+    def missed(self) -> None:
+        """See :meth:`phalanx.ports.Bus.missed`."""
+        now = asyncio.get_running_loop().time()
+        if now - self._missed_at >= 1.0:
+            self._missed_at = now
+            self._tell(Connection.MISSED)
+
+    async def switch_server(self, why: str) -> None:
+        """See :meth:`phalanx.ports.Bus.switch_server`."""
+        client = self._client
+        if client.is_connected:
+            log.warning("nats: leaving server %s: %s", self.server_name, why)
+            await client.leave()
 
     def on_connection(self, callback: Callable[[Connection], None]) -> Callable[[], None]:
         """Be told of connection changes; returns a function that ends this."""

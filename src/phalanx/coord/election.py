@@ -198,7 +198,10 @@ class Election:
                 return until - now
             case rules.Idle():
                 pass
-        return None if await self._publish_offer() else RETRY_SECONDS
+        if not await self._publish_offer():
+            return RETRY_SECONDS
+        aside = self._not_before - system.now()
+        return aside if 0 < aside < float("inf") else None
 
     def _view(self) -> rules.View:
         holder = self.leader.session
@@ -277,6 +280,9 @@ class Election:
 
     async def _publish_offer(self) -> bool:
         offer = self._offer
+        if offer is not None and offer.eligible and system.now() < self._not_before:
+            # It steps aside: nobody shall name it as the successor meanwhile.
+            offer = msgspec.structs.replace(offer, eligible=False, reason="stepping aside for a while")
         if offer is None or offer == self._offered:
             return True
         subject = self._names.key_subject(self._bucket, self._names.candidate_key(self._session.id.node))

@@ -39,6 +39,9 @@ class Register:
         self._changed = asyncio.Event()
         self._burying: dict[Tombstone, asyncio.Task[None]] = {}
         self._caught_up: set[str] = set()
+        self._noted: set[SessionId] = set()
+        self.heard_at = system.now()
+        """When a session stream was last heard."""
         self.ready = asyncio.Event()
         """Set once a majority of session streams has been read for the first time."""
 
@@ -65,8 +68,13 @@ class Register:
         """Whether the state of *stream* was read since it is in the list."""
         return stream in self._caught_up
 
+    def has_caught_up_majority(self) -> bool:
+        """Whether a majority of every list was read since the list is this one."""
+        return self._observer.streams.has_majority(self._caught_up)
+
     def note(self, session: SessionId) -> None:
         """Something refers to *session*: judge it even if no stream holds it."""
+        self._noted.add(session)
         self._observer.note(session, system.now())
         self._changed.set()
 
@@ -103,6 +111,23 @@ class Register:
     async def use_streams(self, streams: StreamList) -> None:
         """Follow a new list of session streams."""
         self._tell(self._observer.on_streams(streams, system.now()))
+        # ``caught_up`` means: since the list is this one. Sessions that began just before must be seen.
+        self._caught_up.clear()
+        for watch in self._watches.values():
+            watch.refresh()
+        await self._watch_streams()
+        self._changed.set()
+
+    async def start_over(self, streams: StreamList) -> None:
+        """Forget every verdict and observe anew: for a node that may have missed changes of the list."""
+        for watch in self._watches.values():
+            await watch.close()
+        self._watches.clear()
+        self._caught_up.clear()
+        self.ready.clear()
+        self._observer = Observer(streams, self._timing, system.now())
+        for session in self._noted:
+            self._observer.note(session, system.now())
         await self._watch_streams()
         self._changed.set()
 
@@ -165,8 +190,10 @@ class Register:
 
     def _on_record(self, stream: str, record: Record) -> None:
         session = self._names.session_of(record.subject)
+        self.heard_at = system.now()
         if record.removed:
-            return  # a tombstone whose time is up: nobody refers to that session any more
+            self._forget(session)  # a tombstone whose time is up
+            return
         over = self._observer.on_record(stream, session, record.revision, _body_of(record.data), system.now())
         self._tell(over)
 
@@ -179,11 +206,19 @@ class Register:
         over = self._observer.on_catch_up(
             stream, keys, system.now(), interrupted=interrupted, asked_at=asked_at
         )
+        for session in self._observer.known():
+            if session not in keys:
+                self._forget(session)
         self._caught_up.add(stream)
         if self._observer.streams.has_majority(self._caught_up):
             self.ready.set()
         self._tell(over)
         self._changed.set()
+
+    def _forget(self, session: SessionId) -> None:
+        """Drop a session that ended long ago, unless a leader or member key may still name it."""
+        if session not in self._noted and self._observer.is_over(session):
+            self._observer.forget(session)
 
     def _tell(self, over: list[SessionId]) -> None:
         for session in over:

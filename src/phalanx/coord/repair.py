@@ -131,7 +131,12 @@ class Repair:
 
     async def _settle(self, streams: StreamList) -> None:
         """The second step, once every live session renews under the joint list."""
+        # Since the joint list was written: a session that was made just before it must not be overlooked.
+        # (Of the old list the lost stream cannot be read any more: a majority must do, and each session
+        # has its key in a majority.)
         if not all(self._register.caught_up(name) for name in streams.following):
+            return
+        if not self._register.has_caught_up_majority():
             return
         waiting = [s for s in self._register.live() if self._register.seen_generation(s) < streams.generation]
         if waiting:

@@ -48,6 +48,8 @@ class Session:
         self._process: subprocess.Popen[bytes] | None = None
         self._beating: asyncio.Task[None] | None = None
         self._on_change: list[Callable[[], None]] = []
+        self.on_renewed: Callable[[float], None] = lambda moment: None
+        """Told of each renewal: until when the session is valid now."""
 
     @property
     def is_valid(self) -> bool:
@@ -171,6 +173,7 @@ class Session:
             case wire.ValidUntil(moment, renewals):
                 could_begin = self.may_begin
                 self.valid_until, self.renewals = moment, renewals
+                self.on_renewed(moment)
                 if not could_begin:
                     self._tell()
             case wire.Registered(number):

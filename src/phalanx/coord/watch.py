@@ -87,6 +87,12 @@ class Watch:
     def _on_connection(self, event: Connection) -> None:
         if event is Connection.CONNECTED:
             self._ask(interrupted=True)
+        elif event is Connection.MISSED:
+            self._ask(interrupted=False)
+
+    def refresh(self) -> None:
+        """Read the state again, soon."""
+        self._ask(interrupted=False)
 
     def _ask(self, *, interrupted: bool) -> None:
         self._interrupted = self._interrupted or interrupted
@@ -100,7 +106,9 @@ class Watch:
         removed = "Nats-Marker-Reason" in headers or headers.get("KV-Operation") in ("DEL", "PURGE")
         known = self._revisions.get(subject, (0, 0.0))[0]
         if int(headers.get("Nats-Last-Sequence", "0")) > known:
+            # Whatever lost this message may have lost those of other watches, too.
             self._ask(interrupted=True)
+            self._bus.missed()
         self._deliver(Record(subject, message.data, revision, headers, 0.0, removed))
 
     def _deliver(self, record: Record) -> None:

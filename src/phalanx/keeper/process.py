@@ -17,6 +17,7 @@ from typing import Protocol
 from phalanx import system
 from phalanx.config import NatsOptions
 from phalanx.decide.keeper import Fencing, Watchdog
+from phalanx.decide.timing import Timing
 from phalanx.errors import PhalanxError
 from phalanx.keeper import fencing, wire
 from phalanx.keeper.renewing import Renewer
@@ -52,6 +53,7 @@ class Keeper:
         self._renewer: Renewer | None = None
         self._watchdog: Watchdog | None = None
         self._pending_streams: wire.Streams | None = None
+        self._switched_at = float("-inf")
 
     async def run(self) -> None:
         """Serve until the session has ended."""
@@ -95,7 +97,7 @@ class Keeper:
         self, start: wire.Start, renewer: Renewer, watchdog: Watchdog, registry: fencing.Registry
     ) -> None:
         holder, told, established = renewer.holder, float("-inf"), False
-        next_tick = 0.0
+        next_tick, self._switched_at = 0.0, system.now()
         while True:
             now = system.now()
             if now >= next_tick:
@@ -125,8 +127,17 @@ class Keeper:
             if verdict is not None:
                 await self._fence(start, renewer, registry, verdict)
                 return
+            await self._leave_isolated_server(renewer, start.timing, now)
             ends = told if valid else next_tick
             await self._sleep_until(min(next_tick, watchdog.next_check(valid_until), ends))
+
+    async def _leave_isolated_server(self, renewer: Renewer, timing: Timing, now: float) -> None:
+        """A server that answers pings but has lost its routes reaches no majority of session streams."""
+        newest = renewer.holder.valid_until - timing.hold
+        patience = max(3 * timing.renew_every, 0.25 * timing.ttl)
+        if now - max(newest, self._switched_at) > patience and renewer.is_connected:
+            self._switched_at = now
+            await renewer.switch_server(f"no majority of renewals for {patience:g} s")
 
     async def _sleep_until(self, moment: float) -> None:
         self._wake.clear()

@@ -45,6 +45,15 @@ class Renewer:
         self._end_connection_watch = bus.on_connection(self._on_connection)
 
     @property
+    def is_connected(self) -> bool:
+        """Whether renewals can be sent now."""
+        return self._bus.is_connected
+
+    async def switch_server(self, why: str) -> None:
+        """Renew through another NATS server."""
+        await self._bus.switch_server(why)
+
+    @property
     def _timeout(self) -> float:
         return max(0.2, min(1.0, self._timing.ttl / 5))
 

@@ -34,6 +34,7 @@ _MAX_DETAILS = 32
 _MAX_DETAIL = 200
 _MAX_LINE = 8000
 _MAX_PENDING = 512
+_LINGER_SECONDS = 0.05
 _RETRY_SECONDS = (0.1, 5.0)
 _SKEW_SECONDS = 60.0
 _POLL_SECONDS = 3.0
@@ -239,6 +240,8 @@ class AuditLog:
                 self._recorded.clear()
                 if (line := self._next()) is None:
                     await self._recorded.wait()
+                    # What records an entry is in the middle of a failover: its own requests go first.
+                    await asyncio.sleep(_LINGER_SECONDS)
                     continue
                 reconnected.clear()
                 try:
