@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +107,23 @@ async def test_bucket_that_vanishes_while_active_deposes_the_node(
         async with asyncio.timeout(15):
             while running.apps["wiki"].role is Role.ACTIVE:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
+
+
+async def test_g2_bucket_made_anew_by_the_operator_goes_on_above_all_epochs(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """``phalanx recreate-bucket``: refused while the bucket is there; afterwards the app runs again."""
+    first = await run_once(platform(nats_server, tmp_path / "a"))
+    command = [sys.executable, "-m", "phalanx.cli.main", "recreate-bucket", "wiki", "--platform", "test"]
+    command += ["--nats", nats_server.url()]
+
+    def recreate() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+    refused = await asyncio.to_thread(recreate)
+    assert refused.returncode == 2
+    assert "is there" in refused.stderr
+    await delete(nats_server, "KV_test_wiki")
+    made = await asyncio.to_thread(recreate)
+    assert made.returncode == 0, made.stderr
+    assert await run_once(platform(nats_server, tmp_path / "a")) > first + 1_000_000
