@@ -93,6 +93,7 @@ class Chaos:
             await asyncio.sleep(RESTART_SECONDS)
             for node in self.stage.nodes:
                 if not node.is_running and node.node not in self._busy:
+                    self.say(f"  {node.node} is started again")
                     node.start()
 
     async def _started(self, node: str) -> None:
@@ -130,8 +131,8 @@ class Chaos:
             )
 
     def name_of(self, node: str) -> str:
-        """The node, and whether it was the active one."""
-        return f"{node} (active)" if node == self._active else node
+        """The node, and whether it is the active one, or was the last."""
+        return f"{node} (last active)" if node == self._active else node
 
     def some(self, least: float, most: float) -> float:
         """A random duration, given in TTLs, in seconds."""
