@@ -378,6 +378,7 @@ class Node:
                 self._options,
                 self.data_dir,
                 max(5.0, 2 * self.timing.ttl),
+                self.config.logging,
             )
         except asyncio.CancelledError:
             await session.close()

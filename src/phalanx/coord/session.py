@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from phalanx import system
-from phalanx.config import NatsOptions
+from phalanx.config import Logging, NatsOptions
 from phalanx.decide.session import StreamList
 from phalanx.decide.timing import Timing
 from phalanx.errors import SessionLost
@@ -71,7 +71,13 @@ class Session:
         self._on_change.append(callback)
 
     async def start(
-        self, platform: str, streams: StreamList, nats: NatsOptions, state_dir: Path, timeout: float
+        self,
+        platform: str,
+        streams: StreamList,
+        nats: NatsOptions,
+        state_dir: Path,
+        timeout: float,
+        logging: Logging | None = None,
     ) -> None:
         """Start the keeper and wait for the session. Raises SessionLost when it cannot be had in time."""
         mine, theirs = socket.socketpair()
@@ -82,7 +88,7 @@ class Session:
         transport, _ = await loop.create_connection(lambda: _Channel(self), sock=mine)
         self._transport = transport
         start = wire.Start(
-            platform, self.id, streams, self.timing, nats, str(state_dir), socket.gethostname()
+            platform, self.id, streams, self.timing, nats, str(state_dir), socket.gethostname(), logging
         )
         wire.send(transport, start)
         self._beating = asyncio.create_task(self._beat(), name="session beat")

@@ -14,7 +14,9 @@ import sys
 
 from phalanx.bus.connection import NatsBus
 from phalanx.config import NatsOptions
+from phalanx.keeper import wire
 from phalanx.keeper.process import Keeper, harden
+from phalanx.observe.logs import configure_logging
 
 
 async def _connect(options: NatsOptions, name: str, ping_interval: float) -> NatsBus:
@@ -22,7 +24,13 @@ async def _connect(options: NatsOptions, name: str, ping_interval: float) -> Nat
 
 
 async def _main(channel: socket.socket, node_pid: int) -> None:
-    await Keeper(channel, node_pid, _connect).run()
+    await Keeper(channel, node_pid, _connect, _configure_logging).run()
+
+
+def _configure_logging(start: wire.Start) -> None:
+    """The keeper's lines stand between those of its node, so they have the same form."""
+    if start.logging is not None:
+        configure_logging(start.logging, platform=start.platform, node=start.session.node)
 
 
 def main() -> None:

@@ -42,7 +42,14 @@ Connect = Callable[[NatsOptions, str, float], Awaitable[OwnBus]]
 class Keeper:
     """One keeper, for one session of one node."""
 
-    def __init__(self, channel: socket.socket, node_pid: int, connect: Connect) -> None:
+    def __init__(
+        self,
+        channel: socket.socket,
+        node_pid: int,
+        connect: Connect,
+        on_start: Callable[[wire.Start], None] = lambda start: None,
+    ) -> None:
+        self._on_start = on_start
         self._channel, self._node_pid, self._connect = channel, node_pid, connect
         self._wake = asyncio.Event()
         self._started: asyncio.Future[wire.Start] = asyncio.get_running_loop().create_future()
@@ -63,6 +70,7 @@ class Keeper:
         pidfd = system.watch_exit(self._node_pid, lambda: self._on_gone("the node's process ended"))
         try:
             start = await asyncio.wait_for(self._started, 30)
+            self._on_start(start)
             await self._serve(start)
         finally:
             if pidfd is not None:

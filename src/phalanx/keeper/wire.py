@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from phalanx.config import NatsOptions, restore_secrets, reveal_secrets
+from phalanx.config import Logging, NatsOptions, restore_secrets, reveal_secrets
 from phalanx.decide.session import StreamList
 from phalanx.decide.timing import Timing
 from phalanx.types import Resource, SessionId
@@ -30,6 +30,7 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
     nats: NatsOptions
     state_dir: str
     host: str
+    logging: Logging | None = None
 
 
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
