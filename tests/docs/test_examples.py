@@ -247,20 +247,6 @@ async def _run_until_active(node: NodeProcess) -> int:
         node.stop()
 
 
-@pytest.mark.parametrize("block", _of("recover bucket"))
-async def test_vanished_bucket_is_made_anew_above_all_epochs(
-    block: Block, tmp_path: Path, nats_server: NatsServer
-) -> None:
-    """The node refuses to start without the bucket; after the repair it is active, under a larger epoch."""
-    node = await _platform_without("KV_prod_wiki", nats_server, tmp_path)
-    node.start()
-    assert await asyncio.to_thread(node.wait, SECONDS) == 2
-    assert "'prod_wiki' of app 'wiki' is gone" in node.log()
-    (tmp_path / "example.py").write_text(block.text)
-    _run(sys.executable, "example.py", folder=tmp_path, env=_environment(tmp_path, nats_server))
-    assert await _run_until_active(node) > 1_000_000_000_000
-
-
 @pytest.mark.parametrize("block", _of("recover sessions"))
 async def test_session_streams_are_made_anew(block: Block, tmp_path: Path, nats_server: NatsServer) -> None:
     """Without session streams no node gets a session; after the repair one is active again."""
@@ -279,8 +265,7 @@ def test_fragment_is_python(block: Block) -> None:
 
 def test_every_python_block_is_of_a_known_kind() -> None:
     """A mistyped mark would leave a block out."""
-    known = {"node", "in on_active", "script", "pytest", "app user", "fragment"}
-    known |= {"recover bucket", "recover sessions"}
+    known = {"node", "in on_active", "script", "pytest", "app user", "fragment", "recover sessions"}
     assert {str(b): _kind(b) for b in PYTHON if _kind(b) not in known} == {}
 
 
