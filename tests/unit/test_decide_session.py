@@ -160,6 +160,43 @@ def test_a_joint_list_of_unknown_streams_does_not_end_a_session() -> None:
     assert held.valid_until == pytest.approx(1.0 + TIMING.hold)
 
 
+def test_g1_a_session_ended_under_the_old_list_does_not_begin_under_the_new_one() -> None:
+    """Buried by a majority of the old list before it ever counted: ended, though all new ones take it."""
+    held = Holder(ME, THREE, TIMING)
+    held.renewals(0.0)
+    for stream in ("a", "c"):
+        held.on_refused(stream)
+    joint = THREE.joint_with(("d", "b", "e"))
+    held.on_streams(joint)
+    for renewal in held.renewals(0.1):
+        held.on_ack(renewal.stream, 0.1, 1)
+    held.on_ack("b", 0.0, 1)
+    held.on_read("a", 2, DEAD, 0.2)
+    assert not held.is_ended
+    held.on_read("c", 2, DEAD, 0.2)
+    assert held.is_ended
+    held.on_streams(joint.settled())
+    assert held.is_ended
+    assert not held.is_valid(0.3)
+
+
+def test_g1_a_session_that_never_had_a_majority_does_not_begin_when_the_list_is_settled() -> None:
+    """It may be buried in streams that it no longer looks at; one that has sent nothing yet may begin."""
+    joint = THREE.joint_with(("d", "b", "e"))
+    held = Holder(ME, joint, TIMING)
+    held.renewals(0.0)
+    for stream in ("b", "d", "e"):
+        held.on_ack(stream, 0.0, 1)
+    assert not held.is_valid(0.1)
+    held.on_streams(joint.settled())
+    assert not held.is_valid(0.1)
+    fresh = Holder(ME, joint, TIMING)
+    fresh.on_streams(joint.settled())
+    for renewal in fresh.renewals(0.0):
+        fresh.on_ack(renewal.stream, 0.0, 1)
+    assert fresh.is_valid(0.1)
+
+
 def test_an_older_list_is_ignored() -> None:
     """A list that comes late does not undo a newer one."""
     held = holder()

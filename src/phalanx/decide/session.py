@@ -129,7 +129,11 @@ class Holder:
     def _refresh(self) -> None:
         sent = {name: slot.acked_sent_at for name, slot in self._slots.items()}
         self._valid_until = max(self.streams.majority_newest(sent) + self.timing.hold, self._kept_until)
-        self._ended = self.streams.has_majority(n for n, slot in self._slots.items() if slot.tombstoned)
+        # A majority of tombstones in either list of a joint one is the end: somebody who knows only that list
+        # has found the session over. And what has ended stays so when its streams leave the list.
+        buried = {n for n, slot in self._slots.items() if slot.tombstoned}
+        lists = self.streams.lists
+        self._ended = self._ended or any(len(buried.intersection(names)) > len(names) // 2 for names in lists)
 
     def is_valid(self, now: float) -> bool:
         """Whether the session is the holder's at *now*. False for good once it was false after true."""
@@ -235,6 +239,11 @@ class Holder:
             # alone before this session was seen to use both.
             self._kept_until = self._valid_until
         else:
+            # Whoever settles the new list has waited only for sessions that renewed in both. One that sent
+            # something, but never had a majority, may have been found over by tombstones in streams that it
+            # will not look at any more.
+            if self._valid_until == NEVER and any(s.in_flight or s.revision for s in self._slots.values()):
+                self._ended = True
             self._kept_until = NEVER
         self.streams = streams
         for name in streams.all_streams:
