@@ -141,7 +141,8 @@ class App:
         self.health = HealthMonitor(config.name, config.checks, self._on_health)
         self._role, self._since, self._reason = Role.STOPPED, system.wall(), ""
         self._failures = Failures()
-        self._activating_since = 0.0
+        self._activating_since = self._standing_down_since = 0.0
+        self._highest_epoch = 0
         self._parts: NodeParts | None = None
         self._session: Session | None = None
         self._election: Election | None = None
@@ -333,6 +334,7 @@ class App:
             session,
             register,
             priority=self.config.pattern.priority,
+            highest=self._highest_epoch,
             on_leader=self._on_leader,
             on_acquired=self._on_acquired,
         )
@@ -347,6 +349,7 @@ class App:
                     reign = await election.next_reign()
                     await self._run_reign(election, reign)
         finally:
+            self._highest_epoch = election.highest
             await locks.close()
             self._election, self._locks, self._session = None, None, None
 
@@ -410,6 +413,7 @@ class App:
     async def _after_section(self, election: Election, section: Section, lasted: float) -> None:
         """The section has ended: count failures, say who is next, give the key back."""
         now = system.now()
+        self._running_parts.journal.stood_down(self.name, now - self._standing_down_since)
         reason, epoch = section.reign.reason, int(section.reign.epoch)
         if section.failure is not None:
             self._failures = self._failures.failed(now, str(section.failure), self.config.retry)
@@ -517,6 +521,7 @@ class App:
             self._running_parts.journal.activated(self.name, self.epoch, seconds)
         elif role is Role.STANDING_DOWN:
             self.health.set_active(False)
+            self._standing_down_since = system.now()
             self._journal_app("standing-down", reason)
 
     def _on_step(self, step: str, seconds: float, problem: str) -> None:

@@ -8,10 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from phalanx import system
+from phalanx import NatsOptions, system
+from phalanx.client import PlatformClient
+from phalanx.observe.audit import AuditEntry
 from phalanx.testing.faults import TcpProxy
 from phalanx.testing.nats import NatsCluster, NatsServer
 from phalanx.testing.stage import since_now, stage
+
+
+async def audited(nats: NatsCluster) -> list[AuditEntry]:
+    """The audit log so far."""
+    async with PlatformClient("test", NatsOptions(urls=tuple(nats.urls))) as client:
+        return await client.audit(limit=1000)
 
 
 async def test_g4_killed_node_moves_its_app_at_once(nats_cluster: NatsCluster, tmp_path: Path) -> None:
@@ -55,6 +63,10 @@ async def test_g1_frozen_node_is_fenced_before_another_begins(
         s.nodes[active].thaw()
         assert s.nodes[active].wait(5) == -9
         s.check()
+        entries = await audited(nats_cluster)
+        fenced = next(e for e in entries if (e.category, e.action) == ("node", "fenced"))
+        assert fenced.node == active
+        assert "stood still" in fenced.reason
 
 
 async def test_g1_frozen_host_cannot_go_on_after_its_session(

@@ -72,6 +72,7 @@ class Election:
         register: Register,
         *,
         priority: int = 0,
+        highest: int = 0,
         on_leader: Callable[[LeaderRecord, LeaderRecord], None] = lambda old, new: None,
         on_acquired: Callable[[LeaderRecord, float], None] = lambda record, waited: None,
     ) -> None:
@@ -87,7 +88,8 @@ class Election:
         self.candidates: dict[str, Candidate] = {}
         self._eligible, self._not_before = False, float("-inf")
         self._reign: Reign | None = None
-        self._ended = self._highest = self._failures = 0
+        self._ended = self._failures = 0
+        self._highest = highest
         self._unreleased: tuple[int, str, str | None] | None = None
         self._releasing = asyncio.Lock()
         self._reigns: asyncio.Queue[Reign] = asyncio.Queue(1)
@@ -102,6 +104,11 @@ class Election:
         )
 
     # --- for the app
+
+    @property
+    def highest(self) -> int:
+        """The highest epoch that this node has ever seen, for the election of its next session."""
+        return max(self._highest, self.leader.revision)
 
     @property
     def reign(self) -> Reign | None:

@@ -186,6 +186,8 @@ class Keeper:
         complete = await renewer.release(
             reason, by=f"keeper of {start.session.node}", deadline=system.now() + 2 * start.timing.ttl
         )
+        if kill_node:
+            await renewer.report_fenced(reason)
         if not complete:
             log.error("session %s: could not be released (%s); it expires instead", start.session, reason)
         self._say(wire.Released(complete))

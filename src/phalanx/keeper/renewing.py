@@ -140,6 +140,29 @@ class Renewer:
             await asyncio.sleep(0.05)
         return False
 
+    async def report_fenced(self, reason: str) -> None:
+        """Write the audit entry that the killed node cannot write. Best effort: the log has it, too."""
+        session = self.holder.session
+        entry_id = f"{session}-fenced"
+        entry = {
+            "id": entry_id,
+            "time": system.wall(),
+            "node": session.node,
+            "category": "node",
+            "action": "fenced",
+            "reason": reason,
+            "details": {"session": str(session), "by": "keeper"},
+        }
+        try:
+            await self._bus.write(
+                self._names.audit_subject("node", "fenced"),
+                _encode_body(entry),
+                headers={"Nats-Msg-Id": entry_id},
+                timeout=1.0,
+            )
+        except BusError as error:
+            log.warning("the audit entry of this fencing is lost: %s", error)
+
     async def _bury(self, stream: str, revisions: dict[str, int], body: bytes, done: set[str]) -> None:
         subject = self._names.session_subject(stream, self.holder.session)
         try:

@@ -28,6 +28,7 @@ class Meter(Protocol):
     """What the journal needs of the metrics."""
 
     def observe_step(self, app: str, step: str, seconds: float) -> None: ...
+    def observe_stand_down(self, app: str, seconds: float) -> None: ...
     def observe_activation(self, app: str, seconds: float) -> None: ...
     def observe_hook(self, app: str, hook: str, seconds: float) -> None: ...
     def leader_acquired(self, app: str) -> None: ...
@@ -70,6 +71,10 @@ class Journal:
         """An app is active now, so many seconds after this node took the leader key."""
         self._meter.observe_activation(app, seconds)
         self.app(app, "active", epoch=epoch, duration_seconds=seconds)
+
+    def stood_down(self, app: str, seconds: float) -> None:
+        """A section has ended, so many seconds after that began."""
+        self._meter.observe_stand_down(app, seconds)
 
     def step(self, app: str, step: str, epoch: int, seconds: float, problem: str) -> None:
         """One step of an activation, or of its undoing, has ended."""
