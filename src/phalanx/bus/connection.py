@@ -182,6 +182,9 @@ class NatsBus:
             if opening.done() and opening.exception() is None:
                 return bus
             error = opening.exception() if opening.done() else bus._last_error
+            if bus._refused.done():
+                # The server closes the connection after its refusal: what follows says nothing.
+                error = bus._refused.result()
         finally:
             bus._refused = None
             if not opening.done() or opening.exception() is not None:
