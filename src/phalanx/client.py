@@ -162,6 +162,23 @@ class PlatformClient:
         """What :meth:`nodes` finds, as the nodes' own words; one that is silent says so in ``problems``."""
         return [view.status or _silent(self.names.platform, view) for view in await self.nodes(timeout)]
 
+    async def forget(self, node: str) -> None:
+        """Take a node that will not return off the member list. Raises ConfigError while it is alive.
+
+        It comes back by itself when it is started again.
+        """
+        state = await self._state()
+        if node not in state.members:
+            known = ", ".join(sorted(state.members)) or "(none)"
+            raise ConfigError("node", node, "no member of this platform", f"members are: {known}")
+        if node in await self._live(state):
+            raise ConfigError("node", node, "its session lives", "stop that node first")
+        subject = self.names.key_subject(self.names.platform_bucket, self.names.member_key(node))
+        # The compare-and-set refuses it if the node has returned meanwhile.
+        await self.bus.write(
+            subject, b"", expect=state.member_revisions[node], headers={"KV-Operation": "DEL"}
+        )
+
     async def _answers(self, timeout: float, expected: int) -> dict[str, NodeStatus]:
         if not expected:
             return {}
@@ -309,6 +326,7 @@ class _State(msgspec.Struct, frozen=True):
     members: dict[str, Member]
     apps: tuple[str, ...]
     streams: StreamList | None
+    member_revisions: dict[str, int]
 
     @classmethod
     def of(cls, records: Mapping[str, Record]) -> _State:
@@ -322,6 +340,11 @@ class _State(msgspec.Struct, frozen=True):
             },
             tuple(sorted(key.removeprefix("app.") for key in held if key.startswith("app."))),
             _decoded(streams, StreamList) if streams is not None else None,
+            {
+                key.removeprefix("member."): record.revision
+                for key, record in held.items()
+                if key.startswith("member.")
+            },
         )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from phalanx import preflight
 from phalanx.app import App
 from phalanx.backends import make_backend
 from phalanx.config import (
@@ -79,7 +80,7 @@ class Platform:
         self._apps: dict[str, App] = {}
         self._node: Node | None = None
         self._running: asyncio.Task[None] | None = None
-        self._owns_process = False
+        self._owns_process = self._checked = False
 
     @classmethod
     def from_config(cls, config: PlatformConfig, apps: Sequence[AppConfig] = ()) -> Platform:
@@ -132,10 +133,21 @@ class Platform:
 
     # --- running in one's own loop
 
+    async def check(self) -> None:
+        """Look for what would keep this node from starting: directory, ports, NATS, rights. Makes nothing.
+
+        Raises ConfigError, StartError. :meth:`start` does this first, unless it was done just before.
+        """
+        await preflight.check(self.config)
+        self._checked = True
+
     async def start(self) -> None:
         """Start this node; returns once it takes part. Raises StartError, ConfigError; then nothing runs."""
         if self._running is not None:
             raise StartError("this platform runs already", "make another Platform for another node")
+        if not self._checked:
+            await self.check()
+        self._checked = False
         self._node = node = Node(self.config, self._apps.values())
         if self._owns_process:
             try:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-from phalanx import NatsOptions, system
+from phalanx import ConfigError, NatsOptions, system
 from phalanx.client import PlatformClient
 from phalanx.observe.audit import AuditEntry
 from phalanx.testing.faults import TcpProxy
@@ -311,3 +313,20 @@ async def test_g4_backend_of_a_killed_node_is_gone_before_its_successor_starts(
         await s.nodes.wait_until(lambda: len(spans()) == 2, 10, "the successor gives no sign of life")
         first, second = (spans()[epoch] for epoch in sorted(spans()))
         assert first[1] < second[0]
+
+
+async def test_dead_node_can_be_forgotten_and_a_live_one_not(nats_server: NatsServer, tmp_path: Path) -> None:
+    """``forget`` refuses a node whose session lives, and takes a dead one off the member list."""
+    with stage(tmp_path, nats_server, count=2, ttl=1.0) as s:
+        await s.settled()
+        async with PlatformClient("test", NatsOptions(urls=tuple(nats_server.urls))) as client:
+            with pytest.raises(ConfigError, match="its session lives"):
+                await client.forget("n2")
+            s.nodes["n2"].kill()
+            await s.nodes.wait_until(lambda: not s.nodes["n2"].is_running, 5, "n2 lives")
+            async with asyncio.timeout(10):
+                while "n2" in await client.members():
+                    with contextlib.suppress(ConfigError):
+                        await client.forget("n2")
+                    await asyncio.sleep(0.05)
+            assert set(await client.members()) == {"n1"}

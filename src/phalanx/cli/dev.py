@@ -18,11 +18,11 @@ from phalanx import system
 from phalanx.bus.embedded import EmbeddedServer
 from phalanx.cli import exits, output
 from phalanx.cli.child import STOP_SECONDS, Child
-from phalanx.cli.preflight import cannot_listen
 from phalanx.cli.target import Overrides, load
 from phalanx.client import PlatformClient
 from phalanx.config import EmbeddedNats, NatsOptions, PlatformConfig
 from phalanx.errors import ConfigError, PhalanxError, StartError
+from phalanx.preflight import cannot_listen
 
 HOST = "127.0.0.1"
 HTTP_PORT, NATS_PORT, CLUSTER_PORT = 7420, 4222, 6222

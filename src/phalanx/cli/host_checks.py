@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any, cast
 
+from phalanx import preflight
 from phalanx.bus.binary import nats_server_binary
-from phalanx.cli import preflight
 from phalanx.cli.about import nats_server_version
 from phalanx.cli.findings import Finding, fail, ok, warn
 from phalanx.config import EmbeddedNats, HttpServer, PlatformConfig

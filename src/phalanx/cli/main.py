@@ -34,6 +34,7 @@ COMMANDS = {
     "config": "check:config",
     "nats": "permissions:nats",
     "doctor": "doctor:doctor",
+    "forget": "forget:forget",
     "recreate-bucket": "recreate:recreate_bucket",
     "version": "about:version",
     "completion": "about:completion",

@@ -9,9 +9,8 @@ import statistics
 from datetime import datetime
 from typing import Any
 
-from phalanx import system
+from phalanx import preflight, system
 from phalanx.bus import provision
-from phalanx.cli import preflight
 from phalanx.cli.findings import Check, Finding, fail, ok, warn
 from phalanx.cli.host_checks import LITTLE_SPACE, size
 from phalanx.cli.output import span

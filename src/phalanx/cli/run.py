@@ -8,7 +8,7 @@ from typing import Annotated
 import msgspec
 from cyclopts import Parameter
 
-from phalanx.cli import exits, output, preflight
+from phalanx.cli import exits, output
 from phalanx.cli.target import Overrides, load
 from phalanx.config import Logging
 from phalanx.errors import PhalanxError
@@ -33,7 +33,7 @@ def run(
         log = Logging(format="json", level=platform.config.logging.level)
         platform.config = msgspec.structs.replace(platform.config, logging=log)
     try:
-        asyncio.run(preflight.check(platform.config))
+        asyncio.run(platform.check())
     except PhalanxError as error:
         # A node that cannot start ends with 2, whatever the reason: nothing was started.
         output.error(error)
