@@ -35,6 +35,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 MAX_WAITING_EVENTS = 64
 """Leader and health changes that wait for their hook; older ones make room and are logged."""
 
+NEWS_LINGER_SECONDS = 0.02
+"""Hooks that only tell of a change leave the machine to the failover that goes on just then."""
+
 SUCCESSOR_NONE = "no other eligible node"
 
 
@@ -571,6 +574,7 @@ class App:
         while True:
             await self._event_waits.wait()
             self._event_waits.clear()
+            await asyncio.sleep(NEWS_LINGER_SECONDS)
             while self._events:
                 # on_active goes first: a failover must not wait for a hook that only tells of it.
                 while self._is_becoming_active():

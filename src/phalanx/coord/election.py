@@ -23,6 +23,7 @@ from phalanx.types import Candidate, Epoch, LeaderRecord, SessionId
 log = logging.getLogger("phalanx.election")
 
 RETRY_SECONDS = 0.1
+OFFER_LINGER_SECONDS = 0.1
 STREAM_NOT_FOUND = 10059
 RETRIES = Backoff(first=0.1, longest=2.0)
 VERIFY_TIMEOUT_SECONDS = 1.0
@@ -118,6 +119,8 @@ class Election:
     def set_candidacy(self, eligible: bool, reason: str = "", not_before: float = float("-inf")) -> None:
         """Whether this node may lead, and from when on (``system.now()``'s clock)."""
         self._eligible, self._not_before = eligible, not_before
+        # A change of mind comes in the middle of a hand-over, which must not wait for it.
+        self._offer_due = system.now() + (OFFER_LINGER_SECONDS if self._offered is not None else 0.0)
         self._offer = Candidate(self._session.id, eligible, self._priority, reason)
         self._changed.set()
 
@@ -207,8 +210,15 @@ class Election:
                 pass
         if not await self._publish_offer():
             return RETRY_SECONDS
-        aside = self._not_before - system.now()
-        return aside if 0 < aside < float("inf") else None
+        return self._next_look()
+
+    def _next_look(self) -> float | None:
+        """After how many seconds the offer has to be looked at again, if nothing else happens."""
+        now = system.now()
+        moments = [self._not_before]
+        if self._offer != self._offered:
+            moments.append(self._offer_due)
+        return min((m - now for m in moments if now < m < float("inf")), default=None)
 
     def _view(self) -> rules.View:
         holder = self.leader.session
@@ -290,7 +300,7 @@ class Election:
         if offer is not None and offer.eligible and system.now() < self._not_before:
             # It steps aside: nobody shall name it as the successor meanwhile.
             offer = msgspec.structs.replace(offer, eligible=False, reason="stepping aside for a while")
-        if offer is None or offer == self._offered:
+        if offer is None or offer == self._offered or system.now() < self._offer_due:
             return True
         subject = self._names.key_subject(self._bucket, self._names.candidate_key(self._session.id.node))
         try:
@@ -302,6 +312,7 @@ class Election:
         return True
 
     _offer: Candidate | None = None
+    _offer_due: float = 0.0
     _verify: bool = False
 
     async def _read_leader(self) -> bool:
