@@ -384,6 +384,7 @@ class Keeper(Process):
         """The list of session streams changed."""
         self.on_beat()
         if not self.ending:
+            self.holder.is_valid(self.host.clock())
             self.holder.on_streams(streams)
             self.step()
 

@@ -209,7 +209,7 @@ class NatsBus:
             closed_cb=self._on_closed,
             max_reconnect_attempts=-1,
             reconnect_time_wait=RECONNECT_SECONDS,  # pyright: ignore[reportArgumentType]
-            connect_timeout=max(0.25, min(2.0, 2 * self._ping_interval)),  # pyright: ignore[reportArgumentType]
+            connect_timeout=max(0.5, min(2.0, 2 * self._ping_interval)),  # pyright: ignore[reportArgumentType]
             ping_interval=self._ping_interval,  # pyright: ignore[reportArgumentType]
             max_outstanding_pings=2,
             pending_size=0,  # nothing is kept while disconnected, and no publish waits for a stuck flush

@@ -222,6 +222,8 @@ class Keeper:
             case wire.Streams():
                 self._pending_streams = message
                 if self._renewer is not None:
+                    # First the verdict under the old list: what ran out must not be revived by a new one.
+                    self._renewer.holder.is_valid(system.now())
                     self._renewer.holder.on_streams(message.streams)
                     self._wake.set()
             case wire.Release():
