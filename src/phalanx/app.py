@@ -355,6 +355,8 @@ class App:
             self._highest_epoch = election.highest
             await locks.close()
             self._election, self._locks, self._session = None, None, None
+            if self._started:
+                self._set_role(self._passive_role())
 
     async def _run_reign(self, election: Election, reign: Reign) -> None:
         parts = self._running_parts
@@ -479,6 +481,8 @@ class App:
     def _ineligible_because(self) -> str:
         if self._barred or self._leaving:
             return self._barred or self._leaving
+        if self._election is None:
+            return "the node has no session"
         verdict = self.health.standby_verdict
         if verdict is Health.UNHEALTHY:
             return f"unhealthy: {self.health.standby_reason}"

@@ -21,8 +21,10 @@ from phalanx.observe.journal import Journal
 log = logging.getLogger("phalanx.node")
 
 START_PATIENCE_SECONDS = 30.0
-SETUP_LOCK_SECONDS = 30.0
-SETUP_WAIT_SECONDS = 60.0
+SETUP_LOCK_SECONDS = 120.0
+"""Longer than three session streams can take to be placed: a second maker would move the first one's."""
+
+SETUP_WAIT_SECONDS = 150.0
 
 
 async def patiently(work: Callable[[], Awaitable[None]], what: str) -> None:

@@ -149,7 +149,8 @@ class Guard:
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._wake.wait(), max(0.001, seconds))
+            async with asyncio.timeout(max(0.001, seconds)):
+                await self._wake.wait()
 
     async def fence_all(self, reason: str) -> None:
         """End all sections at once; if they do not end, end the node."""

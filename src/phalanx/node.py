@@ -11,8 +11,9 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
+from typing import Any
 
 from phalanx import system
 from phalanx.alarm import Alarm
@@ -348,7 +349,11 @@ class Node:
                 failures = 0
             except NodeIdTaken:
                 raise
-            except (SessionLost, BusError, TimeoutError) as error:
+            except (SessionLost, StartError, BusError, TimeoutError) as error:
+                if self._stopping.is_set():
+                    return
+                if isinstance(error, StartError) and not self.has_started:
+                    raise
                 if started is not None and not started.done() and failures >= 3:
                     raise StartError(
                         f"no session: {error}", "check the NATS servers; phalanx doctor says more"
@@ -356,50 +361,72 @@ class Node:
                 failures += 1
                 self.journal.node("no-session", reason=str(error), level=logging.ERROR)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stopping.wait(), SESSION_RETRY.delay(failures))
+                    async with asyncio.timeout(SESSION_RETRY.delay(failures)):
+                        await self._stopping.wait()
 
     async def _live(self, started: asyncio.Future[None] | None) -> None:
         """One session, from its start to its end."""
-        began = system.now()
         session = Session(SessionId.new(self.node), self.timing)
         session.on_renewed = self._on_renewed
-        if self._previous is not None:
-            await self._register.bury_own(self._previous, "its node starts over")
-            found = await self.state.read(self.names.SESSIONS_KEY, StreamList)
-            if found is not None:
-                # This node may have slept through changes of the list: what it judged by is worth nothing.
-                await self._register.start_over(found[0])
-                async with asyncio.timeout(START_PATIENCE_SECONDS):
-                    await self._register.ready.wait()
         try:
-            await session.start(
-                self.names.platform,
-                self._register.streams,
-                self._options,
-                self.data_dir,
-                max(5.0, 2 * self.timing.ttl),
-                self.config.logging,
-            )
-        except asyncio.CancelledError:
-            await session.close()
-            raise
-        self.session, self._previous = session, session.id
-        self._register.me = session.id
-        try:
-            self._member = self._describe(session)
-            member = self._member
-            await self._check_streams()
-            await patiently(
-                lambda: self.state.claim_member(member, self._register, self.timing.observe + 1.0),
-                "take the node id",
-            )
-            self.journal.node(
-                "session-established", duration_seconds=system.now() - began, session=str(session.id)
-            )
+            await self._unless_stopping(self._begin_session(session))
             await self._serve(session, started)
         finally:
             self._serving.clear()
             await self._end_session(session)
+
+    async def _unless_stopping(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do *work*, which may wait long for NATS; but when the node is to stop raise SessionLost."""
+        task = asyncio.create_task(work, name="begin session")
+        stop = asyncio.create_task(self._stopping.wait(), name="stop")
+        try:
+            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        if task.cancelled():
+            raise SessionLost(str(self._previous), "the node is stopping")
+        task.result()
+
+    async def _begin_session(self, session: Session) -> None:
+        began = system.now()
+        if self._previous is not None:
+            await self._observe_anew(self._previous)
+        self._previous = session.id
+        await session.start(
+            self.names.platform,
+            self._register.streams,
+            self._options,
+            self.data_dir,
+            max(5.0, 2 * self.timing.ttl),
+            self.config.logging,
+        )
+        self.session = session
+        self._register.me = session.id
+        member = self._member = self._describe(session)
+        await self._check_streams()
+        await patiently(
+            lambda: self.state.claim_member(member, self._register, self.timing.observe + 1.0),
+            "take the node id",
+        )
+        self.journal.node(
+            "session-established", duration_seconds=system.now() - began, session=str(session.id)
+        )
+
+    async def _observe_anew(self, previous: SessionId) -> None:
+        """After an earlier session, whose end this process vouches for.
+
+        The node may have slept through changes of the list of session streams: what it judged by before is
+        worth nothing.
+        """
+        await self._register.bury_own(previous, "its node starts over")
+        found = await self.state.read(self.names.SESSIONS_KEY, StreamList)
+        if found is not None:
+            await self._register.start_over(found[0])
+            async with asyncio.timeout(START_PATIENCE_SECONDS):
+                await self._register.ready.wait()
 
     def _on_renewed(self, valid_until: float) -> None:
         # After the guard should have fenced and the keeper should have killed.
@@ -472,7 +499,7 @@ class Node:
         lost = session.lost.is_set()
         if lost:
             self.journal.node("session-lost", reason=session.lost_reason, level=logging.ERROR)
-        else:
+        elif session.established.is_set():
             if not await session.release(self.stop_reason or "starting over"):
                 log.warning("session %s: nobody confirmed its end; it expires", session.id)
             if self._member is not None and self._stopping.is_set() and self.bus.is_connected:

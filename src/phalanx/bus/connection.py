@@ -98,20 +98,27 @@ class _Client(Client):
             self._drop()
         await super()._process_op_err(e)
 
+    async def _connect_to_server(self, s: Any) -> None:
+        # A server that took the connection but never spoke: nats-py would leave that socket open.
+        self.abort()
+        await super()._connect_to_server(s)
+
     async def leave(self) -> None:
         """Reconnect to the next server of the pool."""
         await self._process_op_err(NatsError("leaving this server"))
 
     def abort(self) -> None:
-        """Close the transport without waiting for anything."""
+        """Close the transport without waiting for anything; what was not sent yet is dropped.
+
+        SUB commands among that are harmless to drop: a reconnection sends all subscriptions anew.
+        """
+        self._pending.clear()
+        self._pending_data_size = 0
         writer = getattr(self._transport, "_io_writer", None)
         if writer is not None:
             writer.transport.abort()
 
     def _drop(self) -> None:
-        # SUB commands among these are harmless to drop: the reconnection sends all subscriptions anew.
-        self._pending.clear()
-        self._pending_data_size = 0
         self.abort()
         self._on_broken()
 
@@ -238,8 +245,11 @@ class NatsBus:
 
     async def _dispose(self, client: _Client) -> None:
         client.abort()
-        with contextlib.suppress(NatsError, OSError, TimeoutError):
+        try:
             await _bounded(client.close(), 2)
+        except Exception as error:
+            # Whatever a broken client says at its end (uvloop: RuntimeError) must not stop its successor.
+            log.debug("nats: closing: %s", _plain(error))
 
     # --- what happens to the connection
 
@@ -598,7 +608,8 @@ class NatsBus:
             try:
                 await client.publish(subject, data, reply=inbox)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(enough.wait(), timeout)
+                    async with asyncio.timeout(timeout):
+                        await enough.wait()
             finally:
                 await subscription.unsubscribe()
         except (NatsError, OSError) as error:

@@ -24,6 +24,7 @@ log = logging.getLogger("phalanx.election")
 
 RETRY_SECONDS = 0.1
 OFFER_LINGER_SECONDS = 0.1
+TIDY_SECONDS = 30.0
 STREAM_NOT_FOUND = 10059
 RETRIES = Backoff(first=0.1, longest=2.0)
 VERIFY_TIMEOUT_SECONDS = 1.0
@@ -87,6 +88,7 @@ class Election:
         self.leader_since = system.wall()
         self._vacant_since = system.now()
         self.candidates: dict[str, Candidate] = {}
+        self._offer_revisions: dict[str, int] = {}
         self._eligible, self._not_before = False, float("-inf")
         self._reign: Reign | None = None
         self._ended = self._failures = 0
@@ -163,8 +165,8 @@ class Election:
         stop_listening = self._bus.on_connection(self._on_connection)
         self._register.on_over(self._on_session_over)
         self._session.on_change(self._changed.set)
-        await self._watch.start()
         try:
+            await self._watch.start()
             while True:
                 self._changed.clear()
                 wait = await self._step()
@@ -173,6 +175,10 @@ class Election:
             stop_listening()
             self._register.off_over(self._on_session_over)
             self._session.off_change(self._changed.set)
+            for node in list(self.candidates):
+                self._on_offer_removed(node)
+            if self.leader.session is not None:
+                self._register.unnote(self.leader.session)
             await self._watch.close()
 
     async def _pause(self, seconds: float | None) -> None:
@@ -210,7 +216,29 @@ class Election:
                 pass
         if not await self._publish_offer():
             return RETRY_SECONDS
+        await self._tidy()
         return self._next_look()
+
+    def _dead_offers(self) -> list[str]:
+        return [n for n, offer in self.candidates.items() if self._register.is_over(offer.session)]
+
+    async def _tidy(self) -> None:
+        """The leader removes the offers of nodes that are gone: some never return, under their old names."""
+        if self._reign is None or system.now() < self._tidy_at:
+            return
+        self._tidy_at = system.now() + TIDY_SECONDS
+        for node in self._dead_offers():
+            subject = self._names.key_subject(self._bucket, self._names.candidate_key(node))
+            try:
+                # A node that returns just now has written a newer revision: then this is refused.
+                await self._bus.write(
+                    subject,
+                    expect=self._offer_revisions[node],
+                    headers={"KV-Operation": "DEL"},
+                    timeout=1.0,
+                )
+            except BusError as error:
+                log.debug("app %s: removing the offer of %s: %s", self._app, node, error)
 
     def _next_look(self) -> float | None:
         """After how many seconds the offer has to be looked at again, if nothing else happens."""
@@ -218,6 +246,8 @@ class Election:
         moments = [self._not_before]
         if self._offer != self._offered:
             moments.append(self._offer_due)
+        if self._reign is not None and self._dead_offers():
+            moments.append(self._tidy_at)
         return min((m - now for m in moments if now < m < float("inf")), default=None)
 
     def _view(self) -> rules.View:
@@ -240,9 +270,7 @@ class Election:
         nonce = secrets.token_hex(8)
         body = _LeaderBody(session=self._session.id, nonce=nonce)
         try:
-            revision = await self._bus.write(
-                self._leader_subject, _encode(body), expect=expected, timeout=1.0
-            )
+            revision = await self._write_past_lost_epochs(_encode(body), expected)
         except WrongRevision:
             # Somebody else was faster; or it was our own write, or a spurious refusal: read back.
             if not await self._read_leader():
@@ -254,18 +282,28 @@ class Election:
             await self._read_leader()
             return RETRIES.delay(self._failures)
         self._failures = 0
-        if revision <= self._highest:
-            # The servers have lost writes, and would count the same epochs again: go on until past them.
-            return await self._acquire(revision)
         vacant_for = started - self._vacant_since
         self._learn(_record(revision, body))
         if self.leader.revision == revision:
             self._begin(revision, vacant_for)
         return None
 
+    async def _write_past_lost_epochs(self, body: bytes, expected: int) -> int:
+        """Write the leader key; its revision, which is larger than every epoch that this node knows.
+
+        Servers that have lost writes would count the same epochs again: the key is written until it is
+        past them.
+        """
+        while True:
+            revision = await self._bus.write(self._leader_subject, body, expect=expected, timeout=1.0)
+            if revision > self._highest:
+                return revision
+            expected = revision
+
     def _begin(self, epoch: int, vacant_for: float) -> None:
         reign = Reign(Epoch(epoch), Fence(self._leader_subject, epoch))
         self._reign = reign
+        self._tidy_at = system.now() + TIDY_SECONDS
         self._on_acquired(self.leader, vacant_for)
         self._reigns.put_nowait(reign)
 
@@ -313,6 +351,7 @@ class Election:
 
     _offer: Candidate | None = None
     _offer_due: float = 0.0
+    _tidy_at: float = 0.0
     _verify: bool = False
 
     async def _read_leader(self) -> bool:
@@ -358,9 +397,24 @@ class Election:
             if not record.removed:
                 self._learn(_record(record.revision, _leader_of(record.data)))
         elif key.startswith(CANDIDATE_KEYS) and not record.removed:
-            offer = _candidate_of(record.data)
-            self.candidates[offer.session.node] = offer
+            self._on_offer(_candidate_of(record.data), record.revision)
+        elif key.startswith(CANDIDATE_KEYS):
+            self._on_offer_removed(key.removeprefix(f"{CANDIDATE_KEYS}."))
         self._changed.set()
+
+    def _on_offer(self, offer: Candidate, revision: int) -> None:
+        before = self.candidates.get(offer.session.node)
+        self._register.note(offer.session)
+        if before is not None:
+            self._register.unnote(before.session)
+        self.candidates[offer.session.node] = offer
+        self._offer_revisions[offer.session.node] = revision
+
+    def _on_offer_removed(self, node: str) -> None:
+        offer = self.candidates.pop(node, None)
+        self._offer_revisions.pop(node, None)
+        if offer is not None:
+            self._register.unnote(offer.session)
 
     def _learn_from_leader(self, record: Record | None) -> None:
         """What the stream's leader has, which counts even if it is older: servers may have lost writes."""
@@ -382,6 +436,8 @@ class Election:
 
     def _replace(self, record: LeaderRecord) -> None:
         old, self.leader = self.leader, record
+        if old.session is not None:
+            self._register.unnote(old.session)
         self._highest = max(self._highest, old.revision)
         self.leader_since = system.wall()
         if record.session is None:

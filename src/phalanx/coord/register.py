@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import msgspec
 
@@ -35,11 +37,13 @@ class Register:
         """This node's own session, which it never ends as an observer."""
         self._observer = Observer(streams, timing, system.now())
         self._watches: dict[str, Watch] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._absent: dict[SessionId, set[str]] = {}
         self._callbacks: list[Callable[[SessionId], None]] = []
         self._changed = asyncio.Event()
         self._burying: dict[Tombstone, asyncio.Task[None]] = {}
         self._caught_up: set[str] = set()
-        self._noted: set[SessionId] = set()
+        self._noted: Counter[SessionId] = Counter()
         self.heard_at = system.now()
         """When a session stream was last heard."""
         self.ready = asyncio.Event()
@@ -74,9 +78,15 @@ class Register:
 
     def note(self, session: SessionId) -> None:
         """Something refers to *session*: judge it even if no stream holds it."""
-        self._noted.add(session)
+        self._noted[session] += 1
         self._observer.note(session, system.now())
         self._changed.set()
+
+    def unnote(self, session: SessionId) -> None:
+        """One reference less."""
+        self._noted[session] -= 1
+        if self._noted[session] <= 0:
+            del self._noted[session]
 
     def on_over(self, callback: Callable[[SessionId], None]) -> None:
         """Be told of each session that ends."""
@@ -99,7 +109,8 @@ class Register:
         try:
             if self.is_over(session):
                 return True
-            await asyncio.wait_for(done.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await done.wait()
         except TimeoutError:
             return False
         finally:
@@ -115,25 +126,29 @@ class Register:
         self._caught_up.clear()
         for watch in self._watches.values():
             watch.refresh()
-        await self._watch_streams()
+        self._watch_streams()
         self._changed.set()
 
     async def start_over(self, streams: StreamList) -> None:
-        """Forget every verdict and observe anew: for a node that may have missed changes of the list."""
+        """Forget every verdict and observe anew: for a node that may have missed changes of the list.
+
+        Wait for ``ready`` afterwards.
+        """
         for watch in self._watches.values():
-            await watch.close()
+            self._spawn(watch.close(), "unwatch sessions")
         self._watches.clear()
+        self._absent.clear()
         self._caught_up.clear()
         self.ready.clear()
         self._observer = Observer(streams, self._timing, system.now())
         for session in self._noted:
             self._observer.note(session, system.now())
-        await self._watch_streams()
+        self._watch_streams()
         self._changed.set()
 
     async def run(self) -> None:
         """Watch and write tombstones until cancelled."""
-        await self._watch_streams()
+        self._watch_streams()
         try:
             while True:
                 self._changed.clear()
@@ -152,6 +167,19 @@ class Register:
             for watch in self._watches.values():
                 await watch.close()
             self._watches.clear()
+            for task in self._background:
+                task.cancel()
+            await asyncio.gather(*self._background, return_exceptions=True)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._background.add(task)
+        task.add_done_callback(self._settled)
+
+    def _settled(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s failed", task.get_name(), exc_info=error)
 
     def _suspects(self, now: float) -> bool:
         return self._observer.next_check(now) - now < self._timing.ttl / 4
@@ -163,15 +191,16 @@ class Register:
         finally:
             timer.cancel()
 
-    async def _watch_streams(self) -> None:
+    def _watch_streams(self) -> None:
+        """Begin and end watches. None waits for another: the server of one stream may be down for long."""
         wanted = self._observer.streams.all_streams
         for name in set(self._watches) - set(wanted):
-            await self._watches.pop(name).close()
+            self._spawn(self._watches.pop(name).close(), f"unwatch {name}")
             self._caught_up.discard(name)
         for name in wanted:
             if name not in self._watches:
                 self._watches[name] = watch = self._make_watch(name)
-                await watch.start()
+                self._spawn(watch.start(), f"watch {name}")
 
     def _make_watch(self, stream: str) -> Watch:
         return Watch(
@@ -192,7 +221,7 @@ class Register:
         session = self._names.session_of(record.subject)
         self.heard_at = system.now()
         if record.removed:
-            self._forget(session)  # a tombstone whose time is up
+            self._is_absent(session, stream)  # a tombstone whose time is up
             return
         over = self._observer.on_record(stream, session, record.revision, _body_of(record.data), system.now())
         self._tell(over)
@@ -208,17 +237,24 @@ class Register:
         )
         for session in self._observer.known():
             if session not in keys:
-                self._forget(session)
+                self._is_absent(session, stream)
+            elif session in self._absent:
+                self._absent[session].discard(stream)
         self._caught_up.add(stream)
         if self._observer.streams.has_majority(self._caught_up):
             self.ready.set()
         self._tell(over)
         self._changed.set()
 
-    def _forget(self, session: SessionId) -> None:
-        """Drop a session that ended long ago, unless a leader or member key may still name it."""
-        if session not in self._noted and self._observer.is_over(session):
+    def _is_absent(self, session: SessionId, stream: str) -> None:
+        """Forget a session that ended so long ago that its tombstones are gone, unless a key may name it."""
+        if session in self._noted or not self._observer.is_over(session):
+            return
+        absent = self._absent.setdefault(session, set())
+        absent.add(stream)
+        if self._observer.streams.has_majority(absent):
             self._observer.forget(session)
+            del self._absent[session]
 
     def _tell(self, over: list[SessionId]) -> None:
         for session in over:

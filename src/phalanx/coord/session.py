@@ -17,7 +17,7 @@ from phalanx import system
 from phalanx.config import Logging, NatsOptions
 from phalanx.decide.session import StreamList
 from phalanx.decide.timing import Timing
-from phalanx.errors import SessionLost
+from phalanx.errors import BackendError, SessionLost
 from phalanx.keeper import wire
 from phalanx.types import Resource, SessionId
 
@@ -42,7 +42,8 @@ class Session:
         self.lost_reason = ""
         self._released = asyncio.Event()
         self._releasing = False
-        self._acks: dict[int, asyncio.Future[None]] = {}
+        self._acks: dict[int, asyncio.Future[str]] = {}
+        """By number of registration: what is wrong with it, empty if nothing is."""
         self._numbers = itertools.count(1)
         self._transport: asyncio.WriteTransport | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -54,12 +55,12 @@ class Session:
     @property
     def is_valid(self) -> bool:
         """Whether the session is this node's at this very moment."""
-        return not self.lost.is_set() and system.now() < self.valid_until
+        return not (self._releasing or self.lost.is_set()) and system.now() < self.valid_until
 
     @property
     def may_begin(self) -> bool:
         """Whether there is time enough to begin something: the session does not run out just now."""
-        return not self.lost.is_set() and system.now() < self.timing.stand_down_at(self.valid_until)
+        return self.is_valid and system.now() < self.timing.stand_down_at(self.valid_until)
 
     @property
     def keeper_pid(self) -> int:
@@ -83,7 +84,11 @@ class Session:
         mine, theirs = socket.socketpair()
         mine.setblocking(False)
         with theirs:
-            self._process = _start_keeper(theirs)
+            try:
+                self._process = _start_keeper(theirs)
+            except OSError as error:
+                mine.close()
+                raise SessionLost(str(self.id), f"its keeper cannot be started: {error.strerror}") from error
         loop = asyncio.get_running_loop()
         transport, _ = await loop.create_connection(lambda: _Channel(self), sock=mine)
         self._transport = transport
@@ -113,19 +118,30 @@ class Session:
             await asyncio.sleep(interval)
 
     async def register(self, resource: Resource) -> None:
-        """Tell the keeper what is about to start. Raises SessionLost if it does not confirm in time."""
+        """Tell the keeper what is about to start, and wait until it would kill that if this node died.
+
+        Raises SessionLost if it does not confirm in time; BackendError if it cannot take note of it (its
+        disk is full, or read-only): the session lives, but this must not start.
+        """
         if self._transport is None or not self.is_valid:
             raise SessionLost(str(self.id), self.lost_reason or "not valid")
         number = next(self._numbers)
         ack = self._acks[number] = asyncio.get_running_loop().create_future()
         try:
             wire.send(self._transport, wire.Register(number, resource))
-            await asyncio.wait_for(ack, REGISTER_TIMEOUT_SECONDS)
+            problem = await asyncio.wait_for(ack, REGISTER_TIMEOUT_SECONDS)
         except TimeoutError:
             self._lose("the keeper does not answer")
             raise SessionLost(str(self.id), self.lost_reason) from None
         finally:
             self._acks.pop(number, None)
+        if problem:
+            raise BackendError(
+                resource.app,
+                "start",
+                f"the keeper cannot take note of it: {problem}",
+                "make the data directory writable and free space there",
+            )
 
     def unregister(self, resource_id: str) -> None:
         """Tell the keeper that this has ended."""
@@ -141,15 +157,18 @@ class Session:
         """End the session: the caller vouches that nothing hangs on it. True when a majority knows."""
         if self._transport is None or self.lost.is_set():
             return False
+        # From here on nothing may rely on it: whoever holds a lock through it learns that first.
         self._releasing = True
+        self._tell()
         wire.send(self._transport, wire.Release(reason))
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._released.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._released.wait()
         return self._released.is_set()
 
     async def close(self) -> None:
         """Let go of the keeper: it kills what is still registered and exits. Waits for its end, bounded."""
-        if self._transport is not None and not self.lost.is_set() and not self._released.is_set():
+        if self._transport is not None and not self._released.is_set():
             # Without a goodbye the keeper would take this for a crash, and kill this process.
             self._releasing = True
             wire.send(self._transport, wire.Release("closed"))
@@ -183,14 +202,19 @@ class Session:
                 if not could_begin:
                     self._tell()
             case wire.Registered(number):
-                ack = self._acks.get(number)
-                if ack is not None and not ack.done():
-                    ack.set_result(None)
+                self._acknowledge(number, "")
+            case wire.Refused(number, problem):
+                self._acknowledge(number, problem)
             case wire.Lost(reason):
                 self._lose(reason)
             case wire.Released(complete):
                 if complete and self._releasing:
                     self._released.set()
+
+    def _acknowledge(self, number: int, problem: str) -> None:
+        ack = self._acks.get(number)
+        if ack is not None and not ack.done():
+            ack.set_result(problem)
 
     def _tell(self) -> None:
         for callback in list(self._on_change):

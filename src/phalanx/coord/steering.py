@@ -51,7 +51,8 @@ class Steering:
             return
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._look.wait(), CHECK_SECONDS)
+                async with asyncio.timeout(CHECK_SECONDS):
+                    await self._look.wait()
             if self._look.is_set():
                 self._look.clear()
                 await asyncio.sleep(SETTLE_SECONDS)

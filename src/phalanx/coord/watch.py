@@ -61,17 +61,27 @@ class Watch:
         self._task: asyncio.Task[None] | None = None
         self._stop_listening: Callable[[], None] | None = None
         self._caught_up = asyncio.Event()
+        self._closed = False
 
     async def start(self) -> None:
         """Begin to watch; returns when the present state has been delivered. Cancel it to give up."""
-        self._stop_listening = self._bus.on_connection(self._on_connection)
-        self._subscription = await self._bus.subscribe(self._subject, self._on_message)
-        self._asked.set()
-        self._task = asyncio.create_task(self._run(), name=f"watch {self._subjects}")
-        await self._caught_up.wait()
+        try:
+            self._stop_listening = self._bus.on_connection(self._on_connection)
+            self._subscription = await self._bus.subscribe(self._subject, self._on_message)
+            if self._closed:
+                await self.close()
+                return
+            self._asked.set()
+            self._task = asyncio.create_task(self._run(), name=f"watch {self._subjects}")
+            await self._caught_up.wait()
+        except BaseException:
+            await self.close()
+            raise
 
     async def close(self) -> None:
-        """No longer watch. Harmless when done twice."""
+        """No longer watch; a :meth:`start` that waits returns. Harmless when done twice."""
+        self._closed = True
+        self._caught_up.set()
         if self._stop_listening is not None:
             self._stop_listening()
         task, self._task = self._task, None

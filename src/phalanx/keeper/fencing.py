@@ -49,16 +49,33 @@ class Registry:
         return any(resource.kind == "section" for resource in self._resources.values())
 
     def add(self, resource: Resource) -> None:
-        """Register; returns once the file holds it too (sections die with the node: memory is enough)."""
+        """Register; returns once the file holds it too (sections die with the node: memory is enough).
+
+        Raises OSError if the file can't be written. What ran before it stays registered, as it is now: the
+        node has to take back what it does not start, or has killed.
+        """
+        is_new = resource.id not in self._resources
         self._resources[resource.id] = resource
-        if resource.kind != "section":
+        if resource.kind == "section":
+            return
+        try:
             self._save()
+        except OSError:
+            if is_new:
+                del self._resources[resource.id]
+            raise
 
     def remove(self, resource_id: str) -> None:
-        """Forget something that has ended."""
+        """Forget something that has ended. Never fails: a file that says too much does no harm.
+
+        What it names too much no longer runs, and no other process ever has its marker.
+        """
         gone = self._resources.pop(resource_id, None)
         if gone is not None and gone.kind != "section":
-            self._save()
+            try:
+                self._save()
+            except OSError as error:
+                log.error("%s: still names %s, which has ended: %s", self._path, resource_id, error)
 
     def _save(self) -> None:
         # No fsync: after a power loss the boot id differs and nothing of this runs any more.
@@ -73,7 +90,7 @@ class Registry:
             saved = msgspec.json.decode(self._path.read_bytes(), type=_File)
         except FileNotFoundError:
             return []
-        except (msgspec.DecodeError, json.JSONDecodeError) as error:
+        except (msgspec.DecodeError, json.JSONDecodeError, OSError) as error:
             log.error("%s is unreadable (%s): left-overs can't be known", self._path, error)
             return []
         return saved.resources if saved.boot_id == system.boot_id() else []

@@ -23,6 +23,7 @@ from phalanx.keeper import fencing, wire
 from phalanx.keeper.renewing import Renewer
 from phalanx.names import Names
 from phalanx.ports import Bus
+from phalanx.types import Resource
 
 log = logging.getLogger("phalanx.keeper")
 
@@ -34,6 +35,9 @@ class OwnBus(Bus, Protocol):
         """End the connection."""
         ...
 
+
+OWN_PAUSE_SECONDS = 0.2
+"""Waking so much later than asked for means that this process was paused itself."""
 
 Connect = Callable[[NatsOptions, str, float], Awaitable[OwnBus]]
 """Builds the bus: options, client name, ping interval in seconds."""
@@ -154,6 +158,10 @@ class Keeper:
             await self._wake.wait()
         finally:
             timer.cancel()
+        if system.now() - moment > OWN_PAUSE_SECONDS and self._watchdog is not None:
+            # It was this process that stood still, perhaps the whole machine: the node's beats of that
+            # time are still in the socket, or come only now. Judge from here on.
+            self._watchdog.on_beat(system.now())
 
     async def _fence(
         self, start: wire.Start, renewer: Renewer, registry: fencing.Registry, verdict: Fencing
@@ -214,8 +222,7 @@ class Keeper:
                 pass
             case wire.Register(number, resource):
                 if self._registry is not None:
-                    self._registry.add(resource)
-                    self._say(wire.Registered(number))
+                    self._register(self._registry, number, resource)
             case wire.Unregister(resource_id):
                 if self._registry is not None:
                     self._registry.remove(resource_id)
@@ -229,6 +236,16 @@ class Keeper:
             case wire.Release():
                 self._release = message
                 self._wake.set()
+
+    def _register(self, registry: fencing.Registry, number: int, resource: Resource) -> None:
+        try:
+            registry.add(resource)
+        except OSError as error:
+            # A full disk is no reason to kill the node: what can't be noted just does not start here.
+            log.error("app %s: cannot note what it starts: %s", resource.app, error)
+            self._say(wire.Refused(number, str(error)))
+        else:
+            self._say(wire.Registered(number))
 
     def _on_gone(self, reason: str) -> None:
         if self._gone is None:

@@ -75,7 +75,10 @@ class Renewer:
     def _finished(self, stream: str, task: asyncio.Task[None]) -> None:
         if self._tasks.get(stream) is task:
             del self._tasks[stream]
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled():
+            # Perhaps before its first step, so that it could not say so itself.
+            self.holder.on_unanswered(stream)
+        elif (error := task.exception()) is not None:
             log.error("renewal on %s failed unexpectedly", stream, exc_info=error)
             self.holder.on_unanswered(stream)
         self._on_progress()
@@ -129,8 +132,9 @@ class Renewer:
         while system.now() < deadline:
             missing = [name for name in revisions if name not in done]
             attempts = [asyncio.create_task(self._bury(n, revisions, body, done)) for n in missing]
-            for attempt in asyncio.as_completed(attempts, timeout=self._timeout + 1):
-                await attempt
+            pending = set(attempts)
+            while pending:
+                _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 if self.holder.streams.has_majority(done):
                     # The others get theirs too if their server answers; nobody needs to wait for it.
                     await asyncio.wait(attempts, timeout=0.1)

@@ -79,6 +79,13 @@ class Registered(msgspec.Struct, frozen=True, tag="registered"):
     number: int
 
 
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """Keeper to node: I can't take note of this, so it must not start. The session goes on."""
+
+    number: int
+    problem: str
+
+
 class Lost(msgspec.Struct, frozen=True, tag="lost"):
     """Keeper to node: the session is over (or never came to be)."""
 
@@ -92,7 +99,7 @@ class Released(msgspec.Struct, frozen=True, tag="released"):
 
 
 FromNode = Start | Beat | Register | Unregister | Streams | Release
-FromKeeper = Established | ValidUntil | Registered | Lost | Released
+FromKeeper = Established | ValidUntil | Registered | Refused | Lost | Released
 
 # The socket pair is the one place where secrets travel in clear: nobody else can read it.
 _encoder = msgspec.json.Encoder(enc_hook=reveal_secrets)
