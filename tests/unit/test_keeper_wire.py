@@ -70,7 +70,14 @@ def test_a_line_without_end_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [wire.Established(), wire.ValidUntil(1.5, 3), wire.Lost("why"), wire.Released(True)]
+    "message",
+    [
+        wire.Established(),
+        wire.ValidUntil(1.5, 3),
+        wire.Refused(2, "No space left on device"),
+        wire.Lost("why"),
+        wire.Released(True),
+    ],
 )
 def test_what_the_keeper_says_reaches_the_node(message: wire.FromKeeper) -> None:
     """Every message of the keeper comes back equal."""

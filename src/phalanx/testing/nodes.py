@@ -152,6 +152,14 @@ class NodeProcess:
         if keeper:
             faults.thaw(self.keeper_pid)
 
+    def freeze_keeper(self) -> None:
+        """SIGSTOP the keeper alone."""
+        faults.freeze(self.keeper_pid)
+
+    def thaw_keeper(self) -> None:
+        """SIGCONT the keeper."""
+        faults.thaw(self.keeper_pid)
+
     def terminate(self) -> None:
         """SIGTERM: the node hands everything over and ends. Does not wait."""
         self._note_keeper()
