@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         Fenced,
         HookFailed,
         IdentityError,
+        InternalError,
         KeyExists,
         LockLost,
         LockTimeout,
@@ -81,6 +82,7 @@ _WHERE = {
         "Fenced",
         "HookFailed",
         "IdentityError",
+        "InternalError",
         "KeyExists",
         "LockLost",
         "LockTimeout",
@@ -148,6 +150,7 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "LockLost",
     "HookFailed",
     "BackendError",
+    "InternalError",
     "__version__",
 ]
 

@@ -23,7 +23,8 @@
     ├── LockTimeout               a lock was not free before the deadline
     ├── LockLost                  a held lock is gone (with the session, or taken back)
     ├── HookFailed                a hook raised, or overran its deadline
-    └── BackendError              a backend could not be prepared, started, stopped or fenced
+    ├── BackendError              a backend could not be prepared, started, stopped or fenced
+    └── InternalError             a part of the node failed, which is a bug: the node has handed over and ended
 
 Errors carry fields, build their own message, and say what to do.
 """
@@ -210,3 +211,14 @@ class BackendError(PhalanxError):
     def __init__(self, app: str, step: str, problem: str, remedy: str = "") -> None:
         self.app, self.step, self.problem, self.remedy = app, step, problem, remedy
         super().__init__(f"app {app!r}: backend {step}: {problem}" + (f"; {remedy}" if remedy else ""))
+
+
+class InternalError(PhalanxError):
+    """A part of a running node failed. The node has handed its apps over and ended; ``__cause__``: why."""
+
+    def __init__(self, part: str, error: BaseException) -> None:
+        self.part = part
+        super().__init__(
+            f"internal error in {part}: {type(error).__name__}: {_one_line(str(error))}; "
+            "the node has ended: start it again, and report this with its log"
+        )

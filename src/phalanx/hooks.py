@@ -8,6 +8,7 @@ section that it belongs to has not ended (see section.py for what follows).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import inspect
 import logging
@@ -43,6 +44,7 @@ class Hooks:
         self._turn = asyncio.Lock()
         self._thread: ThreadPoolExecutor | None = None
         self._left: dict[asyncio.Task[Any], str] = {}
+        self._running: dict[asyncio.Task[Any], str] = {}
 
     def add(self, name: str, function: Hook) -> None:
         """Register *function*. Raises ConfigError if the app has one already, or its parameters are wrong."""
@@ -66,6 +68,11 @@ class Hooks:
         """Held while a hook runs. First come, first served."""
         return self._turn
 
+    @property
+    def unfinished(self) -> tuple[str, ...]:
+        """The hooks that have begun and not ended: running in their time, or left behind as stuck."""
+        return tuple(self._running.values())
+
     async def call(self, name: str, argument: object) -> None:
         """Run the hook within its deadline. Raises HookFailed, HookStuck. Nothing to do if there is none."""
         if name not in self._hooks:
@@ -81,9 +88,11 @@ class Hooks:
         """Begin the hook as a task; the caller sees to its end."""
         function = self._hooks[name]
         call = functools.partial(function, *((argument,) if _takes_argument(function) else ()))
-        if _is_async(function):
-            return asyncio.create_task(call(), name=f"{self._app} {name}")
-        return asyncio.create_task(self._in_thread(call), name=f"{self._app} {name}")
+        work = call() if _is_async(function) else self._in_thread(call)
+        task: asyncio.Task[Any] = asyncio.create_task(work, name=f"{self._app} {name}")
+        self._running[task] = name
+        task.add_done_callback(self._running.pop)
+        return task
 
     async def _in_thread(self, call: Callable[[], Any]) -> Any:
         if self._thread is None:
@@ -92,8 +101,11 @@ class Hooks:
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            # The thread goes on, whatever we do: the task must not look ended before it has.
-            await asyncio.wait([future])
+            # The thread goes on, whatever we do and however often we are cancelled: the task must not look
+            # ended before it has.
+            while not future.done():
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait([future])
             raise
 
     async def bounded(self, name: str, task: asyncio.Task[Any], seconds: float) -> None:
@@ -101,7 +113,11 @@ class Hooks:
         try:
             done, _ = await asyncio.wait({task}, timeout=seconds)
         except asyncio.CancelledError:
-            await self.end(name, task)
+            # Whoever cancelled must get its cancellation; what is stuck stays on record.
+            try:
+                await self.end(name, task)
+            except HookStuck as error:
+                log.critical("%s", error)
             raise
         if not done:
             await self.end(name, task)
@@ -119,9 +135,9 @@ class Hooks:
     async def end(self, name: str, task: asyncio.Task[Any], seconds: float = CANCEL_SECONDS) -> None:
         """Cancel *task* and see its end. Raises HookStuck when it goes on."""
         task.cancel()
+        self._left[task] = name
         done, _ = await asyncio.wait({task}, timeout=seconds)
         if not done:
-            self._left[task] = name
             raise HookStuck(self._app, name, f"does not end, {seconds:g} s after it was cancelled")
         self._left.pop(task, None)
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -29,15 +29,19 @@ from phalanx.config import (
     build_platform,
 )
 from phalanx.decide.backoff import Backoff
+from phalanx.ending import EXIT_FAILED, Ending, leave
 from phalanx.errors import ConfigError, PhalanxError, StartError
+from phalanx.hooks import CANCEL_SECONDS
 from phalanx.node import Node
 from phalanx.observe.logs import configure_logging
 from phalanx.types import Member, NodeStatus, Role
 
 log = logging.getLogger("phalanx")
 
-EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
+
+END_SECONDS = 30.0
+"""What a node may take to end after its last session, besides the deadlines of its ``on_stop`` hooks."""
 
 
 class Platform:
@@ -81,6 +85,7 @@ class Platform:
         self._node: Node | None = None
         self._running: asyncio.Task[None] | None = None
         self._owns_process = self._checked = False
+        self._ending = Ending()
 
     @classmethod
     def from_config(cls, config: PlatformConfig, apps: Sequence[AppConfig] = ()) -> Platform:
@@ -155,7 +160,8 @@ class Platform:
             except RuntimeError as error:
                 log.warning("the kernel will not end this process at its session's end: %s", error)
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._running = running = asyncio.create_task(node.run(started), name=f"phalanx {self.config.node}")
+        life = node.run(started, self._on_last_session_over)
+        self._running = running = asyncio.create_task(life, name=f"phalanx {self.config.node}")
         try:
             await asyncio.wait({running, started}, return_when=asyncio.FIRST_COMPLETED)
         except asyncio.CancelledError:
@@ -173,7 +179,10 @@ class Platform:
         self._node, self._running = None, None
 
     async def stop(self, reason: str = "the node is stopping") -> None:
-        """Hand every app over, then stop this node. Harmless when it does not run."""
+        """Hand every app over, then stop this node. Harmless when it does not run.
+
+        Raises what ended the node, if that was an error (InternalError: a part of it had failed).
+        """
         running = self._running
         if running is None or self._node is None:
             return
@@ -196,7 +205,12 @@ class Platform:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.stop()
+        try:
+            await self.stop()
+        except PhalanxError as failure:
+            if error is None:
+                raise
+            log.error("%s", failure)  # what the body raised goes first
 
     # --- what is so
 
@@ -233,38 +247,68 @@ class Platform:
         """Run this node until SIGTERM or SIGINT, which hand its apps over first (twice: at once).
 
         Configures logging. Ends the process with exit code 2 for bad input or when the node cannot
-        start, 1 when it failed later.
+        start, 1 when it failed later. It does not wait for a hook that does not end: then the process ends
+        without another word (no ``finally`` of yours, no ``atexit``), and so it does some seconds after a
+        second signal.
         """
         configure_logging(self.config.logging, platform=self.config.name, node=self.config.node)
         self._owns_process = True
+        code = _runner()(self._main())
+        self._ending.call_off()
+        if code:
+            sys.exit(code)
+
+    async def _main(self) -> int:
+        """One life, and the exit code for it. Does not return if something is left in a hook."""
+        code = EXIT_FAILED
         try:
-            _runner()(self._main())
+            code = await self._live_until_signal()
         except (ConfigError, StartError) as error:
             log.error("%s", error)
-            sys.exit(EXIT_BAD_INPUT)
+            code = EXIT_BAD_INPUT
         except PhalanxError as error:
             log.error("%s", error)
-            sys.exit(EXIT_FAILED)
+        except Exception as error:
+            if not self._unfinished_hooks():
+                raise
+            log.critical("the node failed", exc_info=error)
+        if left := self._unfinished_hooks():
+            # asyncio and the interpreter would wait for them for ever; the sections have ended.
+            log.critical("these hooks do not end, the process ends without them: %s", ", ".join(left))
+            leave(code)
+        return code
 
-    async def _main(self) -> None:
+    def _unfinished_hooks(self) -> list[str]:
+        return [f"{name} of app {app.name}" for app in self._apps.values() for name in app.hooks.unfinished]
+
+    def _on_last_session_over(self) -> None:
+        """Nothing is active any more; what follows is bounded too, even by a hook that blocks the loop."""
+        if self._owns_process:
+            hooks = sum(float(app.config.hook_timeouts.on_stop) + CANCEL_SECONDS for app in self._apps.values())
+            self._ending.within(END_SECONDS + hooks, "its last session is over")
+
+    async def _live_until_signal(self) -> int:
         loop = asyncio.get_running_loop()
         starting = asyncio.current_task()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
             loop.add_signal_handler(number, self._on_signal, number, starting)
+        self._ending.listen(signals)
         try:
             await self.start()
         except asyncio.CancelledError:
             if self._running is None and starting is not None and starting.cancelling():
-                return  # a signal came while it started
+                return 0  # a signal came while it started
             raise
         await self.wait()
+        return 0
 
     def _on_signal(self, number: signal.Signals, starting: asyncio.Task[Any] | None) -> None:
         log.info("%s: stopping", signal.Signals(number).name)
         node = self._node
         if node is not None and node.has_started:
             node.stop(signal.Signals(number).name)
-        elif starting is not None:
+        elif starting is not None and not starting.cancelling():
             starting.cancel()
 
 
