@@ -24,12 +24,14 @@
     ├── LockLost                  a held lock is gone (with the session, or taken back)
     ├── HookFailed                a hook raised, or overran its deadline
     ├── BackendError              a backend could not be prepared, started, stopped or fenced
-    └── InternalError             a part of the node failed, which is a bug: the node has handed over and ended
+    └── InternalError             a part of the node failed (a bug): it has handed over and ended
 
 Errors carry fields, build their own message, and say what to do.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 
 class PhalanxError(Exception):
@@ -213,11 +215,22 @@ class BackendError(PhalanxError):
         super().__init__(f"app {app!r}: backend {step}: {problem}" + (f"; {remedy}" if remedy else ""))
 
 
+def _only(error: BaseException) -> BaseException:
+    """What a task group has wrapped, where it is only one."""
+    while isinstance(error, BaseExceptionGroup):
+        group = cast("BaseExceptionGroup[BaseException]", error)
+        if len(group.exceptions) != 1:
+            return group
+        error = group.exceptions[0]
+    return error
+
+
 class InternalError(PhalanxError):
     """A part of a running node failed. The node has handed its apps over and ended; ``__cause__``: why."""
 
     def __init__(self, part: str, error: BaseException) -> None:
         self.part = part
+        error = _only(error)
         super().__init__(
             f"internal error in {part}: {type(error).__name__}: {_one_line(str(error))}; "
             "the node has ended: start it again, and report this with its log"

@@ -27,6 +27,9 @@ log = logging.getLogger("phalanx.node")
 FENCE_WAIT_SECONDS = 3.0
 """Sections that are fenced have to end within this, or within what the session has left."""
 
+HAND_OVER_SECONDS = 5.0
+"""How long the other apps may take to go when one that is stuck will end the node."""
+
 
 class Watched(Protocol):
     """What the guard looks at besides the session."""
@@ -165,6 +168,25 @@ class Guard:
                     await app.wait_ended()
         except TimeoutError:
             die(self._journal, f"sections do not end ({reason})")
+
+    async def hand_over_others(self, stuck: App) -> None:
+        """Before the node ends because of *stuck*: hand the other apps over gracefully, bounded.
+
+        They are barred, so that none returns. If *stuck* has ended after all they are candidates again.
+        """
+        reason = f"app {stuck.name} does not end, so the node will"
+        others = [app for app in self._apps if app is not stuck]
+        for app in others:
+            app.bar(reason)
+        for app in others:
+            app.end_section(reason)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(HAND_OVER_SECONDS):
+                while not all(app.is_idle for app in others):  # noqa: ASYNC110 - the one callback is taken
+                    await asyncio.sleep(0.02)
+        if not stuck.has_section and self._leaving_since is None:
+            for app in others:
+                app.bar("")
 
 
 def die(journal: Journal, reason: str) -> None:

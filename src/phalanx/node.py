@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from phalanx.decide.session import StreamList
 from phalanx.decide.timing import Timing
 from phalanx.errors import (
     BusError,
+    InternalError,
     NodeIdTaken,
     SessionLost,
     StartError,
@@ -86,6 +87,8 @@ class Node:
         self._earlier_renewals = 0
         self._stopping = asyncio.Event()
         self.stop_reason = ""
+        self._failure: InternalError | None = None
+        self._asked_to_stop = 0
         self._guard: Guard | None = None
         self.in_a_hurry = False
         self._serving = asyncio.Event()
@@ -100,8 +103,11 @@ class Node:
 
     # --- the whole life
 
-    async def run(self, started: asyncio.Future[None] | None = None) -> None:
-        """From start to stop. *started* is done once the node takes part. Raises StartError and others."""
+    async def run(
+        self, started: asyncio.Future[None] | None = None, on_over: Callable[[], None] = lambda: None
+    ) -> None:
+        """From start to stop. *started* is done once the node takes part; *on_over* is told when no session
+        comes any more, so that nothing is active. Raises StartError, InternalError and others."""
         async with contextlib.AsyncExitStack() as stack:
             await self._open(stack)
             lives = asyncio.create_task(self._lives(started), name="sessions")
@@ -111,12 +117,23 @@ class Node:
                 if not lives.done():
                     lives.cancel()
                     await asyncio.gather(lives, return_exceptions=True)
+                on_over()
                 with contextlib.suppress(OSError):
                     system.notify("STOPPING=1")
+        if self._failure is not None:
+            raise self._failure
 
-    def stop(self, reason: str = "the node is stopping") -> None:
-        """Hand everything over and end. A second call ends without grace."""
-        self.in_a_hurry = self._stopping.is_set()
+    def stop(self, reason: str = "the node is stopping", failure: BaseException | None = None) -> None:
+        """Hand everything over and end. Asked a second time it ends without grace.
+
+        *failure*: why it has to, if that is a bug; :meth:`run` raises InternalError at the end then.
+        """
+        if failure is None:
+            self._asked_to_stop += 1
+            self.in_a_hurry = self._asked_to_stop > 1
+        elif self._failure is None:
+            self._failure = InternalError(reason.removeprefix("internal error in "), failure)
+            self._failure.__cause__ = failure
         self.stop_reason = self.stop_reason or reason
         self._stopping.set()
         self._look()
@@ -256,7 +273,7 @@ class Node:
             if not ended.cancelled() and (error := ended.exception()) is not None:
                 log.critical("the task %s failed", name, exc_info=error)
                 self._problems[name] = f"the task {name} failed: {error}"
-                self.stop(f"internal error in {name}")
+                self.stop(f"internal error in {name}", error)
 
         task.add_done_callback(done)
 
@@ -474,7 +491,7 @@ class Node:
             for task in done:
                 if task is not guard and not task.cancelled() and (error := task.exception()) is not None:
                     log.critical("%s failed", task.get_name(), exc_info=error)
-                    self.stop("internal error")
+                    self.stop(f"internal error in {task.get_name()}", error)
             await guard
         finally:
             guard.cancel()
@@ -484,12 +501,18 @@ class Node:
             await asyncio.gather(guard, *serving, return_exceptions=True)
 
     def on_stuck(self, app: App, reason: str) -> None:
-        """A section does not end: give it some time, then end the node."""
+        """A section does not end: give it some time, hand the other apps over, then end the node."""
 
         async def wait() -> None:
-            try:
-                await asyncio.wait_for(app.wait_ended(), STUCK_SECONDS)
-            except TimeoutError:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STUCK_SECONDS):
+                    await app.wait_ended()
+                return
+            # What keeps this section may outlive the node, and then the keeper holds the session for it. The
+            # other apps must not be held with it.
+            if self._guard is not None:
+                await self._guard.hand_over_others(app)
+            if app.has_section:
                 die(self.journal, f"app {app.name} does not end ({reason})")
 
         self._background(wait(), f"stuck {app.name}")

@@ -284,7 +284,9 @@ class Platform:
     def _on_last_session_over(self) -> None:
         """Nothing is active any more; what follows is bounded too, even by a hook that blocks the loop."""
         if self._owns_process:
-            hooks = sum(float(app.config.hook_timeouts.on_stop) + CANCEL_SECONDS for app in self._apps.values())
+            hooks = sum(
+                float(app.config.hook_timeouts.on_stop) + CANCEL_SECONDS for app in self._apps.values()
+            )
             self._ending.within(END_SECONDS + hooks, "its last session is over")
 
     async def _live_until_signal(self) -> int:
