@@ -5,10 +5,14 @@ clocks, groups, locks and notifications work; what needs ``/proc`` degrades as e
 
 How the processes of an active section are found again: each has ``PHALANX_SECTION=<marker>`` in its
 environment (proc(5), ``/proc/<pid>/environ``: the environment at its exec, inherited by every child),
-or belongs to the process group or session that the section's program leads. The mark finds children
-that escaped by setsid and double forks; group and session find programs that write over their
-environment (some servers do, to show a title in ps). A daemon that does both can only be found while
-its parent lives: such programs must be run in the foreground, as under any supervisor.
+or belongs to the process group or session that the section's program leads, or descends from one of
+those. The mark finds children that escaped by setsid and double forks; group and session find programs
+that write over their environment (some servers do, to show a title in ps); descent finds those with a
+session *and* an environment of their own (sudo with a terminal, ``env -i setsid``) while their parent
+lives. So a search comes before the first signal, and it stops what it finds, so that nobody is cut off
+from its parent meanwhile. What can't be found: a process without mark, in a session of its own, whose
+parent has ended before anybody looked, as when the program crashes or the kernel kills it together with
+the node. Such daemons must be run in the foreground, as under any supervisor.
 """
 
 from __future__ import annotations
@@ -25,7 +29,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +40,11 @@ MARKER_ENV = "PHALANX_SECTION"
 LINUX = sys.platform == "linux"
 
 _POLL_SECONDS = 0.02
+_STOP_SECONDS = 0.1
+"""How long at most the processes of a section are searched and stopped before they are killed anyway."""
+_STOP_POLL_SECONDS = 0.0002
+_AT_REST = frozenset("TtDZX")
+"""States in which a thread runs no code of its own. D: it waits in the kernel, as a parent in vfork(2)."""
 _PF_EXITING = 0x4
 
 # --- clocks
@@ -89,12 +99,27 @@ class _Stat(NamedTuple):
 
 def _stat(pid: int) -> _Stat | None:
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            # proc_pid_stat(5); the name in parentheses may hold anything, the state follows the last ")".
-            fields = file.read().rpartition(b")")[2].split()
+        fields = _stat_fields(f"/proc/{pid}/stat")
     except (FileNotFoundError, ProcessLookupError):
         return None
     return _Stat(fields[0].decode(), int(fields[1]), int(fields[6]), int(fields[17]), int(fields[19]))
+
+
+def _stat_fields(path: str) -> list[bytes]:
+    # proc_pid_stat(5); the name in parentheses may hold anything, the state follows the last ")".
+    return _read(path).rpartition(b")")[2].split()
+
+
+def _read(path: str) -> bytes:
+    """A file of /proc; raises OSError. Several times as fast as open()."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    chunks: list[bytes] = []
+    try:
+        while chunk := os.read(descriptor, 65536):
+            chunks.append(chunk)
+    finally:
+        os.close(descriptor)
+    return b"".join(chunks)
 
 
 def process_start_time(pid: int) -> int:
@@ -212,8 +237,7 @@ class KillReport(NamedTuple):
 
 def kill_group(pgid: int, number: int = signal.SIGKILL) -> bool:
     """Signal a process group; False if there is none. Never our own, nor "every process"."""
-    if pgid <= 1 or pgid == os.getpgrp():
-        raise ValueError(f"refusing to signal process group {pgid}")
+    _refuse_own(pgid)
     try:
         os.killpg(pgid, number)
     except ProcessLookupError:
@@ -224,43 +248,71 @@ def kill_group(pgid: int, number: int = signal.SIGKILL) -> bool:
     return True
 
 
-def find_marked(marker: str, pgid: int | None = None) -> list[int]:
-    """The running processes of a section: marked, or in group or session *pgid*, or children of those.
+def _refuse_own(pgid: int) -> None:
+    if pgid <= 1 or pgid == os.getpgrp():
+        raise ValueError(f"refusing to signal process group {pgid}")
 
+
+def find_marked(marker: str, pgid: int | None = None) -> list[int]:
+    """The pids of what :func:`find_processes` finds."""
+    return [process.pid for process in find_processes(marker, pgid)]
+
+
+def find_processes(
+    marker: str, pgid: int | None = None, known: Iterable[ProcessRef] = ()
+) -> list[ProcessRef]:
+    """The running processes of a section: marked, or in group or session *pgid*, and their descendants.
+
+    *known*: what an earlier search found; what of it still runs, and descends from it, belongs too.
     Never this process nor an ancestor of it. Processes of other users are seen only by root.
-    On macOS the result is always empty: only groups can be killed there.
+    On macOS the result is always empty: only groups can be killed there. Raises OSError.
     """
-    return list(_scan(marker, pgid, _spared()).found) if LINUX else []
+    if not LINUX:
+        return []
+    return [ProcessRef(*one) for one in _scan(marker, pgid, dict(known), _spared()).found.items()]
 
 
 def kill_marked(
-    marker: str, pgid: int | None = None, *, start_time: int = 0, deadline_seconds: float = 2.0
+    marker: str,
+    pgid: int | None = None,
+    *,
+    start_time: int = 0,
+    known: Iterable[ProcessRef] = (),
+    deadline_seconds: float = 2.0,
 ) -> KillReport:
-    """SIGKILL the group *pgid* and all that :func:`find_marked` finds, until nobody is left.
+    """SIGKILL all that :func:`find_processes` finds, until nobody is left.
 
-    It ends when two scans in a row found nobody and every killed process is dead (so its sockets are
-    closed), or at the deadline. *start_time*: of the group's leader where known; if another process has
-    that pid by now, the group is somebody else's and is left alone. Blocks: a few ms as a rule.
+    First all are found and stopped, then killed: the death of a parent would hide its children, and
+    nobody can fork away. It ends when two searches in a row found nobody and every killed process is dead
+    (so its sockets are closed), or at the deadline. *start_time*: of the group's leader where known; if
+    another process has that pid by now, the group is somebody else's and is left alone.
+    Blocks: a few ms as a rule. Raises OSError if /proc can't be read; the group was killed then.
     """
     began = now()
     deadline = began + deadline_seconds
     if pgid is not None and not _is_group_of(pgid, start_time):
         pgid = None
     if pgid is not None:
-        kill_group(pgid)
+        _refuse_own(pgid)
     if not LINUX:
         return _wait_group(pgid, began, deadline)
-    killed: dict[int, int] = {}
-    spared, clean = _spared(), 0
-    while clean < 2:
-        scan = _scan(marker, pgid, spared)
-        clean = 0 if scan.found or scan.unclear else clean + 1
-        alive = _kill_and_wait(scan.found, deadline)
-        killed.update(scan.found)
-        if now() >= deadline and clean < 2:
-            return KillReport(tuple(killed), tuple(alive), now() - began)
-        if scan.unclear and not scan.found:
-            time.sleep(0.0005)
+    ours, killed = dict(known), dict[int, int]()
+    try:
+        spared, clean = _spared(), 0
+        while clean < 2:
+            scan = _find_and_stop(marker, pgid, ours, spared, deadline)
+            clean = 0 if scan.found or scan.unclear else clean + 1
+            alive = _kill_and_wait(scan.found, deadline)
+            killed.update(scan.found)
+            if now() >= deadline and clean < 2:
+                return KillReport(tuple(killed), tuple(alive), now() - began)
+            if scan.unclear and not scan.found:
+                time.sleep(0.0005)
+    except OSError:
+        # No descriptor is left, for one: what can be killed without looking must not go on.
+        if pgid is not None:
+            kill_group(pgid)
+        raise
     return KillReport(tuple(killed), (), now() - began)
 
 
@@ -296,10 +348,55 @@ class _Scan(NamedTuple):
     """Somebody is just exiting and has dropped its environment, but perhaps not yet its sockets."""
 
 
-def _scan(marker: str, pgid: int | None, spared: set[int]) -> _Scan:
+def _find_and_stop(
+    marker: str, pgid: int | None, ours: dict[int, int], spared: set[int], deadline: float
+) -> _Scan:
+    """Search and SIGSTOP until a search finds nobody new, all stopped; notes all in *ours* as well."""
+    found: dict[int, int] = {}
+    limit = min(deadline, now() + _STOP_SECONDS)
+    while True:
+        scan = _scan(marker, pgid, ours, spared)
+        new = {pid: started for pid, started in scan.found.items() if found.get(pid) != started}
+        found.update(new)
+        ours.update(new)
+        if not new or now() >= limit:
+            return _Scan(found, scan.unclear)
+        # A fork that was under way when the signal came has ended once its thread is at rest.
+        moving = [pid for pid, started in new.items() if _send(pid, started, signal.SIGSTOP)]
+        while (moving := [pid for pid in moving if not _at_rest(pid)]) and now() < limit:
+            time.sleep(_STOP_POLL_SECONDS)
+
+
+def _send(pid: int, started: int, number: int) -> bool:
+    """Signal this very process; False if it is gone, or we may not."""
+    if process_start_time(pid) != started:
+        return False
+    try:
+        os.kill(pid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _at_rest(pid: int) -> bool:
+    """Whether none of its threads runs code of the program (or it is gone)."""
+    try:
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                if _stat_fields(f"/proc/{pid}/task/{thread}/stat")[0].decode() not in _AT_REST:
+                    return False
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+    return True
+
+
+def _scan(marker: str, pgid: int | None, known: dict[int, int], spared: set[int]) -> _Scan:
     entry = f"{MARKER_ENV}={marker}".encode()
     found: dict[int, int] = {}
     unclear = False
+    for pid, started in known.items():
+        if process_start_time(pid) == started:
+            _add_with_children(pid, found, spared)
     for pid in _pids():
         if pid in spared:
             continue
@@ -324,16 +421,9 @@ def _pids() -> Iterator[int]:
 def _environment(pid: int) -> bytes:
     """The environment of *pid*; empty for kernel threads, zombies, and whatever we may not see."""
     try:
-        descriptor = os.open(f"/proc/{pid}/environ", os.O_RDONLY | os.O_CLOEXEC)
+        return _read(f"/proc/{pid}/environ")
     except (FileNotFoundError, PermissionError):
         return b""
-    chunks: list[bytes] = []
-    try:
-        while chunk := os.read(descriptor, 65536):
-            chunks.append(chunk)
-    finally:
-        os.close(descriptor)
-    return b"".join(chunks)
 
 
 def _add_with_children(pid: int, found: dict[int, int], spared: set[int]) -> None:
@@ -345,9 +435,25 @@ def _add_with_children(pid: int, found: dict[int, int], spared: set[int]) -> Non
             continue
         if not stat.dead:
             found[one] = stat.start_time
-        # Kernels without CONFIG_PROC_CHILDREN lack this file; the mark finds children there too.
-        with contextlib.suppress(OSError), open(f"/proc/{one}/task/{one}/children", "rb") as file:
-            waiting += [int(child) for child in file.read().split()]
+        waiting += _children(one)
+
+
+@cache
+def _has_children_files() -> bool:
+    return os.path.exists("/proc/thread-self/children")
+
+
+def _children(pid: int) -> list[int]:
+    """The children of all its threads: each has a list of its own."""
+    if not _has_children_files():  # a kernel without CONFIG_PROC_CHILDREN
+        stats = ((other, _stat(other)) for other in _pids())
+        return [other for other, stat in stats if stat is not None and stat.parent == pid]
+    children: list[int] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                children += map(int, _read(f"/proc/{pid}/task/{thread}/children").split())
+    return children
 
 
 def _kill_and_wait(victims: dict[int, int], deadline: float) -> list[int]:
@@ -359,10 +465,8 @@ def _kill_and_wait(victims: dict[int, int], deadline: float) -> list[int]:
                 descriptor = open_pidfd(pid)
                 if descriptor is not None:
                     watched[descriptor] = pid
-                if process_start_time(pid) != started:
-                    continue
-                os.kill(pid, signal.SIGKILL)
-                if descriptor is not None:
+                # One that we may not signal is waited for as well: it is alive, and that is reported.
+                if _send(pid, started, signal.SIGKILL) and descriptor is not None:
                     poll.register(descriptor, select.POLLIN)
         while (alive := [p for p, s in victims.items() if ProcessRef(p, s).alive()]) and now() < deadline:
             left_ms = max(1, min(5, int((deadline - now()) * 1000)))

@@ -21,6 +21,7 @@ from phalanx.types import Resource
 log = logging.getLogger("phalanx.keeper")
 
 KILL_DEADLINE_SECONDS = 2.0
+_RETRY_SECONDS = 0.1
 
 
 class _File(msgspec.Struct):
@@ -113,16 +114,24 @@ async def kill_processes(resources: list[Resource]) -> bool:
     outcomes = await asyncio.gather(
         *(asyncio.to_thread(_kill_one, resource) for resource in resources if resource.kind == "process")
     )
-    return all(outcomes)
+    if all(outcomes):
+        return True
+    await asyncio.sleep(_RETRY_SECONDS)
+    return False
 
 
 def _kill_one(resource: Resource) -> bool:
-    report = system.kill_marked(
-        resource.id,
-        pgid=resource.pgid or None,
-        start_time=resource.start_time,
-        deadline_seconds=KILL_DEADLINE_SECONDS,
-    )
+    """Whether all of it is seen to be gone. Never raises: a keeper that ends would leave it running."""
+    try:
+        report = system.kill_marked(
+            resource.id,
+            pgid=resource.pgid or None,
+            start_time=resource.start_time,
+            deadline_seconds=KILL_DEADLINE_SECONDS,
+        )
+    except (OSError, ValueError) as error:
+        log.error("app %s: cannot see whether all of it is gone: %s", resource.app, error)
+        return False
     if report.remaining:
         log.error("app %s: processes %s do not die", resource.app, report.remaining)
     elif report.killed:
