@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Generator
 
@@ -119,6 +120,59 @@ def test_synchronous_hook_runs_in_a_thread_of_its_own(run: Run) -> None:
     run(both())
     some.close()
     assert threads[0] == threads[1] != threading.main_thread().name
+
+
+def test_g1_thread_that_hangs_is_stuck_however_often_it_is_cancelled(run: Run) -> None:
+    """A section's end cancels it again and again: it must not look ended while its thread goes on."""
+    some, go_on = hooks(on_passive=1.0), threading.Event()
+    some.add("on_passive", go_on.wait)
+
+    async def call() -> None:
+        with pytest.raises(HookStuck):
+            await some.call("on_passive", None)
+        for _ in range(3):
+            with pytest.raises(HookStuck):
+                await some.end_left()
+            assert some.unfinished == ("on_passive",)
+        go_on.set()
+        while some.unfinished:  # noqa: ASYNC110 - a thread tells no event of the loop
+            await asyncio.sleep(0.1)
+        await some.end_left()
+
+    try:
+        run(call())
+    finally:
+        go_on.set()
+        some.close()
+
+
+def test_cancellation_is_not_lost_in_a_hook_that_is_stuck(run: Run) -> None:
+    """Whoever is cancelled while it waits for the hook ends as cancelled; the hook stays on record."""
+    some, go_on = hooks(on_start=100.0), False
+
+    async def deaf() -> None:
+        while not go_on:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(1)
+
+    some.add("on_start", deaf)
+
+    async def cancel() -> None:
+        nonlocal go_on
+        caller = asyncio.create_task(some.call("on_start", None))
+        await asyncio.sleep(1)
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        with pytest.raises(HookStuck):
+            await some.end_left()
+        assert some.unfinished == ("on_start",)
+        go_on = True
+        await asyncio.sleep(2)
+        await some.end_left()
+        assert some.unfinished == ()
+
+    run(cancel())
 
 
 @pytest.mark.parametrize("bad", [lambda a, b: None, lambda *, key: None, "not callable"])

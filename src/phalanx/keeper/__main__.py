@@ -16,7 +16,7 @@ from phalanx.bus.connection import NatsBus
 from phalanx.config import NatsOptions
 from phalanx.keeper import wire
 from phalanx.keeper.process import Keeper, harden
-from phalanx.observe.logs import configure_logging
+from phalanx.observe.logs import configure_logging, plain_handler, unblock_stderr
 
 
 async def _connect(options: NatsOptions, name: str, ping_interval: float) -> NatsBus:
@@ -31,6 +31,17 @@ def _configure_logging(start: wire.Start) -> None:
     """The keeper's lines stand between those of its node, so they have the same form."""
     if start.logging is not None:
         configure_logging(start.logging, platform=start.platform, node=start.session.node)
+        # What asyncio and the NATS client say too, and by the same handler: no other one may block.
+        logging.getLogger().handlers = list(logging.getLogger("phalanx").handlers)
+
+
+def log_without_waiting() -> None:
+    """Have nothing that is written to standard error hold this process up: a log that nobody reads would
+    keep it from fencing, and one that only holds the session would go on being alive for its node."""
+    unblock_stderr()
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    root.handlers = [plain_handler()]
 
 
 def main() -> None:
@@ -42,9 +53,10 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_without_waiting()
     harden()
     asyncio.run(_main(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])))
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -9,16 +9,19 @@ Only the tree of the logger ``phalanx`` is touched; the user's own logging stays
 A log that nobody reads (a full pipe, a stopped terminal) must not stop the node: writing waits for a tenth
 of a second at most, once, and from then on lines are dropped until there is room again. Then a line says
 how many are missing. (The room is asked for before each write. If another process fills the same pipe in
-that very moment the write does block: that can't be excluded without making the pipe non-blocking for all
-who share it.)
+that very moment the write does block: for a node that can't be excluded without making the pipe
+non-blocking for all who share it. A keeper has its standard error to itself: :func:`unblock_stderr`.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import select
+import socket
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -79,6 +82,31 @@ def configure_logging(
     return undo
 
 
+def unblock_stderr() -> None:
+    """From now on nothing that this process writes to standard error can block it; it is lost instead.
+
+    For a process that does nothing else than what must not wait (the keeper). The mode of a pipe or terminal
+    belongs to all who share it, so this process opens its own. A socket (systemd's journal) can't be opened
+    again; what the log writes there doesn't wait, see :class:`_Handler`. Files are left as they are.
+    """
+    try:
+        if not (stat.S_ISFIFO(mode := os.fstat(2).st_mode) or stat.S_ISCHR(mode)):
+            return
+        own = os.open("/dev/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError as error:  # closed, or the pipe of another user: the log asks for room before it writes
+        logging.getLogger(ROOT).debug("standard error stays as it is: %s", error)
+        return
+    os.dup2(own, 2)
+    os.close(own)
+
+
+def plain_handler() -> logging.Handler:
+    """A handler for standard error in console form that never raises and never blocks for long."""
+    handler = _Handler(sys.stderr)
+    handler.setFormatter(_ConsoleFormatter(color=_wants_color(sys.stderr)))
+    return handler
+
+
 class _Before:
     """How the logger was before we touched it."""
 
@@ -102,6 +130,7 @@ class _Handler(logging.Handler):
         super().__init__()
         self._stream = stream
         self._descriptor = _descriptor(stream)
+        self._write_some = _writer(self._descriptor)
         self._torn = False
         self.lost = 0
 
@@ -149,9 +178,11 @@ class _Handler(logging.Handler):
                 self._torn |= len(rest) < whole
                 return False
             try:
-                rest = rest[os.write(descriptor, rest[:_ATOMIC_BYTES]) :]
-            except BlockingIOError:  # somebody made it non-blocking, and was faster
-                continue
+                rest = rest[self._write_some(rest[:_ATOMIC_BYTES]) :]
+            except BlockingIOError:  # it does not block, and somebody else was faster
+                if time.monotonic() >= deadline:
+                    self._torn |= len(rest) < whole
+                    return False
         self._torn = False
         return True
 
@@ -160,6 +191,24 @@ def _has_room(descriptor: int, seconds: float) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
     return bool(poll.poll(max(0, int(seconds * 1000))))
+
+
+def _writer(descriptor: int | None) -> Callable[[memoryview], int]:
+    """What writes some bytes there; to a socket never blocking, whoever shares it."""
+    if descriptor is None:
+        return len
+    with contextlib.suppress(OSError):
+        if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return functools.partial(_send, descriptor)
+    return functools.partial(os.write, descriptor)
+
+
+def _send(descriptor: int, data: memoryview) -> int:
+    borrowed = socket.socket(fileno=descriptor)
+    try:
+        return borrowed.send(data, socket.MSG_DONTWAIT)
+    finally:
+        borrowed.detach()
 
 
 def _descriptor(stream: TextIO) -> int | None:
