@@ -79,7 +79,12 @@ class Identity:
 
 
 def spawn(
-    command: Sequence[str], *, env: Mapping[str, str], cwd: str = "", identity: Identity | None = None
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    cwd: str = "",
+    identity: Identity | None = None,
+    stdin: int = subprocess.DEVNULL,
 ) -> subprocess.Popen[bytes]:
     """Start *command* as leader of a session of its own, output to one pipe. Blocks: until its exec.
 
@@ -89,7 +94,7 @@ def spawn(
         command,
         env=env,
         cwd=cwd or None,
-        stdin=subprocess.DEVNULL,
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         close_fds=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import logging
@@ -10,13 +11,13 @@ import pwd
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from phalanx import child, config, system
-from phalanx.backends import ProcessBackend, process
+from phalanx.backends import ProcessBackend, gate, process
 from phalanx.errors import BackendError
 from phalanx.ports import Running, SectionContext
 from phalanx.types import Resource
@@ -28,10 +29,14 @@ class Sections:
     def __init__(self) -> None:
         self.resources: dict[str, Resource] = {}
         self.markers: set[str] = set()
+        self.before_group: Callable[[], Awaitable[None]] | None = None
+        """What happens before the registration of a group is confirmed."""
 
     async def register(self, resource: Resource) -> None:
         self.resources[resource.id] = resource
         self.markers.add(resource.id)
+        if resource.pgid and self.before_group is not None:
+            await self.before_group()
 
     def unregister(self, resource_id: str) -> None:
         del self.resources[resource_id]
@@ -227,6 +232,177 @@ async def test_cancelled_while_it_is_being_spawned(
     (pid,) = spawned
     assert not system.is_running(pid)
     assert not sections.resources
+
+
+# --- the gate
+
+GATES: dict[str, dict[str, str]] = {"shell": {}, "python": {"UID": "7"}}
+"""Environments with which each kind of gate is used."""
+
+
+@pytest.mark.parametrize("env", GATES.values(), ids=GATES.keys())
+async def test_g1_program_runs_only_once_its_group_is_known(
+    sections: Sections, tmp_path: Path, env: dict[str, str]
+) -> None:
+    """Started, but held back until the second registration was confirmed."""
+    ran, early = tmp_path / "ran", list[bool]()
+
+    async def wait() -> None:
+        await asyncio.sleep(0.3)
+        early.append(ran.exists())
+
+    sections.before_group = wait
+    running = await sections.start(["/bin/sh", "-c", f"echo x > {ran}; sleep 60"], env=env)
+    await until(ran.exists)
+    assert early == [False]
+    await running.kill()
+
+
+NODE = """
+import asyncio, sys
+from phalanx import config
+from phalanx.backends import ProcessBackend
+from phalanx.ports import SectionContext
+
+async def register(resource):
+    if resource.pgid:
+        print(resource.pgid, flush=True)
+        await asyncio.sleep(60)
+
+async def main():
+    app = config.build_app("wiki", config.ActivePassive(), backend=config.Process(
+        ["/bin/sh", "-c", f"echo x > {sys.argv[1]}; sleep 60"], env=eval(sys.argv[2])))
+    section = SectionContext("prod", "n1", "wiki", 12, register, lambda resource_id: None)
+    await ProcessBackend(app.backend).start(section)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("env", GATES.values(), ids=GATES.keys())
+@pytest.mark.parametrize("mortal", [True, False])
+async def test_g1_program_never_runs_if_its_node_dies_before_its_group_is_known(
+    tmp_path: Path, env: dict[str, str], mortal: bool
+) -> None:
+    """The end of the node is the end of the gate, also without the kernel's help (no setpriv)."""
+    ran = tmp_path / "ran"
+    code = NODE if mortal else "from phalanx.backends import gate\ngate._dies_with_node = lambda: ()\n" + NODE
+    node = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, str(ran), repr(env), stdout=asyncio.subprocess.PIPE
+    )
+    assert node.stdout is not None
+    pid = int(await asyncio.wait_for(node.stdout.readline(), 20))
+    assert system.is_running(pid)
+    node.kill()
+    await node.wait()
+    await until(lambda: not system.is_running(pid))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("env", GATES.values(), ids=GATES.keys())
+async def test_program_does_not_notice_the_gate(
+    sections: Sections, lines: list[str], monkeypatch: pytest.MonkeyPatch, env: dict[str, str]
+) -> None:
+    """Its environment is what it was given, nothing is open, no signal is ignored or blocked."""
+    monkeypatch.setattr(child, "MAX_LINE_BYTES", 1 << 20)
+    for name in ("LC_ALL", "LC_CTYPE", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ODD", "two\nlines 'and' \"quotes\" $HOME \\ \udcff")
+    if env:
+        monkeypatch.setenv("discovery.type", "no name for a shell")
+    code = (
+        "env = dict(l.split(b'=', 1) for l in open('/proc/self/environ', 'rb').read().split(b'\\0') if l)\n"
+        "status = dict(l.split(':\\t', 1) for l in open('/proc/self/status').read().splitlines())\n"
+        "print(repr((env, sorted(os.listdir('/proc/self/fd')), os.readlink('/proc/self/fd/0'),"
+        " status['SigBlk'], sys.argv)))"
+    )
+    arguments = ["a b", "", "$x", "-c"]
+    # Without a Python in between, SigIgn is what the program was given.
+    running = await sections.start(["/bin/sh", "-c", "grep SigIgn /proc/$$/status"], env=env)
+    await running.ended
+    await running.stop("done")
+    assert int(lines.pop().split()[1], 16) == 0
+    running = await sections.start(
+        [sys.executable, "-c", "import os, sys\n" + code, *arguments], env={**env, "A": "1"}
+    )
+    await running.ended
+    await running.stop("done")
+    seen, descriptors, stdin, blocked, argv = ast.literal_eval(lines.pop())
+    marker = os.fsdecode(seen[b"PHALANX_SECTION"])
+    assert marker in sections.markers
+    expected = {
+        **child.environment(), **env, "A": "1", "PHALANX_SECTION": marker, "PHALANX_PLATFORM": "prod",
+        "PHALANX_NODE": "n1", "PHALANX_APP": "wiki", "PHALANX_EPOCH": "12",
+    }  # fmt: skip
+    shells_own = {b"PWD", b"OLDPWD", b"SHLVL", b"_"}
+    assert {k: v for k, v in seen.items() if k not in shells_own} == {
+        os.fsencode(k): os.fsencode(v) for k, v in expected.items() if os.fsencode(k) not in shells_own
+    }
+    assert (len(descriptors), stdin, int(blocked, 16)) == (4, "/dev/null", 0)
+    assert argv == ["-c", *arguments]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change the user")
+async def test_other_user_who_may_not_run_the_python_gate(
+    sections: Sections, lines: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Python in a directory that is closed to the program's user: it runs all the same."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    (closed / "python").symlink_to(sys.executable)
+    monkeypatch.setattr(gate.sys, "executable", str(closed / "python"))
+    running = await sections.start(["/bin/sh", "-c", "id -un"], user="nobody", cwd="/", env=GATES["python"])
+    assert await running.ended == "exited with code 0"
+    await running.stop("done")
+    assert lines == ["nobody"]
+
+
+async def test_without_any_gate(
+    sections: Sections, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is neither a shell nor a Python the program runs at once."""
+    monkeypatch.setattr(gate, "_shell", lambda: "")
+    monkeypatch.setattr(gate, "_dies_with_node", lambda: ())
+    monkeypatch.setattr(gate.sys, "executable", "/no/such/python")
+    running = await sections.start(["/bin/echo", "up"])
+    await running.ended
+    await running.stop("done")
+    assert lines == ["up"]
+
+
+async def test_a_gate_costs_little(sections: Sections) -> None:
+    """From the registration to the program's exec: some milliseconds (best of five, machines are busy)."""
+    seconds: list[float] = []
+    for _ in range(5):
+        began = system.now()
+        running = await sections.start("sleep 60")
+        seconds.append(system.now() - began)
+        await running.kill()
+    assert min(seconds) < 0.05
+
+
+# --- what a program leaves
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+async def test_g1_child_that_only_its_parent_tells_of_is_killed(
+    sections: Sections, tmp_path: Path, how: str
+) -> None:
+    """A child with a session and an environment of its own, whose parent obeys the signal to stop."""
+    pid = tmp_path / "pid"
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],"
+        " env={}, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
+        f"open({str(pid)!r}, 'w').write(str(child.pid) + '\\n')\n"
+        "time.sleep(60)"
+    )
+    running = await sections.start(python(code))
+    await until(lambda: pid.exists() and pid.read_text().endswith("\n"))
+    hidden = system.ProcessRef.of(int(pid.read_text()))
+    assert hidden.alive()
+    await (running.stop("done") if how == "stop" else running.kill())
+    assert not hidden.alive()
 
 
 # --- output

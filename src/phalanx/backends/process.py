@@ -1,7 +1,8 @@
 """A program as backend: in a session of its own, known to the keeper before it runs, all of it gone after.
 
 The invariant: from before the spawn until nothing of it runs, the keeper has the marker by which every
-process of the section can be found and killed. It is taken back only after a scan that found nobody.
+process of the section can be found and killed. It is taken back only after a scan that found nobody. The
+program itself runs only once the keeper has its group as well: until then it waits behind a gate.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import secrets
 import shutil
 import signal
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 
 import msgspec
 
 from phalanx import child, system
+from phalanx.backends import gate
 from phalanx.config import Check, Process
 from phalanx.errors import BackendError
 from phalanx.ports import Running, SectionContext
@@ -129,35 +131,6 @@ def _program(config: Process, env: Mapping[str, str], app: str) -> str:
     return os.path.abspath(path)
 
 
-@cache
-def _setpriv() -> str:
-    return (shutil.which("setpriv") or "") if system.LINUX else ""
-
-
-def _is_sure_to_run(program: str) -> bool:
-    """Whether the kernel knows what to do with the file; otherwise its own error is the better message."""
-    with open(program, "rb") as file:
-        head = file.read(256)
-    if head.startswith(b"#!"):
-        interpreter = head[2:].split(b"\n")[0].split()
-        return bool(interpreter) and os.access(interpreter[0], os.X_OK)
-    return head.startswith(b"\x7fELF")
-
-
-def _dies_with_node(program: str) -> tuple[str, ...]:
-    """What has the kernel kill the program when the node's process ends, whatever ended it (Linux).
-
-    The keeper kills it too, and better: all of its processes. This is for the case that node and keeper
-    are killed at once, so that nobody is left who could: the program must not outlive the session then.
-    setpriv (util-linux) sets prctl(2) PR_SET_PDEATHSIG and becomes the program.
-    """
-    try:
-        usable = _setpriv() and _is_sure_to_run(program)
-    except OSError:
-        usable = False
-    return (_setpriv(), "--pdeathsig", "KILL", "--") if usable else ()
-
-
 def _spawn_failed(app: str, command: str, error: OSError) -> BackendError:
     step = "prepare" if error.errno in _PREPARE_ERRORS else "start"
     remedy = {
@@ -182,6 +155,9 @@ class _Run:
         marker = f"{section.app}.{section.epoch}.{secrets.token_hex(8)}"
         self._resource = Resource("process", marker, section.app, section.epoch)
         self._child: child.Child | None = None
+        self._gate: gate.Gate | None = None
+        self._known: list[system.ProcessRef] = []
+        """What a search found before the program was asked to end."""
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._asked_to_end = False
         self._killing: asyncio.Task[tuple[int, ...]] | None = None
@@ -205,6 +181,7 @@ class _Run:
             self._resource, pgid=self._child.pid, start_time=self._child.start_time
         )
         await self._section.register(self._resource)
+        await self._open()
         log.info("app %s: started process %d", self._app, self._child.pid, extra={"app": self._app})
         if self._config.ready is not None:
             await self._wait_ready(self._child, self._config.ready)
@@ -219,17 +196,25 @@ class _Run:
             "PHALANX_EPOCH": str(self._section.epoch),
         }
         start = partial(
-            child.spawn,
-            (*_dies_with_node(self._launch.program), self._launch.program, *self._config.command[1:]),
+            gate.spawn,
+            (self._launch.program, *self._config.command[1:]),
             env=env,
             cwd=self._config.cwd,
             identity=self._launch.identity,
         )
         try:
-            process = await child.in_thread(start)
+            process, self._gate = await child.in_thread(start)
         except OSError as error:
             raise _spawn_failed(self._app, self._launch.program, error) from error
         self._child = child.Child(process, partial(self._lines.info, "%s"), self._on_exit)
+
+    async def _open(self) -> None:
+        """Let it run: the keeper knows all that it needs."""
+        assert self._gate is not None
+        try:
+            await child.in_thread(self._gate.open)
+        except OSError as error:
+            raise _spawn_failed(self._app, self._launch.program, error) from error
 
     def _on_exit(self) -> None:
         assert self._child is not None
@@ -273,6 +258,8 @@ class _Run:
 
     async def abandon(self) -> None:
         """Kill what a failed start has left, until all of it is gone."""
+        if self._gate is not None:
+            self._gate.close()
         while True:
             try:
                 await self.kill()
@@ -292,6 +279,8 @@ class _Run:
 
     async def _end_gracefully(self, program: child.Child, reason: str) -> None:
         """Signal the group, and give it its time. Who left the group has not heard of it, and gets none."""
+        if not self._asked_to_end:
+            await self._remember(program)
         if not self._asked_to_end:  # many programs take a second signal for "without any care"
             self._asked_to_end = True
             log.info("app %s: stopping process %d: %s", self._app, program.pid, reason)
@@ -309,6 +298,15 @@ class _Run:
             self._config.stop_timeout,
             self._config.stop_signal,
         )
+
+    async def _remember(self, program: child.Child) -> None:
+        """Note its descendants while it lives: later some of them can't be told from anybody else's."""
+        try:
+            self._known = await child.in_thread(
+                partial(system.find_processes, self._resource.id, program.pid)
+            )
+        except OSError as error:
+            log.warning("app %s: cannot see its processes: %s", self._app, error)
 
     async def kill(self) -> None:
         """See ``ports.Running.kill``. A cancellation is raised only after the end."""
@@ -340,14 +338,13 @@ class _Run:
     async def _kill_all(self) -> tuple[int, ...]:
         """SIGKILL and see that nobody is left; the pids of those who are. Only nobody is taken back."""
         program = self._child
-        if program is not None:
-            program.signal_group(signal.SIGKILL)  # at once; the thorough search takes some milliseconds
         report = await child.in_thread(
             partial(
                 system.kill_marked,
                 self._resource.id,
                 program.pid if program else None,
                 start_time=program.start_time if program else 0,
+                known=tuple(self._known),
                 deadline_seconds=KILL_DEADLINE_SECONDS,
             )
         )
