@@ -55,7 +55,12 @@ def main() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     log_without_waiting()
     harden()
-    asyncio.run(_main(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])))
+    try:
+        asyncio.run(_main(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])))
+    except Exception as error:
+        # Told by the log: the interpreter's own traceback would wait for a reader where stderr is a socket.
+        logging.getLogger("phalanx.keeper").critical("the keeper failed", exc_info=error)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
