@@ -229,7 +229,7 @@ async def test_app_that_does_not_end_holds_no_other_app(nats_server: NatsServer,
             await eventually(lambda: "wiki begins" in second.log())
             assert await ended(first, 10) == -signal.SIGKILL
             await asyncio.gather(asking, return_exceptions=True)
-        assert "released: app stuck does not end" in first.log()
+        assert "app wiki: released (epoch 1): app stuck does not end" in first.log()
         assert "app stuck does not end, so the node will; to n2" in first.log()
         assert "this node kills itself" in first.log()
 
@@ -237,9 +237,10 @@ async def test_app_that_does_not_end_holds_no_other_app(nats_server: NatsServer,
 # --- a part that fails
 
 
-async def fails(self: Steering, active: object) -> None:
-    """Stands for a bug in a task of the node's whole life."""
-    await asyncio.sleep(0.5)
+async def fails(self: Steering, active: Callable[[], list[str]]) -> None:
+    """Stands for a bug in a task of the node's whole life, which shows when an app is active."""
+    while not active():  # noqa: ASYNC110 - as the real one, it has only this
+        await asyncio.sleep(0.02)
     raise RuntimeError("no such thing")
 
 
@@ -284,7 +285,9 @@ async def test_internal_error_is_raised_at_the_end_of_async_with(
     assert app.role is Role.STOPPED
 
     async def body_fails() -> None:
-        async with in_process(nats_server, tmp_path) as second:
+        second = in_process(nats_server, tmp_path)
+        second.app("wiki")
+        async with second:
             with contextlib.suppress(InternalError):
                 await second.wait()
             raise ZeroDivisionError
@@ -298,7 +301,8 @@ async def test_internal_error_ends_the_process_with_1(nats_server: NatsServer, t
     broken = """
 from phalanx.coord.steering import Steering
 async def fails(self, active):
-    await asyncio.sleep(0.5)
+    while not active():
+        await asyncio.sleep(0.02)
     raise RuntimeError("no such thing")
 Steering.run = fails
 """
