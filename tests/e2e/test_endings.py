@@ -234,6 +234,43 @@ async def test_app_that_does_not_end_holds_no_other_app(nats_server: NatsServer,
         assert "this node kills itself" in first.log()
 
 
+LATE_APP = """
+import phalanx.node
+phalanx.node.STUCK_SECONDS = 0.5
+late, go = p.app("late"), asyncio.Event()
+
+@late.on_active
+async def late_active(ctx):
+    ctx.ready()
+    while not go.is_set():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.01)
+
+@app.on_active
+async def active(ctx):
+    say(f"wiki begins, {ctx.epoch}")
+
+@app.on_passive
+async def passive(ctx):
+    go.set()
+    await asyncio.sleep(0.4)
+"""
+
+
+async def test_app_that_ends_at_the_last_moment_costs_no_node(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """It ends while the others are handed over: the node lives, and they are candidates again."""
+    with program(nats_server, tmp_path, LATE_APP) as node:
+        await eventually(lambda: node.log().count("active (epoch") == 2)
+        async with PlatformClient("test", NatsOptions(urls=tuple(nats_server.urls))) as client:
+            asking = asyncio.create_task(client.step_down("late", timeout=10, wait=False))
+            await eventually(lambda: node.log().count("wiki begins") == 2)
+            await asyncio.gather(asking, return_exceptions=True)
+        assert "app late does not end, so the node will" in node.log()
+        assert node.is_active("wiki")
+
+
 # --- a part that fails
 
 
