@@ -147,10 +147,11 @@ class NodeProcess:
         faults.freeze(self.pid)
 
     def thaw(self, *, keeper: bool = False) -> None:
-        """SIGCONT."""
+        """SIGCONT. A node whose session has run out meanwhile dies of it at once."""
+        keeper_pid = self.keeper_pid if keeper else 0
         faults.thaw(self.pid)
-        if keeper:
-            faults.thaw(self.keeper_pid)
+        if keeper_pid:
+            faults.thaw(keeper_pid)
 
     def freeze_keeper(self) -> None:
         """SIGSTOP the keeper alone."""
