@@ -259,16 +259,20 @@ def find_marked(marker: str, pgid: int | None = None) -> list[int]:
 
 
 def find_processes(
-    marker: str, pgid: int | None = None, known: Iterable[ProcessRef] = ()
+    marker: str, pgid: int | None = None, *, start_time: int = 0, known: Iterable[ProcessRef] = ()
 ) -> list[ProcessRef]:
     """The running processes of a section: marked, or in group or session *pgid*, and their descendants.
 
-    *known*: what an earlier search found; what of it still runs, and descends from it, belongs too.
+    *start_time*: of the group's leader where known; if another process has that pid by now, the group is
+    somebody else's. *known*: what an earlier search found; what of it still runs, and what descends from
+    that, belongs too.
     Never this process nor an ancestor of it. Processes of other users are seen only by root.
     On macOS the result is always empty: only groups can be killed there. Raises OSError.
     """
     if not LINUX:
         return []
+    if pgid is not None and not _is_group_of(pgid, start_time):
+        pgid = None
     return [ProcessRef(*one) for one in _scan(marker, pgid, dict(known), _spared()).found.items()]
 
 
@@ -284,8 +288,7 @@ def kill_marked(
 
     First all are found and stopped, then killed: the death of a parent would hide its children, and
     nobody can fork away. It ends when two searches in a row found nobody and every killed process is dead
-    (so its sockets are closed), or at the deadline. *start_time*: of the group's leader where known; if
-    another process has that pid by now, the group is somebody else's and is left alone.
+    (so its sockets are closed), or at the deadline.
     Blocks: a few ms as a rule. Raises OSError if /proc can't be read; the group was killed then.
     """
     began = now()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +80,39 @@ async def test_full_disk_moves_the_app_and_kills_no_node(nats_server: NatsServer
             assert not node.is_active("wiki")
         finally:
             file.rmdir()
+
+
+# --- programs that hide
+
+
+HIDES = """
+import os, subprocess, sys, time
+child = subprocess.Popen(
+    [sys.executable, "-c", "import time; time.sleep(1000)"], env={}, start_new_session=True
+)
+with open(sys.argv[1], "a") as file:
+    file.write(f"{child.pid}\\n")
+time.sleep(1000)
+"""
+
+
+async def test_g1_frozen_nodes_hidden_processes_are_found_before_it_is_killed(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """A child with a session and an environment of its own; its parent dies with the node that is fenced."""
+    script, pids = tmp_path / "hides.py", tmp_path / "pids"
+    script.write_text(HIDES)
+    program = f"{sys.executable} {script} {pids}"
+    with stage(tmp_path, nats_server, count=2, ttl=1.0, backend=program, hooks=True) as s:
+        active = await s.settled()
+        await s.nodes.wait_until(lambda: pids.exists() and pids.read_text().endswith("\n"), 10, "no child")
+        hidden = system.ProcessRef.of(int(pids.read_text()))
+        assert hidden.alive()
+        s.nodes[active].freeze()
+        try:
+            await s.nodes.wait_for_active("wiki", other_than=active)
+            assert not s.nodes[active].is_running
+            assert not hidden.alive()
+        finally:
+            if hidden.alive():
+                os.kill(hidden.pid, signal.SIGKILL)

@@ -165,6 +165,9 @@ def test_known_pid_that_belongs_to_somebody_else_is_spared(section: Section) -> 
     known = [system.ProcessRef(leader.pid, leader.start_time - 1)]
     report = system.kill_marked("wiki.1.other", known=known)
     assert (report.killed, report.remaining) == ((), ())
+    earlier = leader.start_time - 1
+    assert system.find_processes("wiki.1.other", leader.pid, start_time=earlier) == []
+    assert system.kill_marked("wiki.1.other", leader.pid, start_time=earlier).killed == ()
     assert leader.alive()
 
 

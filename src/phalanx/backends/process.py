@@ -303,7 +303,7 @@ class _Run:
         """Note its descendants while it lives: later some of them can't be told from anybody else's."""
         try:
             self._known = await child.in_thread(
-                partial(system.find_processes, self._resource.id, program.pid)
+                partial(system.find_processes, self._resource.id, program.pid, start_time=program.start_time)
             )
         except OSError as error:
             log.warning("app %s: cannot see its processes: %s", self._app, error)

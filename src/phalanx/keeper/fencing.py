@@ -22,6 +22,7 @@ log = logging.getLogger("phalanx.keeper")
 
 KILL_DEADLINE_SECONDS = 2.0
 _RETRY_SECONDS = 0.1
+_FIND_SECONDS = 0.25
 
 
 class _File(msgspec.Struct):
@@ -97,22 +98,58 @@ class Registry:
         return saved.resources if saved.boot_id == system.boot_id() else []
 
 
+Known = dict[str, list[system.ProcessRef]]
+"""Processes that were seen, by resource id."""
+
+
+def node_lives(pid: int) -> bool:
+    """Whether the node runs. The keeper is its child, so the pid is the node's while it is our parent."""
+    return os.getppid() == pid
+
+
 def kill_node(pid: int) -> None:
-    """SIGKILL the node. The keeper is its child, so the pid is the node's while it is our parent."""
-    if os.getppid() == pid:
+    """SIGKILL the node, if it lives."""
+    if node_lives(pid):
         os.kill(pid, signal.SIGKILL)
 
 
 async def node_gone(pid: int) -> None:
     """Wait until the node has ended: SIGKILL is obeyed soon, but not at once. The caller goes on renewing."""
-    while os.getppid() == pid:  # noqa: ASYNC110 - the kernel tells it by giving us another parent
+    while node_lives(pid):  # noqa: ASYNC110 - the kernel tells it by giving us another parent
         await asyncio.sleep(0.001)
 
 
-async def kill_processes(resources: list[Resource]) -> bool:
-    """SIGKILL every process of *resources*; True once all are seen to be gone."""
+async def find_processes(resources: list[Resource]) -> Known:
+    """The processes of *resources*, to be looked for before the node is killed.
+
+    The kernel kills its programs with it, and then the children that only they can tell of are hidden.
+    """
+    processes = [resource for resource in resources if resource.kind == "process"]
+    try:
+        async with asyncio.timeout(_FIND_SECONDS):
+            found = await asyncio.gather(*(asyncio.to_thread(_find_one, resource) for resource in processes))
+    except TimeoutError:  # /proc hangs: the node has to die nevertheless
+        log.error("its processes were not seen within %g s", _FIND_SECONDS)
+        return {}
+    return {resource.id: known for resource, known in zip(processes, found, strict=True)}
+
+
+def _find_one(resource: Resource) -> list[system.ProcessRef]:
+    try:
+        return system.find_processes(resource.id, resource.pgid or None, start_time=resource.start_time)
+    except OSError as error:
+        log.error("app %s: cannot see its processes: %s", resource.app, error)
+        return []
+
+
+async def kill_processes(resources: list[Resource], known: Known | None = None) -> bool:
+    """SIGKILL every process of *resources*, and what is *known*; True once all are seen to be gone."""
     outcomes = await asyncio.gather(
-        *(asyncio.to_thread(_kill_one, resource) for resource in resources if resource.kind == "process")
+        *(
+            asyncio.to_thread(_kill_one, resource, tuple((known or {}).get(resource.id, ())))
+            for resource in resources
+            if resource.kind == "process"
+        )
     )
     if all(outcomes):
         return True
@@ -120,13 +157,14 @@ async def kill_processes(resources: list[Resource]) -> bool:
     return False
 
 
-def _kill_one(resource: Resource) -> bool:
+def _kill_one(resource: Resource, known: tuple[system.ProcessRef, ...]) -> bool:
     """Whether all of it is seen to be gone. Never raises: a keeper that ends would leave it running."""
     try:
         report = system.kill_marked(
             resource.id,
             pgid=resource.pgid or None,
             start_time=resource.start_time,
+            known=known,
             deadline_seconds=KILL_DEADLINE_SECONDS,
         )
     except (OSError, ValueError) as error:

@@ -202,9 +202,12 @@ class Keeper:
 
     async def _kill(self, start: wire.Start, registry: fencing.Registry, kill_node: bool) -> None:
         """Return only when the node (if it is to be killed) and all registered processes are gone."""
+        known = fencing.Known()
         if kill_node:
+            if fencing.node_lives(self._node_pid):
+                known = await fencing.find_processes(registry.resources)
             fencing.kill_node(self._node_pid)
-        while not await fencing.kill_processes(registry.resources):
+        while not await fencing.kill_processes(registry.resources, known):
             log.error("node %s: not releasing while processes of it still run", start.session.node)
         if kill_node:
             await fencing.node_gone(self._node_pid)
