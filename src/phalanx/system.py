@@ -433,8 +433,7 @@ def _add_with_children(pid: int, found: dict[int, int], spared: set[int]) -> Non
     waiting = [pid]
     while waiting:
         one = waiting.pop()
-        stat = _stat(one)
-        if one in found or one in spared or stat is None:
+        if one in found or one in spared or (stat := _stat(one)) is None:
             continue
         if not stat.dead:
             found[one] = stat.start_time
@@ -459,6 +458,11 @@ def _children(pid: int) -> list[int]:
     return children
 
 
+def _lives(pid: int, started: int) -> bool:
+    stat = _stat(pid)
+    return stat is not None and stat.start_time == started and not stat.dead
+
+
 def _kill_and_wait(victims: dict[int, int], deadline: float) -> list[int]:
     """SIGKILL each of *victims* (start times by pid), wait for their ends; who is still alive."""
     poll, watched = select.poll(), dict[int, int]()
@@ -471,7 +475,8 @@ def _kill_and_wait(victims: dict[int, int], deadline: float) -> list[int]:
                 # One that we may not signal is waited for as well: it is alive, and that is reported.
                 if _send(pid, started, signal.SIGKILL) and descriptor is not None:
                     poll.register(descriptor, select.POLLIN)
-        while (alive := [p for p, s in victims.items() if ProcessRef(p, s).alive()]) and now() < deadline:
+        alive = list(victims)
+        while (alive := [pid for pid in alive if _lives(pid, victims[pid])]) and now() < deadline:
             left_ms = max(1, min(5, int((deadline - now()) * 1000)))
             for descriptor, _ in poll.poll(left_ms):
                 poll.unregister(descriptor)
