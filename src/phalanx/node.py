@@ -33,7 +33,6 @@ from phalanx.decide.timing import Timing
 from phalanx.errors import (
     BusError,
     InternalError,
-    NodeIdTaken,
     SessionLost,
     StartError,
 )
@@ -364,13 +363,11 @@ class Node:
             try:
                 await self._live(started)
                 failures = 0
-            except NodeIdTaken:
-                raise
             except (SessionLost, StartError, BusError, TimeoutError) as error:
                 if self._stopping.is_set():
                     return
                 if isinstance(error, StartError) and not self.has_started:
-                    raise
+                    raise  # later on it is tried again: the id may be held by this node's own last session
                 if started is not None and not started.done() and failures >= 3:
                     raise StartError(
                         f"no session: {error}", "check the NATS servers; phalanx doctor says more"

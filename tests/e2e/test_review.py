@@ -136,3 +136,28 @@ async def test_dead_node_is_no_successor_after_its_tombstones_are_gone(
         s.nodes[active].terminate()
         assert s.nodes[active].wait(10) == 0
         assert "to no other eligible node" in s.nodes[active].log()
+
+
+async def test_bus_survives_a_reopening_that_fails_in_an_unexpected_way(nats_server: NatsServer) -> None:
+    """The CA file is missing while a client is replaced: tried again; subscriptions come along once."""
+    bus = await connected(nats_server)
+    got: list[bytes] = []
+    await bus.subscribe("s", lambda m: got.append(m.data))
+    right = bus._options
+    bus._options = NatsOptions(urls=right.urls, tls_ca="/nonexistent.pem")
+    bus._start_reopening("a test")
+    async with asyncio.timeout(10):
+        while bus.is_connected:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        late = await bus.subscribe("t", lambda m: got.append(m.data))
+        await asyncio.sleep(0.3)  # at least one try fails
+        bus._options = right
+        while not bus.is_connected:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        while got != [b"1", b"2"]:
+            got.clear()
+            await bus.publish("s", b"1")
+            await bus.publish("t", b"2")
+            await asyncio.sleep(0.1)
+    await late.unsubscribe()
+    await bus.close()

@@ -135,9 +135,21 @@ class _Subscription:
     ) -> None:
         self.subject, self.queue, self._on_message, self._on_ended = subject, queue, on_message, on_ended
         self._inner: NatsSubscription | None = None
+        self._client: Client | None = None
+        self._ended = False
 
     async def attach(self, client: Client) -> None:
-        self._inner = await _subscribe(client, self.subject, self._deliver, queue=self.queue)
+        if self._ended or self._client is client:
+            return  # ended meanwhile, or attached by whoever subscribed while the client was being made
+        self._client = client
+        try:
+            inner = await _subscribe(client, self.subject, self._deliver, queue=self.queue)
+        except BaseException:
+            self._client = None
+            raise
+        self._inner = inner
+        if self._ended:
+            await self.unsubscribe()
 
     async def _deliver(self, msg: Msg) -> None:
         try:
@@ -148,6 +160,7 @@ class _Subscription:
             log.exception("a message on %s could not be handled", msg.subject)
 
     async def unsubscribe(self) -> None:
+        self._ended = True
         inner, self._inner = self._inner, None
         self._on_ended(self)
         if inner is not None:
@@ -303,7 +316,8 @@ class NatsBus:
             await self._dispose(self._client)
             try:
                 await _bounded(self._open(), OPEN_SECONDS)
-            except (NatsError, OSError, TimeoutError) as error:
+            except Exception as error:
+                # Whatever it is, such as a certificate that is just being replaced: it must not be the end.
                 log.warning("nats: not connected: %s", _plain(self._last_error or error))
                 await asyncio.sleep(delay)
                 delay = min(longest, 2 * delay)

@@ -23,6 +23,7 @@ from phalanx.types import Candidate, Epoch, LeaderRecord, SessionId
 log = logging.getLogger("phalanx.election")
 
 RETRY_SECONDS = 0.1
+STALE_SECONDS = 0.2
 OFFER_LINGER_SECONDS = 0.1
 TIDY_SECONDS = 30.0
 STREAM_NOT_FOUND = 10059
@@ -214,10 +215,11 @@ class Election:
                 return until - now
             case rules.Idle():
                 pass
+        before = system.now()
         if not await self._publish_offer():
             return RETRY_SECONDS
         await self._tidy()
-        return self._next_look()
+        return self._next_look(before)
 
     def _dead_offers(self) -> list[str]:
         return [n for n, offer in self.candidates.items() if self._register.is_over(offer.session)]
@@ -227,28 +229,30 @@ class Election:
         if self._reign is None or system.now() < self._tidy_at:
             return
         self._tidy_at = system.now() + TIDY_SECONDS
-        for node in self._dead_offers():
+        # With the revisions of now: an offer that is renewed or removed while we wait is not ours to remove.
+        dead = [(node, self._offer_revisions[node]) for node in self._dead_offers()]
+        for node, revision in dead:
             subject = self._names.key_subject(self._bucket, self._names.candidate_key(node))
             try:
                 # A node that returns just now has written a newer revision: then this is refused.
                 await self._bus.write(
                     subject,
-                    expect=self._offer_revisions[node],
+                    expect=revision,
                     headers={"KV-Operation": "DEL"},
                     timeout=1.0,
                 )
             except BusError as error:
                 log.debug("app %s: removing the offer of %s: %s", self._app, node, error)
 
-    def _next_look(self) -> float | None:
-        """After how many seconds the offer has to be looked at again, if nothing else happens."""
+    def _next_look(self, before: float) -> float | None:
+        """After how many seconds to look again if nothing else happens. What came since *before* is due."""
         now = system.now()
         moments = [self._not_before]
         if self._offer != self._offered:
             moments.append(self._offer_due)
         if self._reign is not None and self._dead_offers():
             moments.append(self._tidy_at)
-        return min((m - now for m in moments if now < m < float("inf")), default=None)
+        return min((max(0.0, m - now) for m in moments if before < m < float("inf")), default=None)
 
     def _view(self) -> rules.View:
         holder = self.leader.session
@@ -361,7 +365,7 @@ class Election:
         except BusError as error:
             log.warning("app %s: reading the leader key: %s", self._app, error)
             return False
-        self._learn_from_leader(record)
+        await self._learn_from_leader(record)
         return True
 
     async def _verify_reign(self) -> bool:
@@ -376,7 +380,7 @@ class Election:
         if self._reign is not None and (record is None or record.revision != self._reign.epoch):
             found = record.revision if record else "nothing"
             self._reign.end(f"after a reconnection the leader key is at {found}", deposed=True)
-        self._learn_from_leader(record)
+        await self._learn_from_leader(record)
         return True
 
     # --- what was seen
@@ -411,14 +415,31 @@ class Election:
         self._offer_revisions[offer.session.node] = revision
 
     def _on_offer_removed(self, node: str) -> None:
+        if node == self._session.id.node:
+            self._offered = None  # whoever removed it: it is published again
         offer = self.candidates.pop(node, None)
         self._offer_revisions.pop(node, None)
         if offer is not None:
             self._register.unnote(offer.session)
 
-    def _learn_from_leader(self, record: Record | None) -> None:
-        """What the stream's leader has, which counts even if it is older: servers may have lost writes."""
-        found = _record(record.revision, _leader_of(record.data)) if record is not None else LeaderRecord(0)
+    async def _learn_from_leader(self, record: Record | None) -> None:
+        """What the stream's leader has, which counts even if it is older: servers may have lost writes.
+
+        An older answer is asked for a second time: a server that does not know yet that it leads no more
+        may have given it.
+        """
+        found = _leader_record(record)
+        if found.revision < self.leader.revision:
+            await asyncio.sleep(STALE_SECONDS)
+            try:
+                again = await self._bus.read(
+                    self._stream, self._leader_subject, timeout=VERIFY_TIMEOUT_SECONDS
+                )
+            except BusError as error:
+                if error.code != STREAM_NOT_FOUND:
+                    return
+                again = None
+            found = _leader_record(again)
         if found.revision < self.leader.revision:
             log.error(
                 "app %s: the leader key went back from revision %d to %d: NATS has lost acknowledged writes",
@@ -427,6 +448,7 @@ class Election:
                 found.revision,
             )
             self._replace(found)
+            self._watch.forget(self._leader_subject)
         else:
             self._learn(found)
 
@@ -448,6 +470,10 @@ class Election:
                 self._vacant_since = system.now()
         self._changed.set()
         self._on_leader(old, record)
+
+
+def _leader_record(record: Record | None) -> LeaderRecord:
+    return _record(record.revision, _leader_of(record.data)) if record is not None else LeaderRecord(0)
 
 
 def _record(revision: int, body: _LeaderBody) -> LeaderRecord:

@@ -140,7 +140,11 @@ class PlatformState:
                 if holder.session == member.session:
                     return
                 register.note(holder.session)
-                if not await register.wait_over(holder.session, deadline - system.now()):
+                try:
+                    is_over = await register.wait_over(holder.session, deadline - system.now())
+                finally:
+                    register.unnote(holder.session)
+                if not is_over:
                     raise NodeIdTaken(member.node, str(holder.session), holder.host)
             elif (record := await self._bus.read(self._stream, subject)) is not None:
                 revision = record.revision

@@ -39,6 +39,7 @@ class Register:
         self._watches: dict[str, Watch] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._absent: dict[SessionId, set[str]] = {}
+        self._list_since = float("-inf")
         self._callbacks: list[Callable[[SessionId], None]] = []
         self._changed = asyncio.Event()
         self._burying: dict[Tombstone, asyncio.Task[None]] = {}
@@ -124,6 +125,7 @@ class Register:
         self._tell(self._observer.on_streams(streams, system.now()))
         # ``caught_up`` means: since the list is this one. Sessions that began just before must be seen.
         self._caught_up.clear()
+        self._list_since = system.now()
         for watch in self._watches.values():
             watch.refresh()
         self._watch_streams()
@@ -137,6 +139,7 @@ class Register:
         for watch in self._watches.values():
             self._spawn(watch.close(), "unwatch sessions")
         self._watches.clear()
+        self._list_since = system.now()
         self._absent.clear()
         self._caught_up.clear()
         self.ready.clear()
@@ -240,9 +243,11 @@ class Register:
                 self._is_absent(session, stream)
             elif session in self._absent:
                 self._absent[session].discard(stream)
-        self._caught_up.add(stream)
-        if self._observer.streams.has_majority(self._caught_up):
-            self.ready.set()
+        if asked_at >= self._list_since:
+            # One that was asked for under an earlier list proves nothing about this one.
+            self._caught_up.add(stream)
+            if self._observer.streams.has_majority(self._caught_up):
+                self.ready.set()
         self._tell(over)
         self._changed.set()
 

@@ -100,6 +100,11 @@ class Watch:
         elif event is Connection.MISSED:
             self._ask(interrupted=False)
 
+    def forget(self, subject: str) -> None:
+        """Hear again what is stored there now, whichever revision it has."""
+        self._revisions.pop(subject, None)
+        self._ask(interrupted=False)
+
     def refresh(self) -> None:
         """Read the state again, soon."""
         self._ask(interrupted=False)
@@ -156,6 +161,7 @@ class Watch:
                 records = await self._bus.snapshot(self._stream, self._subjects)
                 if self._monotonic:
                     await self._find_vanished(records, asked_at)
+                    await self._find_older(records, asked_at)
                 break
             except BusError as error:
                 log.debug("catching up with %s: %s", self._subjects, error)
@@ -171,6 +177,18 @@ class Watch:
             return
         for record in records:
             self._deliver(record)
+
+    async def _find_older(self, records: list[Record], asked_at: float) -> None:
+        """What is older than what was seen before: a replica that lags, or servers that have lost writes."""
+        for record in records:
+            revision, received_at = self._revisions.get(record.subject, (0, 0.0))
+            if record.revision >= revision or received_at >= asked_at:
+                continue
+            found = await self._bus.read(self._stream, record.subject)
+            if found is not None and found.revision < revision:
+                log.error("%s went back from revision %d to %d", record.subject, revision, found.revision)
+                self._revisions.pop(record.subject, None)
+                self._deliver(found)
 
     async def _find_vanished(self, records: list[Record], asked_at: float) -> None:
         """Report as removed what was there and has vanished without a marker that we have seen."""
