@@ -26,6 +26,9 @@ SETUP_LOCK_SECONDS = 120.0
 
 SETUP_WAIT_SECONDS = 150.0
 
+GONE_SECONDS = 3.0
+"""How long a stream must be unknown until it counts as vanished."""
+
 
 async def patiently(work: Callable[[], Awaitable[None]], what: str) -> None:
     """Do *work* again while NATS does not answer: a stream that was just made has no leader yet.
@@ -71,7 +74,7 @@ class Founding:
         names = self._names
         known = self._known_identity()
         stream = names.bucket_stream(names.platform_bucket)
-        if known is not None and await provision.stream_info(self._bus, stream) is None:
+        if known is not None and await self._is_gone(stream):
             raise IdentityError(
                 f"the bucket {names.platform_bucket!r} is gone, but this node belongs to platform {known.id}",
                 "NATS lost its data, or this is another NATS. Restore it; or, to start a new platform "
@@ -94,6 +97,15 @@ class Founding:
             temporary.write_bytes(msgspec.json.encode(identity))
             temporary.replace(self._identity_path)
         self.streams = await self._session_streams()
+
+    async def _is_gone(self, stream: str) -> bool:
+        """Whether *stream* does not exist, for long enough: a server may not know yet of one just made."""
+        deadline = system.now() + GONE_SECONDS
+        while await provision.stream_info(self._bus, stream) is None:
+            if system.now() >= deadline:
+                return True
+            await asyncio.sleep(0.2)
+        return False
 
     @property
     def _identity_path(self) -> Path:
@@ -134,7 +146,7 @@ class Founding:
         names, bucket = self._names, self._names.app_bucket(app)
         registered = await self.state.read(names.app_key(app), AppRegistration)
         stream = names.bucket_stream(bucket)
-        if registered is not None and await provision.stream_info(self._bus, stream) is None:
+        if registered is not None and await self._is_gone(stream):
             raise IdentityError(
                 f"the bucket {bucket!r} of app {app!r} is gone, though the app was created once",
                 "restore it from a backup; or accept the loss: see docs/operations.md",

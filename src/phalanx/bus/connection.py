@@ -92,6 +92,7 @@ class _Client(Client):
     def __init__(self, on_broken: Callable[[], None]) -> None:
         super().__init__()
         self._on_broken = on_broken
+        self.was_connected = False
 
     async def _process_op_err(self, e: Exception) -> None:
         if self.is_connected:
@@ -236,6 +237,7 @@ class NatsBus:
             **_login(self._options),
             **_tls(self._options),
         )
+        client.was_connected = True
         self._inbox = client.new_inbox()
         await _subscribe(client, f"{self._inbox}.*", self._on_reply)
         for subscription in list(self._subscriptions):
@@ -636,8 +638,11 @@ class NatsBus:
         """See :meth:`phalanx.ports.Bus.subscribe`."""
         subscription = _Subscription(subject, queue, on_message, self._subscriptions.discard)
         self._subscriptions.add(subscription)
+        client = self._client
+        if not client.was_connected:
+            return subscription  # it is being made, and takes this subscription with the others
         try:
-            await subscription.attach(self._client)
+            await subscription.attach(client)
         except NatsError as error:
             if self._closing or not self._client.is_closed:
                 self._subscriptions.discard(subscription)
