@@ -294,7 +294,7 @@ class App:
         )
         self._journal_app("handing-over", f"{reason}; to {successor or SUCCESSOR_NONE}")
         section.reign.end(reason)
-        await self._idle.wait()
+        await self.wait_idle()
         return successor
 
     # --- life on a node
@@ -326,7 +326,7 @@ class App:
         self._started = False
 
     async def serve(self, session: Session, register: Register) -> None:
-        """Take part in the election under *session* until cancelled. End the section before: ``wind_up``."""
+        """Take part in the election under *session* until cancelled. The guard ends the section before."""
         parts = self._running_parts
         self._session, self._leaving = session, ""
         self._locks = locks = Locks(parts.bus, parts.names, self.name, session, register)
@@ -461,6 +461,10 @@ class App:
     async def wait_ended(self) -> None:
         """Wait until nothing of a section runs here."""
         await self._ended.wait()
+
+    async def wait_idle(self) -> None:
+        """Wait for :attr:`is_idle`."""
+        await self._idle.wait()
 
     @property
     def is_idle(self) -> bool:

@@ -24,6 +24,7 @@ from typing import Self, TypeVar
 import msgspec
 
 from phalanx import system
+from phalanx.aio import wait_at_most
 from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.config import NatsOptions
@@ -303,8 +304,7 @@ class PlatformClient:
             if system.now() >= deadline:
                 problem = f"{done.previous} stepped down, but nobody has taken over"
                 raise StepDownFailed(done.app, problem, "see: phalanx status")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), _POLL_SECONDS)
+            await wait_at_most(changed, _POLL_SECONDS)
 
     # --- the audit log
 

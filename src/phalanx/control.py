@@ -5,12 +5,12 @@ Whoever may publish on these subjects may do this; ``phalanx nats permissions`` 
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from typing import Protocol
 
 import msgspec
 
+from phalanx.aio import Background
 from phalanx.app import App
 from phalanx.errors import ConfigError, NotActive, PhalanxError
 from phalanx.names import Names
@@ -58,7 +58,7 @@ class Control:
     def __init__(self, node: ControlledNode) -> None:
         self._node = node
         self._subscriptions: list[Subscription] = []
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background(log)
 
     async def start(self) -> None:
         """Begin to answer."""
@@ -76,9 +76,7 @@ class Control:
         """No longer answer."""
         for subscription in self._subscriptions:
             await subscription.unsubscribe()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._background.close()
 
     async def _on_status(self, message: Message) -> None:
         if message.reply:
@@ -88,9 +86,7 @@ class Control:
         if not app.has_section:
             return  # only the active node answers
         # A hand-over may take as long as the hooks do: other messages must not wait for it.
-        task = asyncio.create_task(self._step_down(app, message), name=f"step down {app.name}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._background.spawn(self._step_down(app, message), f"step down {app.name}")
 
     async def _step_down(self, app: App, message: Message) -> None:
         node = self._node.node

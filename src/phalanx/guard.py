@@ -16,6 +16,7 @@ from collections.abc import Collection, Generator
 from typing import Protocol
 
 from phalanx import system
+from phalanx.aio import wait_at_most
 from phalanx.app import App
 from phalanx.coord.session import Session
 from phalanx.decide.keeper import Phase, next_phase_at, phase
@@ -84,7 +85,7 @@ class Guard:
                     )
                 warned = current is not Phase.WORK
                 self._act(current, now)
-                await self._pause(self._next_look(now) - now)
+                await wait_at_most(self._wake, max(0.001, self._next_look(now) - now))
 
     @contextlib.contextmanager
     def _woken_by_apps(self) -> Generator[None]:
@@ -150,11 +151,6 @@ class Guard:
             moment = min(moment, max(now, since + self._timing.ttl))
         return moment
 
-    async def _pause(self, seconds: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.001, seconds)):
-                await self._wake.wait()
-
     async def fence_all(self, reason: str) -> None:
         """End all sections at once; if they do not end, end the node."""
         sections = [app for app in self._apps if app.has_section]
@@ -182,8 +178,8 @@ class Guard:
             app.end_section(reason)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(HAND_OVER_SECONDS):
-                while not all(app.is_idle for app in others):  # noqa: ASYNC110 - the one callback is taken
-                    await asyncio.sleep(0.02)
+                for app in others:
+                    await app.wait_idle()
         if not stuck.has_section and self._leaving_since is None:
             for app in others:
                 app.bar("")

@@ -22,8 +22,6 @@ from phalanx.errors import ConfigError, HookFailed
 
 log = logging.getLogger("phalanx.hooks")
 
-HOOKS = ("on_start", "on_active", "on_passive", "on_stop", "on_leader_change", "on_health_change")
-
 CANCEL_SECONDS = 1.0
 """How long an async hook may take to end after it was cancelled."""
 

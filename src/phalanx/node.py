@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from phalanx import system
+from phalanx.aio import Background, wait_at_most
 from phalanx.alarm import Alarm
 from phalanx.app import App
 from phalanx.bus import provision
@@ -98,7 +99,7 @@ class Node:
         self._problems: dict[str, str] = {}
         self._local_server = ""
         self.http_address = ""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._background = Background(log)
 
     # --- the whole life
 
@@ -158,6 +159,7 @@ class Node:
             options, name=f"phalanx {self.names.platform}/{self.node}", ping_interval=self._ping_interval
         )
         stack.push_async_callback(self.bus.close)
+        stack.push_async_callback(self._background.close)
         stack.callback(self.bus.on_connection(self._on_connection))
         await self._found()
         delivering = asyncio.create_task(audit.run(self.bus), name="audit delivery")
@@ -289,18 +291,7 @@ class Node:
             if self.session is not None:
                 self.session.use_streams(streams)
 
-        self._background(use(), "use streams")
-
-    def _background(self, work: object, name: str) -> None:
-        task: asyncio.Task[None] = asyncio.create_task(work, name=name)  # type: ignore[arg-type]
-        self._tasks.add(task)
-
-        def done(ended: asyncio.Task[None]) -> None:
-            self._tasks.discard(ended)
-            if not ended.cancelled() and (error := ended.exception()) is not None:
-                log.error("%s failed", name, exc_info=error)
-
-        task.add_done_callback(done)
+        self._background.spawn(use(), "use streams")
 
     def _active_apps(self) -> list[str]:
         return [app.name for app in self.apps.values() if app.is_active]
@@ -374,9 +365,7 @@ class Node:
                     ) from error
                 failures += 1
                 self.journal.node("no-session", reason=str(error), level=logging.ERROR)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(SESSION_RETRY.delay(failures)):
-                        await self._stopping.wait()
+                await wait_at_most(self._stopping, SESSION_RETRY.delay(failures))
 
     async def _live(self, started: asyncio.Future[None] | None) -> None:
         """One session, from its start to its end."""
@@ -512,7 +501,7 @@ class Node:
             if app.has_section:
                 die(self.journal, f"app {app.name} does not end ({reason})")
 
-        self._background(wait(), f"stuck {app.name}")
+        self._background.spawn(wait(), f"stuck {app.name}")
 
     async def _end_session(self, session: Session) -> None:
         """All sections have ended: say so to everybody."""

@@ -35,6 +35,16 @@ class Record(msgspec.Struct, frozen=True):
     removed: bool = False
 
 
+STREAM_NOT_FOUND = 10059
+"""The BusError code of a stream that does not exist (JSStreamNotFoundErr)."""
+
+
+def is_removed(headers: Mapping[str, str]) -> bool:
+    """Whether a stored message is a KV delete or purge, or the marker that a server writes at the end of
+    a TTL (ADR-8, ADR-43)."""
+    return "Nats-Marker-Reason" in headers or headers.get("KV-Operation") in ("DEL", "PURGE")
+
+
 class Fence(msgspec.Struct, frozen=True):
     """A write under this fence is refused by the server unless *subject*'s last revision is *revision*."""
 

@@ -215,12 +215,16 @@ class Keeper(Process):
             return
         valid_until = holder.valid_until if self.established else now + timing.ttl
         verdict = self.watchdog.verdict(now, valid_until, has_resources=bool(self.registered))
-        if verdict is not None and self.world.rules.broken == "node-ignores-deadline" and not verdict.release:
+        if (
+            verdict is not None
+            and self.world.rules.broken == "node-ignores-deadline"
+            and not verdict.kill_node
+        ):
             verdict = None
         if verdict is not None:
             self.world.count("fencings by the keeper")
             self.world.log(self.name, f"fences: {verdict.reason}")
-            self._end(verdict.reason, kill=verdict.release or bool(self.registered))
+            self._end(verdict.reason, kill=verdict.kill_node or bool(self.registered))
             return
         ends = self._told if valid else self._next_tick
         self._wake(min(self._next_tick, self.watchdog.next_check(valid_until), ends), now)

@@ -33,7 +33,7 @@ def test_the_keeper_kills_half_way_through_the_fence_budget() -> None:
     assert dog.verdict(9.8, 10.0, has_resources=False) is None
     verdict = dog.verdict(9.8, 10.0, has_resources=True)
     assert verdict is not None
-    assert not verdict.release
+    assert not verdict.kill_node
 
 
 def test_a_node_that_stands_still_or_is_gone_is_fenced_and_released() -> None:
@@ -44,11 +44,11 @@ def test_a_node_that_stands_still_or_is_gone_is_fenced_and_released() -> None:
     assert dog.verdict(3.0, 50.0, has_resources=False) is None
     stalled = dog.verdict(3.01, 50.0, has_resources=False)
     assert stalled is not None
-    assert stalled.release
+    assert stalled.kill_node
     dog.on_gone("killed")
     gone = dog.verdict(1.0, 50.0, has_resources=False)
     assert gone is not None
-    assert (gone.reason, gone.release) == ("killed", True)
+    assert (gone.reason, gone.kill_node) == ("killed", True)
 
 
 @pytest.mark.parametrize("ttl", [1.0, 2.0, 5.0, 60.0, 300.0])

@@ -37,7 +37,7 @@ from nats.errors import Error as NatsError
 from phalanx.config.node import NatsOptions
 from phalanx.errors import BusError, BusTimeout, BusUnavailable, NatsUnusable, WrongRevision
 from phalanx.names import FENCE_KEY, LEADER_KEY
-from phalanx.ports import Connection, Fence, Message, Record
+from phalanx.ports import Connection, Fence, Message, Record, is_removed
 
 log = logging.getLogger("phalanx.nats")
 
@@ -96,7 +96,8 @@ class _Client(Client):
 
     async def _process_op_err(self, e: Exception) -> None:
         if self.is_connected:
-            self._drop()
+            self.abort()
+            self._on_broken()
         await super()._process_op_err(e)
 
     async def _connect_to_server(self, s: Any) -> None:
@@ -118,10 +119,6 @@ class _Client(Client):
         writer = getattr(self._transport, "_io_writer", None)
         if writer is not None:
             writer.transport.abort()
-
-    def _drop(self) -> None:
-        self.abort()
-        self._on_broken()
 
 
 class _Subscription:
@@ -225,7 +222,6 @@ class NatsBus:
             list(self._options.urls),
             name=self._name,
             error_cb=self._on_error,
-            disconnected_cb=self._on_disconnected,
             reconnected_cb=self._on_reconnected,
             closed_cb=self._on_closed,
             max_reconnect_attempts=-1,
@@ -299,9 +295,6 @@ class NatsBus:
         refused = self._refused
         if refused is not None and not refused.done() and _is_refusal(error):
             refused.set_result(error)
-
-    async def _on_disconnected(self) -> None:
-        self._fail_requests("the connection broke")
 
     async def _on_reconnected(self) -> None:
         self._tell(Connection.CONNECTED)
@@ -496,7 +489,7 @@ class NatsBus:
         stored = reply.message
         headers = _parse_headers(base64.b64decode(stored.hdrs)) if stored.hdrs else {}
         data = base64.b64decode(stored.data) if stored.data else b""
-        return Record(stored.subject, data, stored.seq, headers, _time(stored.time), _is_removed(headers))
+        return Record(stored.subject, data, stored.seq, headers, _time(stored.time), is_removed(headers))
 
     async def snapshot(self, stream: str, subjects: str, *, timeout: float = 2.0) -> list[Record]:
         """See :meth:`phalanx.ports.Bus.snapshot`."""
@@ -732,13 +725,8 @@ def _direct_record(msg: Msg) -> Record:
         int(headers["Nats-Sequence"]),
         headers,
         _time(headers.get("Nats-Time-Stamp", "")),
-        _is_removed(headers),
+        is_removed(headers),
     )
-
-
-def _is_removed(headers: Mapping[str, str]) -> bool:
-    """ADR-8 and ADR-43: a KV delete or purge, or the marker that a server writes at the end of a TTL."""
-    return "Nats-Marker-Reason" in headers or headers.get("KV-Operation") in ("DEL", "PURGE")
 
 
 def _time(text: str) -> float:

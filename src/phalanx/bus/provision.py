@@ -11,13 +11,11 @@ from phalanx.bus.connection import NatsBus
 from phalanx.decide.session import StreamList
 from phalanx.errors import BusError, BusTimeout, BusUnavailable, IdentityError, NatsUnusable
 from phalanx.names import Names
-from phalanx.ports import Bus
+from phalanx.ports import STREAM_NOT_FOUND, Bus
 
 log = logging.getLogger("phalanx.nats")
 
-STREAM_NOT_FOUND = 10059
 NAME_IN_USE = 10058
-JETSTREAM_NOT_ENABLED = (10076, 10039, 10035)
 NO_PEERS = (10005, 10074, 10023)
 META_UNAVAILABLE_SECONDS = 15.0
 """How long a creation is tried: without its meta leader JetStream creates nothing for up to 9 s."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from phalanx import system
+from phalanx.aio import wait_at_most
 from phalanx.cli import exits
 
 RESTART_SECONDS = 5.0
@@ -55,8 +56,7 @@ class Child:
             code = await self._run_once()
             if self._stopping.is_set() or not restart or code == exits.BAD_INPUT:
                 return code
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), RESTART_SECONDS)
+            if await wait_at_most(self._stopping, RESTART_SECONDS):
                 return code
 
     async def _run_once(self) -> int:

@@ -18,6 +18,7 @@ from phalanx.client import PlatformClient
 from phalanx.config import PlatformConfig
 from phalanx.decide.session import StreamList
 from phalanx.errors import BusError, NatsUnusable, PlatformNotFound, WrongRevision
+from phalanx.ports import STREAM_NOT_FOUND
 from phalanx.types import SessionId
 
 TRIPS = 20
@@ -124,7 +125,7 @@ class NatsChecks:
         try:
             self._info[stream] = await self._ask_info(stream)
         except BusError as error:
-            if error.code == provision.STREAM_NOT_FOUND:
+            if error.code == STREAM_NOT_FOUND:
                 remedy = "restore it from a backup; see docs/operations.md"
                 return fail("platform", f"the stream {stream} is gone", remedy)
             text = f"the stream {stream} is not served just now ({error.description})"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import msgspec
 
 from phalanx import system
+from phalanx.aio import wait_at_most
 from phalanx.coord.register import Register
 from phalanx.coord.session import Session
 from phalanx.coord.watch import Watch
@@ -17,7 +18,7 @@ from phalanx.decide import election as rules
 from phalanx.decide.backoff import Backoff
 from phalanx.errors import BusError, ConfigError, WrongRevision
 from phalanx.names import CANDIDATE_KEYS, LEADER_KEY, Names
-from phalanx.ports import Bus, Connection, Fence, Record
+from phalanx.ports import STREAM_NOT_FOUND, Bus, Connection, Fence, Record
 from phalanx.types import Candidate, Epoch, LeaderRecord, SessionId
 
 log = logging.getLogger("phalanx.election")
@@ -26,7 +27,6 @@ RETRY_SECONDS = 0.1
 STALE_SECONDS = 0.2
 OFFER_LINGER_SECONDS = 0.1
 TIDY_SECONDS = 30.0
-STREAM_NOT_FOUND = 10059
 RETRIES = Backoff(first=0.1, longest=2.0)
 VERIFY_TIMEOUT_SECONDS = 1.0
 
@@ -86,7 +86,6 @@ class Election:
         self._stream = names.bucket_stream(self._bucket)
         self._leader_subject = names.key_subject(self._bucket, LEADER_KEY)
         self.leader = LeaderRecord(0)
-        self.leader_since = system.wall()
         self._vacant_since = system.now()
         self.candidates: dict[str, Candidate] = {}
         self._offer_revisions: dict[str, int] = {}
@@ -98,7 +97,10 @@ class Election:
         self._releasing = asyncio.Lock()
         self._reigns: asyncio.Queue[Reign] = asyncio.Queue(1)
         self._changed = asyncio.Event()
+        self._offer: Candidate | None = None
         self._offered: Candidate | None = None
+        self._offer_due = self._tidy_at = 0.0
+        self._verify = False
         self._watch = Watch(
             bus,
             self._stream,
@@ -171,7 +173,7 @@ class Election:
             while True:
                 self._changed.clear()
                 wait = await self._step()
-                await self._pause(wait)
+                await wait_at_most(self._changed, None if wait is None else max(0.001, wait))
         finally:
             stop_listening()
             self._register.off_over(self._on_session_over)
@@ -181,16 +183,6 @@ class Election:
             if self.leader.session is not None:
                 self._register.unnote(self.leader.session)
             await self._watch.close()
-
-    async def _pause(self, seconds: float | None) -> None:
-        if seconds is None:
-            await self._changed.wait()
-            return
-        timer = asyncio.get_running_loop().call_later(max(0.001, seconds), self._changed.set)
-        try:
-            await self._changed.wait()
-        finally:
-            timer.cancel()
 
     async def _step(self) -> float | None:
         """Do what is due; returns after how many seconds to look again (None: when something changes)."""
@@ -353,11 +345,6 @@ class Election:
         self._offered = offer
         return True
 
-    _offer: Candidate | None = None
-    _offer_due: float = 0.0
-    _tidy_at: float = 0.0
-    _verify: bool = False
-
     async def _read_leader(self) -> bool:
         """Learn the leader key from the stream's leader. False if it did not answer."""
         try:
@@ -368,14 +355,21 @@ class Election:
         await self._learn_from_leader(record)
         return True
 
+    async def _stored_leader(self) -> Record | None:
+        """The leader key at the stream's leader; None also when the whole bucket has vanished."""
+        try:
+            return await self._bus.read(self._stream, self._leader_subject, timeout=VERIFY_TIMEOUT_SECONDS)
+        except BusError as error:
+            if error.code == STREAM_NOT_FOUND:
+                return None
+            raise
+
     async def _verify_reign(self) -> bool:
         """After a reconnection: is the leader key just as we wrote it? (Servers may have lost writes.)"""
         try:
-            record = await self._bus.read(self._stream, self._leader_subject, timeout=VERIFY_TIMEOUT_SECONDS)
-        except BusError as error:
-            if error.code != STREAM_NOT_FOUND:
-                return False
-            record = None  # the whole bucket has vanished
+            record = await self._stored_leader()
+        except BusError:
+            return False
         self._verify = False
         if self._reign is not None and (record is None or record.revision != self._reign.epoch):
             found = record.revision if record else "nothing"
@@ -432,14 +426,9 @@ class Election:
         if found.revision < self.leader.revision:
             await asyncio.sleep(STALE_SECONDS)
             try:
-                again = await self._bus.read(
-                    self._stream, self._leader_subject, timeout=VERIFY_TIMEOUT_SECONDS
-                )
-            except BusError as error:
-                if error.code != STREAM_NOT_FOUND:
-                    return
-                again = None
-            found = _leader_record(again)
+                found = _leader_record(await self._stored_leader())
+            except BusError:
+                return
         if found.revision < self.leader.revision:
             log.error(
                 "app %s: the leader key went back from revision %d to %d: NATS has lost acknowledged writes",
@@ -461,7 +450,6 @@ class Election:
         if old.session is not None:
             self._register.unnote(old.session)
         self._highest = max(self._highest, old.revision)
-        self.leader_since = system.wall()
         if record.session is None:
             self._vacant_since = system.now()
         else:

@@ -22,13 +22,14 @@ import contextlib
 import logging
 import random
 import secrets
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 
 from phalanx import system
+from phalanx.aio import Background
 from phalanx.coord.codec import check_key
 from phalanx.coord.lock_key import Holder, HoldingSession, LockKey, Parts, Sessions
 from phalanx.errors import (
@@ -70,19 +71,7 @@ class _Family:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.turns: dict[str, _Turn] = {}
-        self.settling: set[asyncio.Task[None]] = set()
-
-    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        """Run *work* to its end, whatever happens to the task that asked for it."""
-        task = asyncio.create_task(work, name=name)
-        self.settling.add(task)
-        task.add_done_callback(self._settled)
-        return task
-
-    def _settled(self, task: asyncio.Task[None]) -> None:
-        self.settling.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s failed", task.get_name(), exc_info=error)
+        self.settling = Background(log)
 
 
 class _Turn:
@@ -167,7 +156,7 @@ class Lock:
     async def release(self) -> None:
         """Give it up; twice is harmless. If NATS does not answer, this goes on in the background."""
         if self._released is None:
-            self._released = self._family.spawn(self._release(), f"release {self.name}")
+            self._released = self._family.settling.spawn(self._release(), f"release {self.name}")
         # Cancelling the caller does not stop the release.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(asyncio.shield(self._released), RELEASE_SECONDS)
@@ -240,11 +229,7 @@ class Locks:
 
     async def close(self) -> None:
         """Wait until what was released or given up is settled: at most a few seconds, then leave it."""
-        if self._family.settling:
-            _, pending = await asyncio.wait(self._family.settling, timeout=RELEASE_SECONDS)
-            for task in pending:
-                task.cancel()
-            await asyncio.gather(*pending, return_exceptions=True)
+        await self._family.settling.close(RELEASE_SECONDS)
 
 
 class _Claim:
@@ -343,7 +328,7 @@ class _Claim:
 
     def give_up(self) -> None:
         """Leave nothing behind, also of a write that is still on its way."""
-        self._family.spawn(self._abandon(), f"give up {self._name}")
+        self._family.settling.spawn(self._abandon(), f"give up {self._name}")
 
     async def _abandon(self) -> None:
         try:

@@ -57,7 +57,6 @@ class PlatformState:
         self.members: dict[str, Member] = {}
         self.apps: dict[str, AppRegistration] = {}
         self.streams: StreamList | None = None
-        self._member_revisions: dict[str, int] = {}
         self._on_streams: list[Callable[[StreamList], None]] = []
         self._watch = Watch(
             bus,
@@ -153,19 +152,6 @@ class PlatformState:
             except WrongRevision:
                 continue  # another one was faster, or our own reply was lost: look again
             return
-
-    async def update_member(self, member: Member) -> bool:
-        """Publish a changed description of this node. False when the id is no longer ours."""
-        found = await self.read(self._names.member_key(member.node), Member)
-        if found is None or found[0].session != member.session:
-            return False
-        try:
-            await self._bus.write(
-                self._subject(self._names.member_key(member.node)), _encode(member), expect=found[1]
-            )
-        except WrongRevision:
-            return False
-        return True
 
     async def remove_member(self, node: str, member: Member) -> None:
         """Take this node off the list after a graceful end. Best effort: a dead one stays listed as dead."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 import msgspec
 
 from phalanx import system
+from phalanx.aio import Background, wait_at_most
 from phalanx.coord.watch import Watch
 from phalanx.decide.session import Observer, SessionBody, StreamList, Tombstone
 from phalanx.decide.timing import Timing
@@ -37,12 +37,12 @@ class Register:
         """This node's own session, which it never ends as an observer."""
         self._observer = Observer(streams, timing, system.now())
         self._watches: dict[str, Watch] = {}
-        self._background: set[asyncio.Task[None]] = set()
+        self._background = Background(log)
         self._absent: dict[SessionId, set[str]] = {}
         self._list_since = float("-inf")
         self._callbacks: list[Callable[[SessionId], None]] = []
         self._changed = asyncio.Event()
-        self._burying: dict[Tombstone, asyncio.Task[None]] = {}
+        self._burying: set[Tombstone] = set()
         self._caught_up: set[str] = set()
         self._noted: Counter[SessionId] = Counter()
         self.heard_at = system.now()
@@ -110,13 +110,9 @@ class Register:
         try:
             if self.is_over(session):
                 return True
-            async with asyncio.timeout(timeout):
-                await done.wait()
-        except TimeoutError:
-            return False
+            return await wait_at_most(done, timeout)
         finally:
             self.off_over(ended)
-        return True
 
     # --- the loop
 
@@ -137,7 +133,7 @@ class Register:
         Wait for ``ready`` afterwards.
         """
         for watch in self._watches.values():
-            self._spawn(watch.close(), "unwatch sessions")
+            self._background.spawn(watch.close(), "unwatch sessions")
         self._watches.clear()
         self._list_since = system.now()
         self._absent.clear()
@@ -158,52 +154,32 @@ class Register:
                 now = system.now()
                 for tombstone in self._observer.tombstones(now, except_for=self.me):
                     if tombstone not in self._burying:
-                        task = asyncio.create_task(self._bury(tombstone), name=f"bury {tombstone.session}")
-                        self._burying[tombstone] = task
+                        self._burying.add(tombstone)
+                        self._background.spawn(self._bury(tombstone), f"bury {tombstone.session}")
                 # A stream that fell silent is heard again without any call of ours, so look regularly.
                 longest = self._timing.renew_every if self._suspects(now) else self._timing.ttl / 4
-                await self._pause(min(self._observer.next_check(now) - now, longest))
+                seconds = min(self._observer.next_check(now) - now, longest)
+                await wait_at_most(self._changed, max(0.01, seconds))
         finally:
-            for task in self._burying.values():
-                task.cancel()
-            await asyncio.gather(*self._burying.values(), return_exceptions=True)
             for watch in self._watches.values():
                 await watch.close()
             self._watches.clear()
-            for task in self._background:
-                task.cancel()
-            await asyncio.gather(*self._background, return_exceptions=True)
-
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        task = asyncio.create_task(work, name=name)
-        self._background.add(task)
-        task.add_done_callback(self._settled)
-
-    def _settled(self, task: asyncio.Task[None]) -> None:
-        self._background.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s failed", task.get_name(), exc_info=error)
+            await self._background.close()
+            self._burying.clear()  # also of those that were cancelled before their first step
 
     def _suspects(self, now: float) -> bool:
         return self._observer.next_check(now) - now < self._timing.ttl / 4
-
-    async def _pause(self, seconds: float) -> None:
-        timer = asyncio.get_running_loop().call_later(max(0.01, seconds), self._changed.set)
-        try:
-            await self._changed.wait()
-        finally:
-            timer.cancel()
 
     def _watch_streams(self) -> None:
         """Begin and end watches. None waits for another: the server of one stream may be down for long."""
         wanted = self._observer.streams.all_streams
         for name in set(self._watches) - set(wanted):
-            self._spawn(self._watches.pop(name).close(), f"unwatch {name}")
+            self._background.spawn(self._watches.pop(name).close(), f"unwatch {name}")
             self._caught_up.discard(name)
         for name in wanted:
             if name not in self._watches:
                 self._watches[name] = watch = self._make_watch(name)
-                self._spawn(watch.start(), f"watch {name}")
+                self._background.spawn(watch.start(), f"watch {name}")
 
     def _make_watch(self, stream: str) -> Watch:
         return Watch(
@@ -293,7 +269,7 @@ class Register:
             log.warning("ending session %s in %s: %s", tombstone.session, tombstone.stream, error)
             await asyncio.sleep(self._timing.renew_every)
         finally:
-            self._burying.pop(tombstone, None)
+            self._burying.discard(tombstone)
             self._changed.set()
 
     async def bury_own(self, session: SessionId, reason: str) -> None:

@@ -7,11 +7,11 @@ would have to wait for the stream's election (4-8 s measured); so it is moved aw
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from phalanx.aio import wait_at_most
 from phalanx.errors import BusError
 from phalanx.names import Names
 from phalanx.ports import Bus
@@ -50,10 +50,7 @@ class Steering:
         if not self._local:
             return
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(CHECK_SECONDS):
-                    await self._look.wait()
-            if self._look.is_set():
+            if await wait_at_most(self._look, CHECK_SECONDS):
                 self._look.clear()
                 await asyncio.sleep(SETTLE_SECONDS)
             for app in active_apps():

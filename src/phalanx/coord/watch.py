@@ -16,8 +16,9 @@ import random
 from collections.abc import Callable
 
 from phalanx import system
+from phalanx.aio import wait_at_most
 from phalanx.errors import BusError
-from phalanx.ports import Bus, Connection, Message, Record, Subscription
+from phalanx.ports import Bus, Connection, Message, Record, Subscription, is_removed
 
 log = logging.getLogger("phalanx.watch")
 
@@ -118,13 +119,12 @@ class Watch:
         subject, revision = headers.get("Nats-Subject", ""), int(headers.get("Nats-Sequence", "0"))
         if not revision:
             return  # not republished by a stream: somebody published by hand
-        removed = "Nats-Marker-Reason" in headers or headers.get("KV-Operation") in ("DEL", "PURGE")
         known = self._revisions.get(subject, (0, 0.0))[0]
         if int(headers.get("Nats-Last-Sequence", "0")) > known:
             # Whatever lost this message may have lost those of other watches, too.
             self._ask(interrupted=True)
             self._bus.missed()
-        self._deliver(Record(subject, message.data, revision, headers, 0.0, removed))
+        self._deliver(Record(subject, message.data, revision, headers, 0.0, is_removed(headers)))
 
     def _deliver(self, record: Record) -> None:
         known = self._revisions.get(record.subject)
@@ -143,11 +143,7 @@ class Watch:
 
     async def _run(self) -> None:
         while True:
-            try:
-                async with asyncio.timeout(RESYNC_SECONDS * random.uniform(0.8, 1.2)):
-                    await self._asked.wait()
-            except TimeoutError:
-                pass
+            await wait_at_most(self._asked, RESYNC_SECONDS * random.uniform(0.8, 1.2))
             self._asked.clear()
             interrupted, self._interrupted = self._interrupted, False
             await self._catch_up(interrupted)

@@ -43,10 +43,13 @@ def next_phase_at(now: float, valid_until: float, timing: Timing) -> float:
 
 
 class Fencing(msgspec.Struct, frozen=True):
-    """Kill the node and all that it has registered. ``release``: then end its session."""
+    """Kill what the node has registered, then end its session.
+
+    ``kill_node``: the node itself too, in any case. Else only if code inside it is registered.
+    """
 
     reason: str
-    release: bool
+    kill_node: bool
 
 
 class Watchdog:
@@ -68,14 +71,14 @@ class Watchdog:
     def verdict(self, now: float, valid_until: float, *, has_resources: bool) -> Fencing | None:
         """What to do now. *has_resources*: the node has registered something that is still active."""
         if self._gone is not None:
-            return Fencing(self._gone, release=True)
+            return Fencing(self._gone, kill_node=True)
         if now - self._last_beat > self.timing.stall_limit:
             return Fencing(
-                f"the event loop stood still for more than {self.timing.stall_limit:g} s", release=True
+                f"the event loop stood still for more than {self.timing.stall_limit:g} s", kill_node=True
             )
         if has_resources and now >= self.kill_at(valid_until):
-            # No release: others judge the expiry by their own clocks, and NATS is away anyway.
-            return Fencing("the session ran out before the active sections had ended", release=False)
+            # The node may be well, and only NATS away: programs can be killed without it.
+            return Fencing("the session ran out before the active sections had ended", kill_node=False)
         return None
 
     def kill_at(self, valid_until: float) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from phalanx import system
+from phalanx.aio import wait_at_most
 from phalanx.config import NatsOptions
 from phalanx.decide.keeper import Fencing, Watchdog
 from phalanx.decide.timing import Timing
@@ -153,11 +154,7 @@ class Keeper:
 
     async def _sleep_until(self, moment: float) -> None:
         self._wake.clear()
-        timer = asyncio.get_running_loop().call_later(max(0.001, moment - system.now()), self._wake.set)
-        try:
-            await self._wake.wait()
-        finally:
-            timer.cancel()
+        await wait_at_most(self._wake, max(0.001, moment - system.now()))
         if system.now() - moment > OWN_PAUSE_SECONDS and self._watchdog is not None:
             # It was this process that stood still, perhaps the whole machine: the node's beats of that
             # time are still in the socket, or come only now. Judge from here on.
@@ -170,7 +167,7 @@ class Keeper:
         # Before anything is killed: what the node registers from now on would not be killed any more.
         self._say(wire.Lost(verdict.reason))
         # At the end of a session only code inside the node forces us to kill the node itself.
-        kill_node = verdict.release or registry.has_sections
+        kill_node = verdict.kill_node or registry.has_sections
         await self._end(start, renewer, registry, verdict.reason, kill_node=kill_node)
 
     async def _end(

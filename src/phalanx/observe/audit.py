@@ -7,7 +7,6 @@ nothing is lost while NATS is away, and nothing that decides ever waits for NATS
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import secrets
@@ -18,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from phalanx import system
+from phalanx.aio import wait_at_most
 from phalanx.errors import BusError
 from phalanx.names import Names
 from phalanx.observe.spool import Spool
@@ -257,8 +257,7 @@ class AuditLog:
                             exc_info=trace,
                         )
                     problem = str(error) or type(error).__name__
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(reconnected.wait(), delay)
+                    await wait_at_most(reconnected, delay)
                     delay = min(longest, 2 * delay)
                     continue
                 self._done(line)
@@ -379,9 +378,7 @@ async def follow_audit(bus: Bus, names: Names, *, since: float | None = None) ->
                 for entry in seen.new_entries(page, since):
                     yield entry
                 continue
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(wake.wait(), pauses.popleft() if pauses else _POLL_SECONDS)
-            if wake.is_set():
+            if await wait_at_most(wake, pauses.popleft() if pauses else _POLL_SECONDS):
                 wake.clear()
                 pauses = deque(_AFTER_WAKE_SECONDS)
     finally:
