@@ -17,7 +17,7 @@ from phalanx.decide.timing import Timing
 from phalanx.errors import BusError, WrongRevision
 from phalanx.keeper.renewing import TOMBSTONE_KEPT_SECONDS
 from phalanx.names import Names
-from phalanx.ports import Bus, Record
+from phalanx.ports import Bus, Connection, Record
 from phalanx.types import SessionId
 
 log = logging.getLogger("phalanx.register")
@@ -148,6 +148,7 @@ class Register:
     async def run(self) -> None:
         """Watch and write tombstones until cancelled."""
         self._watch_streams()
+        stop_listening = self._bus.on_connection(self._on_connection)
         try:
             while True:
                 self._changed.clear()
@@ -161,6 +162,7 @@ class Register:
                 seconds = min(self._observer.next_check(now) - now, longest)
                 await wait_at_most(self._changed, max(0.01, seconds))
         finally:
+            stop_listening()
             for watch in self._watches.values():
                 await watch.close()
             self._watches.clear()
@@ -195,6 +197,11 @@ class Register:
         )
 
     # --- what was seen
+
+    def _on_connection(self, event: Connection) -> None:
+        if event is Connection.CONNECTED:
+            # At once, not only when the catch-ups come: what was not heard meanwhile must end nobody.
+            self._observer.on_interrupted(None, system.now())
 
     def _on_record(self, stream: str, record: Record) -> None:
         session = self._names.session_of(record.subject)
