@@ -24,6 +24,10 @@
     ├── LockLost                  a held lock is gone (with the session, or taken back)
     ├── HookFailed                a hook raised, or overran its deadline
     ├── BackendError              a backend could not be prepared, started, stopped or fenced
+    ├── DatabaseError             an app's database cannot be used, captured, followed or promoted
+    │   ├── LtxError              an LTX file is damaged, or none
+    │   ├── SyncTimeout           a commit was not confirmed before the deadline: it may survive or not
+    │   └── ReplicaUnavailable    this node has no replica that can be read (yet)
     └── InternalError             a part of the node failed (a bug): it has handed over and ended
 
 Errors carry fields, build their own message, and say what to do.
@@ -213,6 +217,41 @@ class BackendError(PhalanxError):
     def __init__(self, app: str, step: str, problem: str, remedy: str = "") -> None:
         self.app, self.step, self.problem, self.remedy = app, step, problem, remedy
         super().__init__(f"app {app!r}: backend {step}: {problem}" + (f"; {remedy}" if remedy else ""))
+
+
+class DatabaseError(PhalanxError):
+    """Something about an app's database. ``remedy`` says what to do about it, where that is known."""
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        self.problem, self.remedy = problem, remedy
+        super().__init__(problem + (f"; {remedy}" if remedy else ""))
+
+
+class LtxError(DatabaseError):
+    """An LTX file is damaged, or is none."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"LTX file: {problem}")
+
+
+class SyncTimeout(DatabaseError):
+    """``db.sync()`` was not confirmed in time. The commits are in the local database; whether they survive
+    the loss of this node is unknown."""
+
+    def __init__(self, app: str, seconds: float, waited_for: str) -> None:
+        self.app, self.seconds, self.waited_for = app, seconds, waited_for
+        super().__init__(
+            f"app {app!r}: the commits were not confirmed within {seconds:g} s: waited for {waited_for}",
+            "try again, or see: phalanx db status",
+        )
+
+
+class ReplicaUnavailable(DatabaseError):
+    """There is no replica to read on this node, or it has not got so far within the deadline."""
+
+    def __init__(self, app: str, problem: str) -> None:
+        self.app = app
+        super().__init__(f"app {app!r}: {problem}", "see: phalanx db status")
 
 
 def _only(error: BaseException) -> BaseException:

@@ -219,6 +219,30 @@ class Backend(Protocol):
         ...
 
 
+class SectionDatabase(Protocol):
+    """The database of an app, as its active section goes through it. Steps in the order of the methods."""
+
+    async def seal(self, epoch: int) -> None:
+        """Seal the log under *epoch* and apply it to the seal. Raises Fenced, DatabaseError, BusError."""
+        ...
+
+    async def promote(self) -> None:
+        """Make the replica the live database, all or nothing. Raises DatabaseError."""
+        ...
+
+    async def start_capture(self, section: SectionContext) -> None:
+        """Have every commit go into the log from now on. Raises DatabaseError, BackendError, SessionLost."""
+        ...
+
+    async def stop_capture(self, *, graceful: bool) -> str:
+        """Undo all that was begun of these; nothing of it runs afterwards.
+
+        *graceful*: what was committed goes into the log first, within a deadline. Returns what went wrong
+        with that, empty if nothing. Not graceful: at once, and what is not in the log is dealt with later.
+        """
+        ...
+
+
 class Clock(Protocol):
     """Seconds that pass at a steady rate, also while the machine sleeps. Never wall time."""
 

@@ -17,7 +17,7 @@ from phalanx.coord.election import Reign
 from phalanx.decide.activation import Step, Undo, steps, undoing
 from phalanx.errors import BackendError, HookFailed, PhalanxError
 from phalanx.hooks import Hooks, HookStuck
-from phalanx.ports import Backend, Running, SectionContext
+from phalanx.ports import Backend, Running, SectionContext, SectionDatabase
 from phalanx.types import Resource, Role
 
 log = logging.getLogger("phalanx.section")
@@ -42,6 +42,7 @@ class Section:
         backend: Backend | None,
         context: Context,
         *,
+        database: SectionDatabase | None = None,
         on_active_timeout: float,
         on_passive_timeout: float,
         on_role: Callable[[Role], None],
@@ -49,6 +50,7 @@ class Section:
     ) -> None:
         self.reign = reign
         self._resources, self._hooks, self._backend, self._context = resources, hooks, backend, context
+        self._database = database
         self._on_active_timeout, self._on_passive_timeout = on_active_timeout, on_passive_timeout
         self._on_role, self._on_step = on_role, on_step
         self._hard = asyncio.Event()
@@ -119,7 +121,8 @@ class Section:
 
     async def _activate(self) -> None:
         has_hooks = "on_active" in self._hooks or "on_passive" in self._hooks
-        for step in steps(has_backend=self._backend is not None, has_hooks=has_hooks):
+        parts = {"has_backend": self._backend is not None, "has_database": self._database is not None}
+        for step in steps(has_hooks=has_hooks, **parts):
             self._begun.append(step)
             began = system.now()
             match step:
@@ -128,12 +131,25 @@ class Section:
                         "section", self.resource_id, self._resources.app, self._resources.epoch
                     )
                     await self._resources.register(resource)
+                case Step.SEAL | Step.PROMOTE | Step.CAPTURE:
+                    await self._take_database(step)
                 case Step.BACKEND:
                     assert self._backend is not None
                     self._running = await self._backend.start(self._resources)
                 case Step.ON_ACTIVE:
                     await self._run_on_active()
             self._on_step(step, system.now() - began, "")
+
+    async def _take_database(self, step: Step) -> None:
+        database = self._database
+        assert database is not None
+        match step:
+            case Step.SEAL:
+                await database.seal(self._resources.epoch)
+            case Step.PROMOTE:
+                await database.promote()
+            case _:
+                await database.start_capture(self._resources)
 
     async def _run_on_active(self) -> None:
         if "on_active" not in self._hooks:
@@ -209,6 +225,9 @@ class Section:
                     problem = await self._run_on_passive()
                 case Undo.STOP_BACKEND:
                     await self._stop_backend(graceful)
+                case Undo.STOP_CAPTURE:
+                    assert self._database is not None
+                    problem = await self._database.stop_capture(graceful=graceful)
                 case Undo.UNREGISTER:
                     self._resources.unregister(self.resource_id)
             self._forget(undo)
@@ -217,14 +236,13 @@ class Section:
             self._on_step(undo, system.now() - began, problem)
 
     def _forget(self, undo: Undo) -> None:
-        undone = {
-            Undo.END_ON_ACTIVE: None,
-            Undo.ON_PASSIVE: Step.ON_ACTIVE,
-            Undo.STOP_BACKEND: Step.BACKEND,
-            Undo.UNREGISTER: Step.REGISTER,
-        }[undo]
-        if undone is not None and undone in self._begun:
-            self._begun.remove(undone)
+        undone: dict[Undo, tuple[Step, ...]] = {
+            Undo.ON_PASSIVE: (Step.ON_ACTIVE,),
+            Undo.STOP_BACKEND: (Step.BACKEND,),
+            Undo.STOP_CAPTURE: (Step.CAPTURE, Step.PROMOTE, Step.SEAL),
+            Undo.UNREGISTER: (Step.REGISTER,),
+        }
+        self._begun = [step for step in self._begun if step not in undone.get(undo, ())]
 
     async def _end_on_active(self, graceful: bool) -> None:
         hook = self._active_hook

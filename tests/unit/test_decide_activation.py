@@ -13,6 +13,15 @@ def test_steps_are_those_that_the_app_has() -> None:
     assert steps(has_backend=True, has_hooks=True) == (Step.REGISTER, Step.BACKEND, Step.ON_ACTIVE)
     assert steps(has_backend=True, has_hooks=False) == (Step.BACKEND,)
     assert steps(has_backend=False, has_hooks=False) == ()
+    all_of_them = (Step.REGISTER, Step.SEAL, Step.PROMOTE, Step.CAPTURE, Step.BACKEND, Step.ON_ACTIVE)
+    assert steps(has_backend=True, has_hooks=True, has_database=True) == all_of_them
+
+
+def test_capture_stops_after_the_backend_that_writes() -> None:
+    """Also when the activation was interrupted before or in the middle of a database's steps."""
+    begun = (Step.REGISTER, Step.SEAL, Step.PROMOTE, Step.CAPTURE, Step.BACKEND)
+    assert undoing(begun, graceful=True) == (Undo.STOP_BACKEND, Undo.STOP_CAPTURE, Undo.UNREGISTER)
+    assert undoing(begun[:2], graceful=False) == (Undo.STOP_CAPTURE, Undo.UNREGISTER)
 
 
 def test_standing_down_undoes_what_was_begun_backwards() -> None:

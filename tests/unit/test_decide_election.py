@@ -99,6 +99,11 @@ def test_a_named_successor_goes_first_and_the_others_give_it_a_head_start() -> N
     assert act(LeaderRecord(7, None, "z"), candidates=OFFERS) == Wait(later)
 
 
+def test_a_node_with_less_of_the_data_lets_others_go_first() -> None:
+    """Even when it is named; the wait is only a preference."""
+    assert act(LeaderRecord(7, None, "n1"), handicap_seconds=0.5) == Wait(100.5)
+
+
 def test_a_node_that_steps_aside_waits_until_its_time() -> None:
     """After failures of its own, even when it is named."""
     assert act(LeaderRecord(7, None, "n1"), not_before=130.0) == Wait(130.0)

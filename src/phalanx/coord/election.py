@@ -76,12 +76,13 @@ class Election:
         *,
         priority: int = 0,
         highest: int = 0,
+        handicap: Callable[[], float] = lambda: 0.0,
         on_leader: Callable[[LeaderRecord, LeaderRecord], None] = lambda old, new: None,
         on_acquired: Callable[[LeaderRecord, float], None] = lambda record, waited: None,
     ) -> None:
         self._bus, self._names, self._app = bus, names, app
         self._session, self._register, self._priority = session, register, priority
-        self._on_leader, self._on_acquired = on_leader, on_acquired
+        self._on_leader, self._on_acquired, self._handicap = on_leader, on_acquired, handicap
         self._bucket = names.app_bucket(app)
         self._stream = names.bucket_stream(self._bucket)
         self._leader_subject = names.key_subject(self._bucket, LEADER_KEY)
@@ -258,6 +259,7 @@ class Election:
             candidates=tuple(self.candidates.values()),
             not_before=self._not_before,
             leading=self._reign.epoch if self._reign else None,
+            handicap_seconds=self._handicap(),
             ended=self._ended,
         )
 

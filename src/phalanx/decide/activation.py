@@ -1,8 +1,8 @@
 """Which steps make an app active, in which order, and what undoes them.
 
 Becoming active goes through the steps in order; standing down undoes what was done, backwards. The
-first failing step turns the whole thing around. Later steps of the design (seal, promote, capture,
-virtual IP, services) take their places in the same order.
+first failing step turns the whole thing around. Later steps of the design (virtual IP, services) take
+their places in the same order.
 """
 
 from __future__ import annotations
@@ -26,6 +26,12 @@ class Step(StrEnum):
 
     REGISTER = "register"
     """The keeper learns that code of this section runs inside the node."""
+    SEAL = "seal"
+    """The WAL log is sealed under this epoch, and the replica has applied it to the seal."""
+    PROMOTE = "promote"
+    """The replica is the live database."""
+    CAPTURE = "capture"
+    """What is committed from now on goes into the log."""
     BACKEND = "backend"
     """The backend runs and is ready (it registers itself before it starts)."""
     ON_ACTIVE = "on_active"
@@ -38,12 +44,21 @@ class Undo(StrEnum):
     END_ON_ACTIVE = "end-on_active"
     ON_PASSIVE = "on_passive"
     STOP_BACKEND = "stop-backend"
+    STOP_CAPTURE = "stop-capture"
+    """Gracefully: the rest goes into the log, which is closed. Else Litestream is killed."""
     UNREGISTER = "unregister"
 
 
-def steps(*, has_backend: bool, has_hooks: bool) -> tuple[Step, ...]:
+def steps(*, has_backend: bool, has_hooks: bool, has_database: bool = False) -> tuple[Step, ...]:
     """What becoming active takes."""
-    wanted = {Step.REGISTER: has_hooks, Step.BACKEND: has_backend, Step.ON_ACTIVE: has_hooks}
+    wanted = {
+        Step.REGISTER: has_hooks,
+        Step.SEAL: has_database,
+        Step.PROMOTE: has_database,
+        Step.CAPTURE: has_database,
+        Step.BACKEND: has_backend,
+        Step.ON_ACTIVE: has_hooks,
+    }
     return tuple(step for step in Step if wanted[step])
 
 
@@ -61,6 +76,9 @@ def undoing(begun: Iterable[Step], *, graceful: bool) -> tuple[Undo, ...]:
             plan.append(Undo.ON_PASSIVE)
     if Step.BACKEND in done:
         plan.append(Undo.STOP_BACKEND)
+    if done & {Step.SEAL, Step.PROMOTE, Step.CAPTURE}:
+        # After whatever writes: what it wrote last is still captured.
+        plan.append(Undo.STOP_CAPTURE)
     if Step.REGISTER in done:
         plan.append(Undo.UNREGISTER)
     return tuple(plan)

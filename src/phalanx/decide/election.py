@@ -39,6 +39,8 @@ class View(msgspec.Struct, frozen=True):
     not_before: float = float("-inf")
     leading: int | None = None
     """The epoch this node holds and acts under, if it does."""
+    handicap_seconds: float = 0.0
+    """How much longer this node waits because another one is likely to have more of the app's data."""
     ended: int = 0
     """The latest epoch whose reign has ended on this node: it never begins again (G2)."""
 
@@ -119,8 +121,8 @@ def next_action(view: View, now: float, is_over: Callable[[SessionId], bool]) ->
 
 def _delay(view: View, is_over: Callable[[SessionId], bool]) -> float:
     if view.leader.session is None and view.leader.successor == view.me.node:
-        return 0.0
-    delay = rank(view.me, view.candidates, is_over) * RANK_STEP_SECONDS
+        return view.handicap_seconds
+    delay = view.handicap_seconds + rank(view.me, view.candidates, is_over) * RANK_STEP_SECONDS
     if view.leader.session is None and view.leader.successor:
         delay += HEAD_START_SECONDS
     return delay

@@ -1,0 +1,74 @@
+"""What becomes of a live database whose reign has ended: by what the log holds of it, and what lies on disk.
+
+A node that was active left its live database behind, after a hand-over or a crash. The log up to the next
+reign's seal is, by definition, what was committed. So either the database is just what the log says, and
+becomes a replica as it is; or nobody has taken over yet, and what is not in the log can still go there; or
+it has more than the log ever will, and is set aside.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+
+class LocalDatabase(msgspec.Struct, frozen=True):
+    """What lies on disk. ``captured_txid``: the last transaction file of Litestream, 0 if there is none.
+
+    ``later_commits``: transactions in the WAL after it; None where that can't be told.
+    """
+
+    epoch: int
+    captured_txid: int
+    later_commits: int | None
+
+
+class LoggedReign(msgspec.Struct, frozen=True):
+    """What the log holds of that reign: its last entry, and the epoch of the newest seal of all."""
+
+    last_sequence: int
+    last_txid: int
+    newest_epoch: int
+    known: bool = True
+    """False where the log no longer holds the end of that reign."""
+
+
+class Keep(msgspec.Struct, frozen=True):
+    """Nobody has sealed since: the next reign of this node goes on with it, and ships what is missing."""
+
+
+class MakeReplica(msgspec.Struct, frozen=True):
+    """It is just what the log says at this position."""
+
+    sequence: int
+    txid: int
+
+
+class SetAside(msgspec.Struct, frozen=True):
+    """It has more than the log. ``files``: captured but not logged; ``commits``: known transactions after those.
+
+    ``exact``: nothing else can be missing.
+    """
+
+    sequence: int
+    txid: int
+    files: int
+    commits: int
+    exact: bool
+
+
+Settlement: TypeAlias = Keep | MakeReplica | SetAside
+
+
+def settle(local: LocalDatabase, logged: LoggedReign) -> Settlement:
+    """What to do with the database of a reign that has ended."""
+    files = max(0, local.captured_txid - logged.last_txid)
+    # A database that was there before Phalanx has no file at all until the first capture.
+    complete = local.captured_txid == logged.last_txid and local.later_commits == 0 and logged.known
+    if complete and local.captured_txid > 0:
+        return MakeReplica(logged.last_sequence, logged.last_txid)
+    if logged.newest_epoch <= local.epoch:
+        return Keep()
+    exact = logged.known and local.later_commits is not None
+    return SetAside(logged.last_sequence, logged.last_txid, files, local.later_commits or 0, exact)
