@@ -6,6 +6,8 @@ See docs/storage.md for what each of these holds.
 
 from __future__ import annotations
 
+import base64
+
 from phalanx.types import SessionId
 
 RESERVED_APPS = frozenset({"platform", "services", "sessions", "events", "audit"})
@@ -44,6 +46,52 @@ class Names:
     def watch_prefix(self, app: str | None) -> str:
         """Where an app's bucket (None: the platform's) republishes: ``<prefix>.<key>``."""
         return f"{self.platform}.{app or '_'}.watch.kv"
+
+    # --- the WAL log of an app, and its object store: bucket B is the stream OBJ_B (NATS ADR-20)
+
+    def wal_stream(self, app: str) -> str:
+        """The log of what an app's transactions have changed."""
+        return f"{self.platform}_{app}_wal"
+
+    def wal_subjects(self, app: str) -> str:
+        """All that is in that log."""
+        return f"{self.platform}.{app}.wal.>"
+
+    def wal_record_subject(self, app: str) -> str:
+        """Where records go: one LTX file each."""
+        return f"{self.platform}.{app}.wal.ltx"
+
+    def wal_seal_subject(self, app: str) -> str:
+        """Where seals go: the limits between reigns."""
+        return f"{self.platform}.{app}.wal.seal"
+
+    def wal_watch(self, app: str) -> str:
+        """Where that log republishes, as a subject prefix."""
+        return f"{self.platform}.{app}.watch.wal"
+
+    def snapshots_bucket(self, app: str) -> str:
+        """The object store of an app: snapshots, and records too large for a message."""
+        return f"{self.platform}_{app}_snapshots"
+
+    @staticmethod
+    def object_stream(bucket: str) -> str:
+        """The stream behind an object store."""
+        return f"OBJ_{bucket}"
+
+    @staticmethod
+    def object_chunks(bucket: str, nuid: str) -> str:
+        """Where the content of the object with that id lies (``*``: of all)."""
+        return f"$O.{bucket}.C.{nuid}"
+
+    @staticmethod
+    def object_entry(bucket: str, name: str) -> str:
+        """Where it is told what the object with that name is."""
+        return f"$O.{bucket}.M.{base64.urlsafe_b64encode(name.encode()).decode()}"
+
+    @staticmethod
+    def object_entries(bucket: str) -> str:
+        """The same of all objects."""
+        return f"$O.{bucket}.M.>"
 
     # --- sessions: number n lives in stream <platform>_sessions_<n>
 
@@ -117,3 +165,7 @@ class Names:
     def control_subject(self, app: str, action: str) -> str:
         """Only the active node of *app* serves these, for example ``stepdown``."""
         return f"{self.platform}._.control.app.{app}.{action}"
+
+    def confirm_subject(self, app: str) -> str:
+        """Standbys answer here once they have an app's log on disk up to some sequence."""
+        return f"{self.platform}.{app}.db.confirm"

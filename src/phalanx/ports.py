@@ -127,10 +127,14 @@ class Bus(Protocol):
         start: int = 1,
         start_time: float | None = None,
         limit: int = 256,
+        max_bytes: int | None = None,
         timeout: float = 2.0,
     ) -> list[Record]:
         """Up to *limit* records that match, in stream order, from sequence *start* on (or, if given, from
-        *start_time*, Unix seconds), by direct get. An empty list: nothing there (yet)."""
+        *start_time*, Unix seconds), by direct get. An empty list: nothing there (yet).
+
+        *max_bytes*: about how much the answer may hold; one record at least comes, however large it is.
+        """
         ...
 
     async def publish(

@@ -49,6 +49,19 @@ class SessionId(msgspec.Struct, frozen=True, order=True):
         return f"{self.node}.{self.nonce}"
 
 
+class Position(msgspec.Struct, frozen=True, order=True):
+    """How far something is in an app's WAL log: the sequence there, and the last transaction up to it.
+
+    Transactions are numbered over all reigns. 0 and 0: at the very beginning.
+    """
+
+    sequence: int = 0
+    txid: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.sequence}/{self.txid}"
+
+
 class Role(StrEnum):
     """What a node is for one app right now."""
 

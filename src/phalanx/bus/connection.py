@@ -518,10 +518,13 @@ class NatsBus:
         start: int = 1,
         start_time: float | None = None,
         limit: int = 256,
+        max_bytes: int | None = None,
         timeout: float = 2.0,
     ) -> list[Record]:
         """See :meth:`phalanx.ports.Bus.read_log`."""
         request: dict[str, Any] = {"next_by_subj": subjects, "batch": limit}
+        if max_bytes is not None:
+            request["max_bytes"] = max_bytes
         if start_time is not None:
             request["start_time"] = datetime.fromtimestamp(start_time, UTC).isoformat()
         else:

@@ -122,6 +122,36 @@ def audit_config(names: Names, *, replicas: int) -> dict[str, Any]:
     }
 
 
+def wal_config(names: Names, app: str, *, replicas: int) -> dict[str, Any]:
+    """The WAL log of *app*. Nothing leaves it by itself: it is purged by sequence, behind a snapshot."""
+    return {
+        "name": names.wal_stream(app),
+        "subjects": [names.wal_subjects(app)],
+        "storage": "file",
+        "num_replicas": replicas,
+        "discard": "new",
+        "deny_delete": True,
+        "allow_direct": True,
+        "duplicate_window": 1_000_000_000,
+        "republish": {"src": names.wal_subjects(app), "dest": f"{names.wal_watch(app)}.>"},
+    }
+
+
+def objects_config(names: Names, app: str, *, replicas: int) -> dict[str, Any]:
+    """The object store of *app* (ADR-20), which `nats object` can read."""
+    bucket = names.snapshots_bucket(app)
+    return {
+        "name": names.object_stream(bucket),
+        "subjects": [names.object_chunks(bucket, ">"), names.object_entries(bucket)],
+        "storage": "file",
+        "num_replicas": replicas,
+        "discard": "new",
+        "allow_rollup_hdrs": True,
+        "allow_direct": True,
+        "duplicate_window": 1_000_000_000,
+    }
+
+
 # --- creation
 
 
@@ -176,7 +206,7 @@ async def _bring_in_line(bus: Bus, config: dict[str, Any]) -> dict[str, Any]:
     present: dict[str, Any] = info["config"]
     changed: dict[str, Any] = {}
     if present.get("max_msgs_per_subject") != config.get("max_msgs_per_subject", -1):
-        changed["max_msgs_per_subject"] = config["max_msgs_per_subject"]
+        changed["max_msgs_per_subject"] = config.get("max_msgs_per_subject", -1)
     if present.get("num_replicas", 1) < config["num_replicas"]:
         changed["num_replicas"] = config["num_replicas"]
     if present.get("subjects") != config["subjects"] or present.get("republish") != config.get("republish"):
