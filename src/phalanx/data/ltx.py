@@ -349,8 +349,8 @@ def encode(header: Header, pages: Iterable[Page], post_checksum: int = 0) -> byt
 
 
 def encoded(header: Header, pages: Iterable[Page], post_checksum: int = 0) -> Iterator[bytes]:
-    """The same piece by piece, for databases that do not fit into memory (its index has to: up to 15 bytes a
-    page). Raises LtxError for a header or *post_checksum* that may not be, ValueError for such pages."""
+    """The same piece by piece, for databases that do not fit into memory. (The index has to: some ten bytes
+    a page.) Raises ValueError for a page that may not follow, LtxError for all else that may not be."""
     _check_header(header)
     head = _HEADER.pack(
         _MAGIC,
