@@ -1,0 +1,372 @@
+"""The WAL log of an app: one JetStream stream, whose sequence numbers are the positions of all replicas.
+
+Every message is published with the last sequence that its writer expects, so the server itself keeps the
+order and keeps a deposed leader out (G2):
+
+* A new leader reads the end of the log: its last sequence L and that entry's epoch, in *one* answer. Is that
+  epoch higher than its own, it is deposed. Else it publishes its seal, expecting L.
+* If the seal is stored, then nothing was stored since that look; so no seal of a newer epoch lies before it,
+  however long the leader slept in between. Else it looks again.
+* A leader appends expecting the sequence of its own last entry, and never takes over another one. As soon as
+  another leader has sealed, no append of it can be stored any more.
+
+A refusal or a timeout proves nothing about who wrote: the writer reads back and looks for its nonce.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from phalanx import system
+from phalanx.data.entries import (
+    Draft,
+    LogEntry,
+    LogRecord,
+    ObjectPointer,
+    Seal,
+    SealKind,
+    parse,
+    seal_body,
+    seal_headers,
+)
+from phalanx.data.objects import ObjectStore
+from phalanx.errors import BusError, BusTimeout, BusUnavailable, DatabaseError, Fenced, WrongRevision
+from phalanx.names import Names
+from phalanx.ports import Bus
+
+log = logging.getLogger("phalanx.log")
+
+T = TypeVar("T")
+
+EXPECTED = "Nats-Expected-Last-Sequence"
+HEADER_BYTES = 4096
+"""Left for headers, ours and those that the server adds, in each message."""
+
+WRITE_SECONDS = 2.0
+RETRY_SECONDS = (0.02, 0.5)
+PAGE_BYTES = 4 << 20
+DECIDE_SECONDS = 10.0
+"""How long an old leader of the stream may go on answering from its own, shorter copy (raft's lost-quorum
+limit): only when the end of the log is behind what was seen for that long, writes are really lost."""
+
+_FILE_CHUNK = 1 << 18
+
+
+class LogWentBack(DatabaseError):
+    """The log ends before what it is known to have held: NATS has lost writes that it had acknowledged."""
+
+    def __init__(self, app: str, seen: int, last: int) -> None:
+        self.app, self.seen, self.last = app, seen, last
+        super().__init__(
+            f"app {app!r}: the WAL log ends at {last}, but held {seen}: NATS has lost acknowledged writes",
+            "servers that lost power may do so: set jetstream sync_interval: always",
+        )
+
+
+class LogEnd(msgspec.Struct, frozen=True):
+    """The end of the log. ``sequence``: the last one ever used; ``epoch`` and ``txid``: as of there.
+
+    ``entry`` is None where the log holds nothing (any more). ``last_seal`` and ``last_record`` are filled
+    in by :meth:`WalLog.last`.
+    """
+
+    sequence: int = 0
+    epoch: int = 0
+    txid: int = 0
+    entry: LogEntry | None = None
+    last_seal: Seal | None = None
+    last_record: LogRecord | None = None
+
+
+class LogState(msgspec.Struct, frozen=True):
+    """What the stream holds. Where it is empty, ``first`` is ``last`` + 1."""
+
+    first: int
+    last: int
+    bytes: int
+    messages: int
+
+
+class WalLog:
+    """The log of one app. Its stream and its object store exist already (``bus.provision``).
+
+    Beside what is said at each method, BusError means that NATS could not be reached in time, and
+    LogWentBack that it has lost a part of the log.
+    """
+
+    def __init__(self, bus: Bus, names: Names, app: str, objects: ObjectStore | None = None) -> None:
+        self._bus, self._app = bus, app
+        self._stream, self._subjects = names.wal_stream(app), names.wal_subjects(app)
+        self._records, self._seals = names.wal_record_subject(app), names.wal_seal_subject(app)
+        self.objects = objects if objects is not None else ObjectStore(bus, names, app)
+        self._seen = 0
+
+    @property
+    def max_inline_bytes(self) -> int:
+        """The largest LTX file that goes into the log itself."""
+        return self._bus.max_payload - HEADER_BYTES
+
+    @property
+    def seen(self) -> int:
+        """The highest sequence that this log is known to have had."""
+        return self._seen
+
+    def saw(self, sequence: int) -> None:
+        """The log is known to have had *sequence*, for example since a replica is there."""
+        self._seen = max(self._seen, sequence)
+
+    # --- the end of the log
+
+    async def last(self, *, timeout: float = 10.0) -> LogEnd:
+        """The end of the log as the stream's leader has it, with the last seal and the last record.
+
+        Both are those up to ``sequence``; None where they are gone.
+        """
+        return await self._until(timeout, self._last)
+
+    async def _last(self) -> LogEnd | None:
+        end = await self._tip()
+        seal, record = end.entry, end.entry
+        if not isinstance(seal, Seal):
+            found = await self._bus.read(self._stream, self._seals)
+            seal = parse(found) if found is not None else None
+        if not isinstance(record, LogRecord):
+            found = await self._bus.read(self._stream, self._records)
+            record = parse(found) if found is not None else None
+        if any(entry is not None and entry.sequence > end.sequence for entry in (seal, record)):
+            return None  # somebody wrote between the looks
+        return LogEnd(
+            end.sequence,
+            end.epoch,
+            end.txid,
+            end.entry,
+            seal if isinstance(seal, Seal) else None,
+            record if isinstance(record, LogRecord) else None,
+        )
+
+    async def _tip(self) -> LogEnd:
+        """The last sequence, with its entry's epoch and txid. Raises LogWentBack, once that is certain."""
+        deadline = system.now() + DECIDE_SECONDS
+        while (end := await self._look()).sequence < self._seen:
+            if system.now() >= deadline:
+                raise LogWentBack(self._app, self._seen, end.sequence)
+            await asyncio.sleep(0.2)
+        self.saw(end.sequence)
+        return end
+
+    async def _look(self) -> LogEnd:
+        record = await self._bus.read(self._stream, self._subjects)
+        if record is None:
+            return LogEnd((await self.state()).last)
+        entry = parse(record)
+        if isinstance(entry, Seal | LogRecord):
+            return LogEnd(entry.sequence, entry.epoch, entry.txid, entry)
+        # Somebody else's message is the last one: the epoch is that of the last ones of ours.
+        epoch = txid = 0
+        for subject in (self._seals, self._records):
+            found = await self._bus.read(self._stream, subject)
+            ours = parse(found) if found is not None else None
+            if isinstance(ours, Seal | LogRecord):
+                epoch, txid = max(epoch, ours.epoch), max(txid, ours.txid)
+        return LogEnd(entry.sequence, epoch, txid, entry)
+
+    # --- writing
+
+    async def seal(
+        self,
+        epoch: int,
+        node: str,
+        kind: SealKind,
+        reason: str = "",
+        *,
+        txid: int | None = None,
+        timeout: float = 10.0,
+    ) -> Seal:
+        """Append a seal; from then on no leader of an older epoch can append anything.
+
+        ``Seal.txid`` is the last one in the log before it; *txid*: where the log no longer tells. Raises
+        Fenced when a newer epoch has sealed.
+        """
+        nonce = secrets.token_hex(8)
+
+        async def attempt() -> Seal | None:
+            end = await self._tip()
+            if end.epoch > epoch:
+                raise Fenced(self._app, epoch)
+            if isinstance(end.entry, Seal) and end.entry.nonce == nonce:
+                return end.entry
+            before = end.txid if end.entry is not None or txid is None else txid
+            seal = Seal(end.sequence + 1, epoch, node, before, kind, reason, nonce)
+            body, headers = seal_body(epoch, node, before, kind, reason), seal_headers(epoch, nonce)
+            try:
+                await self._write(self._seals, body, headers, end.sequence)
+            except WrongRevision:
+                return None  # somebody appended, or it is ours from an attempt before: look
+            self.saw(seal.sequence)
+            return seal
+
+        return await self._until(timeout, attempt)
+
+    async def append(self, expected_sequence: int, draft: Draft, *, timeout: float = 10.0) -> int:
+        """Append a record right after *expected_sequence*, this writer's last entry; its sequence.
+
+        After a BusError it is unknown whether it was stored: append the same draft at the same place again.
+        Raises Fenced when a newer epoch has sealed, DatabaseError when something else is at that place,
+        OSError when the file cannot be read.
+        """
+        deadline = system.now() + timeout
+        self.saw(expected_sequence)
+        pointer, body = None, b""
+        if draft.size > self.max_inline_bytes:
+            pointer = await self._put(expected_sequence, draft)
+        else:
+            body = draft.content if isinstance(draft.content, bytes) else draft.content.read_bytes()
+        headers = draft.headers(pointer)
+        tried = False
+
+        async def attempt() -> int | None:
+            nonlocal tried
+            if tried and (sequence := await self._stored(expected_sequence, draft)):
+                return sequence
+            tried = True
+            try:
+                sequence = await self._write(self._records, body, headers, expected_sequence)
+            except WrongRevision:
+                return await self._stored(expected_sequence, draft)
+            self.saw(sequence)
+            return sequence
+
+        return await self._until(max(WRITE_SECONDS, deadline - system.now()), attempt)
+
+    async def _stored(self, expected: int, draft: Draft) -> int | None:
+        """Whether *draft* is in the log: its sequence. None: not so far, and its place is free."""
+        end = await self._tip()
+        if end.epoch > draft.epoch:
+            raise Fenced(self._app, draft.epoch)
+        if end.sequence == expected:
+            return None
+        if end.sequence == expected + 1 and end.entry is not None and end.entry.nonce == draft.nonce:
+            return end.sequence
+        raise DatabaseError(
+            f"app {self._app!r}: the WAL log holds something unexpected after {expected} "
+            f"(it ends at {end.sequence}, epoch {end.epoch})",
+            "nothing but Phalanx may write there: see phalanx nats permissions",
+        )
+
+    async def _write(self, subject: str, data: bytes, headers: dict[str, str], expected: int) -> int:
+        return await self._bus.write(
+            subject, data, headers={**headers, EXPECTED: str(expected)}, timeout=WRITE_SECONDS
+        )
+
+    async def _put(self, expected: int, draft: Draft) -> ObjectPointer:
+        """*draft*'s content as an object. Its name begins with the sequence, so that a purge finds it."""
+        name = f"{_object_prefix(expected + 1)}-{draft.epoch}-{draft.nonce}"
+        info = await self.objects.info(name)
+        if info is None:
+            info = await self.objects.put(name, _content(draft), {"txid": str(draft.txid)})
+        if info.size != draft.size:
+            raise DatabaseError(
+                f"app {self._app!r}: transaction {draft.txid} had {info.size} bytes, not {draft.size}"
+            )
+        return ObjectPointer(name, info.size, info.digest)
+
+    async def _until(self, timeout: float, attempt: Callable[[], Coroutine[Any, Any, T | None]]) -> T:
+        """Repeat *attempt* until it gives something, for *timeout* seconds, while NATS does not answer."""
+        deadline = system.now() + timeout
+        delay, longest = RETRY_SECONDS
+        failure: BusError | None = None
+        while True:
+            try:
+                if (result := await attempt()) is not None:
+                    return result
+            except (BusUnavailable, BusTimeout) as error:
+                failure = error
+            if system.now() + delay >= deadline:
+                raise failure or BusTimeout(f"WAL log of {self._app}", f"not settled within {timeout:g} s")
+            await asyncio.sleep(delay)
+            delay = min(longest, 2 * delay)
+
+    # --- reading
+
+    async def read(
+        self, start: int, *, limit: int = 256, max_bytes: int = PAGE_BYTES, timeout: float = 5.0
+    ) -> list[LogEntry]:
+        """Entries from *start* on, in order, about *max_bytes* of them. Any replica may answer: it can be a
+        moment behind. The first one has a higher sequence than *start* where that was purged."""
+        records = await self._bus.read_log(
+            self._stream, self._subjects, start=start, limit=limit, max_bytes=max_bytes, timeout=timeout
+        )
+        if records:
+            self.saw(records[-1].revision)
+        return [parse(record) for record in records]
+
+    async def download(self, record: LogRecord, target: Path) -> None:
+        """The content of a record with a pointer, into a file. Raises DatabaseError, BusError, OSError."""
+        pointer = record.pointer
+        if pointer is None:
+            raise ValueError(f"record {record.sequence} is in the log itself")
+        info = await self.objects.info(pointer.name)
+        if info is None or info.digest != pointer.digest:
+            raise DatabaseError(f"app {self._app!r}: the object of record {record.sequence} is gone")
+        file = await asyncio.to_thread(open, target, "wb")
+        try:
+            async with contextlib.aclosing(self.objects.get(pointer.name)) as chunks:
+                async for chunk in chunks:
+                    await asyncio.to_thread(file.write, chunk)
+        finally:
+            await asyncio.to_thread(file.close)
+
+    async def state(self) -> LogState:
+        """First and last sequence and size, by the stream's leader."""
+        state = (await self._bus.api(f"STREAM.INFO.{self._stream}", {}))["state"]
+        return LogState(state["first_seq"], state["last_seq"], state["bytes"], state["messages"])
+
+    async def record_at_time(self, time: float) -> int:
+        """The sequence of the last entry that was stored up to *time* (Unix seconds); 0 if that is before
+        all that the log still holds."""
+        later = await self._bus.read_log(
+            self._stream, self._subjects, start_time=time + 1e-6, limit=1, max_bytes=1
+        )
+        state = await self.state()
+        sequence = later[0].revision - 1 if later else state.last
+        return sequence if sequence >= state.first else 0
+
+    # --- cleaning up
+
+    async def purge(self, up_to_sequence: int) -> int:
+        """Remove the entries up to and with *up_to_sequence*, but never the last one: it tells the epoch.
+
+        Their objects go with them. Returns how many entries were removed.
+        """
+        keep = min(up_to_sequence + 1, (await self._tip()).sequence)
+        if keep <= 1:
+            return 0
+        answer = await self._bus.api(f"STREAM.PURGE.{self._stream}", {"seq": keep})
+        for info in await self.objects.list_objects():
+            if info.name.startswith(_OBJECTS) and info.name < _object_prefix(keep):
+                await self.objects.delete(info.name)
+        return int(answer.get("purged", 0))
+
+
+_OBJECTS = "wal/"
+
+
+def _object_prefix(sequence: int) -> str:
+    return f"{_OBJECTS}{sequence:020d}"
+
+
+async def _content(draft: Draft) -> AsyncIterator[bytes]:
+    if isinstance(draft.content, bytes):
+        yield draft.content
+        return
+    with await asyncio.to_thread(open, draft.content, "rb") as file:
+        while chunk := await asyncio.to_thread(file.read, _FILE_CHUNK):
+            yield chunk
