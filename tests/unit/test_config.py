@@ -101,7 +101,8 @@ def test_node_id_from_useless_host_name(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize(
-    ("given", "seconds"), [(5, 5.0), (0.5, 0.5), ("500ms", 0.5), ("5s", 5.0), ("2m", 120.0), ("1h", 3600.0)]
+    ("given", "seconds"),
+    [(5, 5.0), (0.5, 0.5), ("500ms", 0.5), ("5s", 5.0), ("2m", 120.0), ("1h", 3600.0), ("0.01d", 864.0)],
 )
 def test_durations_in_all_notations(given: Any, seconds: float) -> None:
     """Numbers are seconds, text has a unit; a checked declaration holds float seconds."""
@@ -435,7 +436,7 @@ WRONG_APP: list[tuple[dict[str, Any], str, str]] = [
     (checks(CommandCheck(" ")), "apps.wiki.checks[0].command", "such as"),
     (checks(FunctionCheck("f")), "apps.wiki.checks[0].function", "function"),  # type: ignore
     (checks(HttpCheck("http://h", interval=0)), "apps.wiki.checks[0].interval", "50 ms"),
-    (checks(HttpCheck("http://h", timeout="1d")), "apps.wiki.checks[0].timeout", "5s"),
+    (checks(HttpCheck("http://h", timeout="1w")), "apps.wiki.checks[0].timeout", "5s"),
     (checks(HttpCheck("http://h", failures=0)), "apps.wiki.checks[0].failures", "1 to 100"),
     (checks(HttpCheck("http://h", successes=1.0)), "apps.wiki.checks[0].successes", "1 to 100"),  # type: ignore
     (checks(HttpCheck("http://h", name="a b")), "apps.wiki.checks[0].name", "letters"),

@@ -1,8 +1,8 @@
 """Declarations of a platform and its apps: in Python, or in ``phalanx.toml``. Frozen, checked once.
 
-``apps`` and ``node`` say what there is, ``rules`` and ``texts`` what one value may be, ``relations`` what
-must fit together; ``reader`` checks whole declarations, ``build`` those made in Python, ``toml`` files;
-``reference`` writes docs/configuration.md.
+``apps``, ``databases`` and ``node`` say what there is, ``rules`` and ``texts`` what one value may be,
+``relations`` what must fit together; ``reader`` checks whole declarations, ``build`` those made in Python,
+``toml`` files; ``reference`` writes docs/configuration.md.
 """
 
 from phalanx.config.apps import (
@@ -19,6 +19,8 @@ from phalanx.config.apps import (
     TcpCheck,
 )
 from phalanx.config.build import build_app, build_platform
+from phalanx.config.database_relations import between_databases
+from phalanx.config.databases import SQLite
 from phalanx.config.node import EmbeddedNats, HttpServer, Logging, NatsOptions, PlatformConfig, Timings
 from phalanx.config.redact import redacted
 from phalanx.config.secret import Secret, hide_secrets, restore_secrets, reveal_secrets
@@ -40,9 +42,11 @@ __all__ = [
     "NatsOptions",
     "PlatformConfig",
     "Process",
+    "SQLite",
     "Secret",
     "TcpCheck",
     "Timings",
+    "between_databases",
     "build_app",
     "build_platform",
     "check_toml",

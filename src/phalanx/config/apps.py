@@ -1,4 +1,4 @@
-"""What users declare of an app: its pattern, backend, health checks, hook timeouts.
+"""What users declare of an app: its pattern, backend, database, health checks, hook timeouts.
 
 The types are those of a *checked* declaration: durations are float seconds, a command is a tuple of
 arguments. What may be written instead is in the aliases; type checkers see both. ``About`` is the only
@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from phalanx.config import rules, texts
 from phalanx.config.aliases import CommandLine, PathText, Seconds, Texts, default
+from phalanx.config.databases import SQLite
 from phalanx.config.declaration import Declaration
 from phalanx.config.rules import About
 from phalanx.decide.backoff import Backoff
@@ -223,6 +224,10 @@ class AppConfig(Declaration, frozen=True, kw_only=True):
         About(
             "What runs while the app is active.", rules.Nested("a backend"), default="none: only the hooks"
         ),
+    ] = None
+    database: Annotated[
+        SQLite | None,
+        About("Its database.", rules.Nested("path, or see Database: sqlite"), default="none"),
     ] = None
     checks: Annotated[
         tuple[Check, ...],

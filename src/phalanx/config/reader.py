@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar, cast, get_type_hints
 
 import msgspec
 
 from phalanx.config import apps, node
+from phalanx.config.databases import SQLite
 from phalanx.config.declaration import unknown_key
 from phalanx.config.nats_urls import LOGIN_FIELDS, parse_urls
 from phalanx.config.relations import check_relations, relations
@@ -73,6 +74,7 @@ class Reader:
         self._nested: dict[str, Callable[[object, str], object]] = {
             "pattern": self._pattern,
             "backend": lambda value, key: self._optional(value, key, (apps.Process,)),
+            "database": self._database,
             "ready": lambda value, key: self._optional(value, key, apps.CHECKS),
             "checks": self._checks,
             "hook_timeouts": lambda value, key: self.read(apps.HookTimeouts, value, key),
@@ -179,8 +181,8 @@ class Reader:
         if isinstance(about.rule, Nested):
             return self._nested[name](value, key)
         result = about.rule(key, value)
-        if isinstance(about.rule, File) and result and self._directory is not None:
-            return str(self._directory / result)
+        if isinstance(about.rule, File) and result and (self._directory or about.rule.absolute):
+            return self.absolute(result)
         return result
 
     def unknown(self, key: str, table: Mapping[str, object], known: Iterable[str]) -> None:
@@ -222,6 +224,16 @@ class Reader:
         elif isinstance(value, type) and value in kinds:
             raise ConfigError(key, value.__name__, "a class, not a pattern", f"write {value.__name__}()")
         return self._tagged(value, key, kinds)
+
+    def _database(self, value: object, key: str) -> Any:
+        """Text is a path; a table needs no ``type`` as long as there is one kind of database."""
+        if value is None:
+            return None
+        if isinstance(value, str | PurePath):
+            value = {"type": tag_of(SQLite), "path": value}
+        elif isinstance(value, Mapping):
+            value = {"type": tag_of(SQLite), **cast("Mapping[object, object]", value)}
+        return self._tagged(value, key, (SQLite,))
 
     def _checks(self, value: object, key: str) -> tuple[apps.Check, ...]:
         if not isinstance(value, list | tuple):

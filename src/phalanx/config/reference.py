@@ -10,8 +10,9 @@ import msgspec
 
 from phalanx.config import apps, node
 from phalanx.config.build import VARIABLES
+from phalanx.config.databases import SQLite
 from phalanx.config.reader import Field, fields_of, tag_of
-from phalanx.config.rules import Duration, seconds_text
+from phalanx.config.rules import Bytes, Duration, seconds_text, size_text
 from phalanx.config.secret import Secret
 from phalanx.decide.backoff import Backoff
 
@@ -60,7 +61,8 @@ url = "http://127.0.0.1:8080/"
 interval = "500ms"
 ```
 
-- **Durations** are seconds (`5`, `0.5`) or text: `"500ms"`, `"5s"`, `"2m"`, `"1h"`.
+- **Durations** are seconds (`5`, `0.5`) or text: `"500ms"`, `"5s"`, `"2m"`, `"1h"`, `"7d"`.
+- **Sizes** are bytes (`65536`) or text: `"64 MiB"`, `"1 GB"`.
 - **Secrets** in a file: instead of `password = "..."` write `password_file = "path"` (a
   line end at its end is not part of the secret) or `password_env = "VARIABLE"`;
   the same for every secret. They are shown as `***` wherever declarations are shown; values of a backend's
@@ -81,6 +83,11 @@ not set.
 _CHECKS = (
     "`ready` of a process takes one check, which runs until it is healthy for the first time; `depends_on`, "
     "`failures` and `when` mean nothing there."
+)
+
+_DATABASE = (
+    '`database = "data/wiki.db"` is short for a table with nothing but `path`; `type` may be left out. '
+    'In Python `database=` takes `SQLite("data/wiki.db", ...)` or the path alone.'
 )
 
 _NATS = (
@@ -113,6 +120,7 @@ def _sections() -> Iterator[str]:
     yield from _section("App", "[apps.NAME]", apps.AppConfig)
     yield from _section("Pattern: active-passive", "pattern", apps.ActivePassive)
     yield from _section("Backend: process", "[apps.NAME.backend]", apps.Process)
+    yield from _section("Database: sqlite", "[apps.NAME.database]", SQLite, _DATABASE)
     yield from _section("Health checks", "[[apps.NAME.checks]]", apps.CheckSettings, _CHECKS)
     for kind in apps.CHECKS:
         place = "only in Python" if kind is apps.FunctionCheck else "[[apps.NAME.checks]]"
@@ -158,6 +166,8 @@ def _default(field: Field) -> str:
     value = field.default
     if isinstance(field.about.rule, Duration):
         return seconds_text(value)
+    if isinstance(field.about.rule, Bytes):
+        return size_text(value)
     if value is None or value == "" or value == () or value == Secret():
         return "none"
     if isinstance(value, bool):

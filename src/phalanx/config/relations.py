@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from phalanx.config.apps import Check, Process
+from phalanx.config.database_relations import database_relations
+from phalanx.config.databases import SQLite
 from phalanx.config.node import EmbeddedNats, HttpServer, NatsOptions, PlatformConfig, Timings
 from phalanx.config.rules import seconds_text
 from phalanx.config.texts import split_address
@@ -30,6 +32,8 @@ def relations(config: object, key: str) -> Iterator[ConfigError]:
             yield from _embedded(config, key)
         case Process():
             yield from _process(config, key)
+        case SQLite():
+            yield from database_relations(config, key)
         case PlatformConfig():
             yield from _ports(config)
         case Backoff() if config.longest < config.first:

@@ -14,8 +14,16 @@ import msgspec
 
 from phalanx.errors import ConfigError
 
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h)")
-_UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d)")
+_BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?i?B)")
+_UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_UNIT_BYTES = {"B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for suffix, base in (("iB", 1024), ("B", 1000))
+}
+_WRITE_SECONDS = "write seconds (5 or 0.5) or 500ms, 5s, 2m, 1h, 7d"
+_WRITE_BYTES = "write a number of bytes, or 64 MiB, 1 GB"
 
 
 class Rule(Protocol):
@@ -60,20 +68,20 @@ def seconds_text(value: float) -> str:
         return str(value)
     if value and value < 1:
         return f"{value * 1000:g} ms"
-    for unit in ("h", "m"):
+    for unit in ("d", "h", "m"):
         if value and value % _UNIT_SECONDS[unit] == 0:
             return f"{value / _UNIT_SECONDS[unit]:g} {unit}"
     return f"{value:g} s"
 
 
 def parse_seconds(key: str, value: object) -> float:
-    """Seconds from a number, or from text such as ``500ms``, ``5s``, ``2m``, ``1h``. Raises ConfigError."""
+    """Seconds from a number, or from text such as ``500ms``, ``5s``, ``1h``, ``7d``. Raises ConfigError."""
     if isinstance(value, str):
         match = _DURATION.fullmatch(value.strip())
         if match is None or len(value) > 32:
-            raise ConfigError(key, value, "not a duration", "write seconds (5 or 0.5) or 500ms, 5s, 2m, 1h")
+            raise ConfigError(key, value, "not a duration", _WRITE_SECONDS)
         return float(match[1]) * _UNIT_SECONDS[match[2]]
-    return _number(key, value, "write seconds (5 or 0.5) or 500ms, 5s, 2m, 1h")
+    return _number(key, value, _WRITE_SECONDS)
 
 
 def _number(key: str, value: object, remedy: str) -> float:
@@ -108,6 +116,45 @@ class Duration(msgspec.Struct, frozen=True):
             span = f"{seconds_text(self.least)} to {seconds_text(self.most)}"
             raise ConfigError(key, value, side, f"choose from {span}")
         return seconds
+
+
+class Bytes(msgspec.Struct, frozen=True):
+    """A number of bytes within a range, both ends included."""
+
+    least: int
+    most: int
+
+    @property
+    def shape(self) -> str:
+        return f"size, {size_text(self.least)} to {size_text(self.most)}"
+
+    def __call__(self, key: str, value: object) -> int:
+        count = _bytes(key, value)
+        if not self.least <= count <= self.most:
+            side = "too small" if count < self.least else "too large"
+            raise ConfigError(
+                key, value, side, f"choose from {size_text(self.least)} to {size_text(self.most)}"
+            )
+        return count
+
+
+def _bytes(key: str, value: object) -> int:
+    if isinstance(value, str):
+        match = _BYTES.fullmatch(value.strip())
+        if match is None or len(value) > 32 or match[2] not in _UNIT_BYTES:
+            raise ConfigError(key, value, "not a size", _WRITE_BYTES)
+        return int(float(match[1]) * _UNIT_BYTES[match[2]])
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(key, value, f"{kind_of(value)}, not a number of bytes", _WRITE_BYTES)
+    return value
+
+
+def size_text(value: int) -> str:
+    """A number of bytes as one would write it, in the largest unit that it is a multiple of."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if value and value % _UNIT_BYTES[unit] == 0:
+            return f"{value // _UNIT_BYTES[unit]} {unit}"
+    return f"{value} B"
 
 
 class Whole(msgspec.Struct, frozen=True):

@@ -47,7 +47,12 @@ class Text(msgspec.Struct, frozen=True):
 
 
 class File(msgspec.Struct, frozen=True):
-    """A path, as text or pathlib. Whether it exists is for whoever opens it."""
+    """A path, as text or pathlib. Whether it exists is for whoever opens it.
+
+    *absolute*: made absolute in Python too (from the working directory), not only in files.
+    """
+
+    absolute: bool = False
 
     @property
     def shape(self) -> str:

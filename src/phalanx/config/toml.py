@@ -15,6 +15,7 @@ from typing import cast
 
 from phalanx.config.apps import AppConfig
 from phalanx.config.build import read_platform
+from phalanx.config.database_relations import between_databases
 from phalanx.config.node import PlatformConfig
 from phalanx.config.reader import SECTIONS, Reader
 from phalanx.config.rules import kind_of
@@ -67,6 +68,7 @@ def _read(
             )
         elif (app := reader.app(name, cast("dict[str, object]", table))) is not None:
             apps.append(app)
+    reader.errors += between_databases(apps)
     return platform, apps, reader.errors
 
 
