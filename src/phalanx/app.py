@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import msgspec
 
@@ -27,6 +27,10 @@ from phalanx.observe.journal import Journal
 from phalanx.ports import Backend, Bus, Fence, SectionContext
 from phalanx.section import Section
 from phalanx.types import AppStatus, Candidate, Health, LeaderRecord, Role
+
+if TYPE_CHECKING:
+    # At run time only by apps that declare a database: it brings libraries of its own along.
+    from phalanx.data.database import ActiveDatabase, AppDatabase, Database
 
 log = logging.getLogger("phalanx.app")
 
@@ -73,8 +77,18 @@ class ActiveContext:
     (``Fenced``).
     """
 
-    def __init__(self, app: str, node: str, epoch: int, fence: Fence, kv: AppKV, locks: Locks) -> None:
+    def __init__(
+        self,
+        app: str,
+        node: str,
+        epoch: int,
+        fence: Fence,
+        kv: AppKV,
+        locks: Locks,
+        database: AppDatabase | None = None,
+    ) -> None:
         self.app, self.node, self.epoch, self.kv = app, node, epoch, kv
+        self._database = database.active if database is not None else None
         self.fence = fence
         self._locks = locks
         self.cancelled_event = asyncio.Event()
@@ -91,6 +105,13 @@ class ActiveContext:
         """
         self.is_cooperative = True
         return self.cancelled_event
+
+    @property
+    def db(self) -> ActiveDatabase:
+        """The app's live database. Raises StartError for an app that declares none."""
+        if self._database is None:
+            raise StartError(f"app {self.app!r} has no database", "declare one: database=SQLite(path)")
+        return self._database
 
     @property
     def is_cancelled(self) -> bool:
@@ -151,6 +172,8 @@ class App:
         self._election: Election | None = None
         self._locks: Locks | None = None
         self._kv: AppKV | None = None
+        self.database: AppDatabase | None = None
+        """The app's database on this node, while the node runs and the app declares one."""
         self._section: Section | None = None
         self._context: ActiveContext | None = None
         self._has_standby_checks = any(check.when == "always" for check in config.checks)
@@ -239,6 +262,16 @@ class App:
         return self._kv
 
     @property
+    def db(self) -> Database:
+        """The app's database on this node. Raises StartError without one, or while the platform does not run."""
+        if self.database is None:
+            raise StartError(
+                f"app {self.name!r} has no database now",
+                "declare one (database=SQLite(path)) and use it while the platform runs",
+            )
+        return self.database.public
+
+    @property
     def locks(self) -> Locks:
         """The app's locks."""
         if self._locks is None:
@@ -305,6 +338,18 @@ class App:
         names = parts.names
         self._kv = AppKV(parts.bus, names, self.name)
         self._set_role(Role.STARTING)
+        if self.config.database is not None:
+            from phalanx.data.database import AppDatabase
+
+            self.database = AppDatabase(
+                self.name,
+                self.config.database,
+                parts,
+                report=self._journal_app,
+                on_change=self._on_database,
+                on_lost=self._on_database_lost,
+            )
+            await self.database.start()
         if "on_start" in self.hooks:
             try:
                 await self.hooks.call("on_start", AppContext(self))
@@ -322,6 +367,9 @@ class App:
         except HookFailed as error:
             self._journal_app("hook-failed", str(error), level=logging.ERROR)
         self.hooks.close()
+        if self.database is not None:
+            await self.database.close()
+            self.database = None
         self._set_role(Role.STOPPED)
         self._started = False
 
@@ -338,6 +386,7 @@ class App:
             register,
             priority=self.config.pattern.priority,
             highest=self._highest_epoch,
+            handicap=self.database.handicap_seconds if self.database is not None else lambda: 0.0,
             on_leader=self._on_leader,
             on_acquired=self._on_acquired,
         )
@@ -387,6 +436,7 @@ class App:
             reign.fence,
             AppKV(parts.bus, parts.names, self.name, fence=lambda: reign.fence, epoch=lambda: epoch),
             self._locks.under(reign.fence, epoch),
+            self.database,
         )
         section = Section(
             reign,
@@ -396,6 +446,7 @@ class App:
             self.hooks,
             self._backend,
             context,
+            database=self.database,
             on_active_timeout=float(self.config.hook_timeouts.on_active),
             on_passive_timeout=float(self.config.hook_timeouts.on_passive),
             on_role=self._on_section_role,
@@ -487,6 +538,8 @@ class App:
             return self._barred or self._leaving
         if self._election is None:
             return "the node has no session"
+        if self.database is not None and (reason := self.database.ineligible_because()):
+            return reason
         verdict = self.health.standby_verdict
         if verdict is Health.UNHEALTHY:
             return f"unhealthy: {self.health.standby_reason}"
@@ -556,6 +609,8 @@ class App:
             change = LeaderChange(self.name, after, before, new.revision, new.reason)
             self._queue_event("on_leader_change", change)
             self._running_parts.journal.leader_seen(self.name, after, new.revision, new.reason)
+        if self.database is not None:
+            self.database.look()
         self._wake()
 
     def _on_health(self, health: Health, reason: str) -> None:
@@ -568,6 +623,17 @@ class App:
         self._offer_candidacy()
         if section is None and self._started and self._election is not None:
             self._set_role(self._passive_role())
+
+    def _on_database(self) -> None:
+        """Whether this node can be a candidate may have changed."""
+        self._offer_candidacy()
+        if self._section is None and self._started and self._election is not None:
+            self._set_role(self._passive_role())
+
+    def _on_database_lost(self, reason: str) -> None:
+        if self._section is not None:
+            self._failures = self._failures.failed(system.now(), reason, self.config.retry)
+            self.end_section(reason)
 
     def _queue_event(self, hook: str, argument: object) -> None:
         if hook not in self.hooks:
@@ -609,11 +675,18 @@ class App:
         duration_seconds: float | None = None,
         level: int = logging.INFO,
         epoch: int = 0,
+        **details: str,
     ) -> None:
         if self._context is not None:
             epoch = self._context.epoch
         self._running_parts.journal.app(
-            self.name, action, epoch=epoch, reason=reason, duration_seconds=duration_seconds, level=level
+            self.name,
+            action,
+            epoch=epoch,
+            reason=reason,
+            duration_seconds=duration_seconds,
+            level=level,
+            **details,
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -56,8 +56,14 @@ class Founding:
         self._bus, self._names, self._node = bus, names, node
         self._data_dir, self._journal = data_dir, journal
 
-    async def run(self, declared_replicas: int | None, histories: Mapping[str, int]) -> None:
+    async def run(
+        self,
+        declared_replicas: int | None,
+        histories: Mapping[str, int],
+        with_databases: Iterable[str] = (),
+    ) -> None:
         """Make or find everything. *histories*: of each app, how many revisions of a key its KV keeps.
+        *with_databases*: the apps that have a WAL log and an object store as well.
 
         Raises IdentityError, NatsUnusable, BusError; after BusUnavailable or BusTimeout it may be called
         again.
@@ -68,6 +74,8 @@ class Founding:
         await provision.create_stream(self._bus, provision.audit_config(self._names, replicas=replicas))
         for app, history in histories.items():
             await self._make_bucket(app, history, replicas)
+        for app in with_databases:
+            await self._make_log(app, replicas)
 
     async def _join_platform(self, replicas: int) -> None:
         """The platform's bucket and identity: joined, or made when this node never knew one."""
@@ -157,3 +165,21 @@ class Founding:
         )
         if registered is None:
             await self.state.create_or_read(names.app_key(app), AppRegistration(system.wall(), self._node))
+
+    async def _make_log(self, app: str, replicas: int) -> None:
+        """The app's WAL log and object store; like the bucket, never made anew silently."""
+        names = self._names
+        key = names.database_key(app)
+        registered = await self.state.read(key, AppRegistration)
+        for config in (
+            provision.wal_config(names, app, replicas=replicas),
+            provision.objects_config(names, app, replicas=replicas),
+        ):
+            if registered is not None and await self._is_gone(config["name"]):
+                raise IdentityError(
+                    f"the stream {config['name']!r} of app {app!r} is gone, though it was created once",
+                    "restore it from a backup; or accept the loss: see docs/operations.md",
+                )
+            await provision.create_stream(self._bus, config)
+        if registered is None:
+            await self.state.create_or_read(key, AppRegistration(system.wall(), self._node))

@@ -148,6 +148,11 @@ class Names:
         return f"app.{app}"
 
     @staticmethod
+    def database_key(app: str) -> str:
+        """That the app's WAL log and object store were created once; they must exist from then on."""
+        return f"database.{app}"
+
+    @staticmethod
     def candidate_key(node: str) -> str:
         """A node's offer to lead the app in whose bucket this key lies."""
         return f"{CANDIDATE_KEYS}.{node}"

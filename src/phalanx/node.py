@@ -227,7 +227,10 @@ class Node:
         """The streams, buckets and identity of the platform, made or found."""
         founding = Founding(self.bus, self.names, self.node, self.data_dir, self.journal)
         histories = {name: app.config.kv_history for name, app in self.apps.items()}
-        await patiently(lambda: founding.run(self._replicas, histories), "set up the platform in NATS")
+        databases = [name for name, app in self.apps.items() if app.config.database is not None]
+        await patiently(
+            lambda: founding.run(self._replicas, histories, databases), "set up the platform in NATS"
+        )
         self.state, self._streams = founding.state, founding.streams
 
     async def _watch_platform(self, stack: contextlib.AsyncExitStack) -> None:

@@ -16,12 +16,12 @@ import msgspec
 class LocalDatabase(msgspec.Struct, frozen=True):
     """What lies on disk. ``captured_txid``: the last transaction file of Litestream, 0 if there is none.
 
-    ``later_commits``: transactions in the WAL after it; None where that can't be told.
+    ``unlogged_commits``: transactions on disk after the log's last one; None where that can't be told.
     """
 
     epoch: int
     captured_txid: int
-    later_commits: int | None
+    unlogged_commits: int | None
 
 
 class LoggedReign(msgspec.Struct, frozen=True):
@@ -46,14 +46,13 @@ class MakeReplica(msgspec.Struct, frozen=True):
 
 
 class SetAside(msgspec.Struct, frozen=True):
-    """It has more than the log. ``files``: captured but not logged; ``commits``: known transactions after those.
+    """It has more than the log, which ends at this position. ``commits``: how many transactions more.
 
-    ``exact``: nothing else can be missing.
+    ``exact``: false where it may be more of them than that.
     """
 
     sequence: int
     txid: int
-    files: int
     commits: int
     exact: bool
 
@@ -63,12 +62,13 @@ Settlement: TypeAlias = Keep | MakeReplica | SetAside
 
 def settle(local: LocalDatabase, logged: LoggedReign) -> Settlement:
     """What to do with the database of a reign that has ended."""
-    files = max(0, local.captured_txid - logged.last_txid)
     # A database that was there before Phalanx has no file at all until the first capture.
-    complete = local.captured_txid == logged.last_txid and local.later_commits == 0 and logged.known
-    if complete and local.captured_txid > 0:
+    is_all_logged = (local.captured_txid, local.unlogged_commits) == (logged.last_txid, 0)
+    if is_all_logged and local.captured_txid and logged.known:
         return MakeReplica(logged.last_sequence, logged.last_txid)
     if logged.newest_epoch <= local.epoch:
         return Keep()
-    exact = logged.known and local.later_commits is not None
-    return SetAside(logged.last_sequence, logged.last_txid, files, local.later_commits or 0, exact)
+    commits = local.unlogged_commits
+    return SetAside(
+        logged.last_sequence, logged.last_txid, commits or 0, exact=logged.known and commits is not None
+    )

@@ -50,12 +50,13 @@ class Journal:
         reason: str = "",
         duration_seconds: float | None = None,
         level: int = logging.INFO,
+        **details: str,
     ) -> None:
         """A transition of an app on this node."""
         if action == "leader-acquired":
             self._meter.leader_acquired(app)
         self._audit.record(
-            "app", action, app=app, epoch=epoch, reason=reason, duration_seconds=duration_seconds
+            "app", action, app=app, epoch=epoch, reason=reason, duration_seconds=duration_seconds, **details
         )
         log.log(
             level,

@@ -9,12 +9,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sqlite3
 import time
 from typing import Any, Literal
 
 import msgspec
 
-from phalanx import ActiveContext, ActivePassive, App, EmbeddedNats, Logging, NatsOptions, Platform, Process
+from phalanx import (
+    ActiveContext,
+    ActivePassive,
+    App,
+    EmbeddedNats,
+    Logging,
+    NatsOptions,
+    PhalanxError,
+    Platform,
+    Process,
+    SQLite,
+)
 from phalanx.testing.history import History
 
 
@@ -22,7 +34,9 @@ class Settings(msgspec.Struct, kw_only=True):
     """What the program runs. ``fault``: ``none``, ``block`` (a hook that blocks the loop when the file
     ``fault_file`` appears), ``deaf`` (a hook that ignores its cancellation), ``fail`` (on_active raises).
     ``writes``: fenced writes while active, each ``write_seconds`` after the last, to one key or
-    (``distinct_keys``) each to its own."""
+    (``distinct_keys``) each to its own. ``database``: where each node's SQLite database lies, with
+    ``{node}`` in it; while active a row is committed every ``commit_seconds``, and every ``sync_every``
+    rows ``db.sync()`` is awaited; ``database_options`` are more fields of its declaration."""
 
     history: str
     platform: str = "test"
@@ -43,6 +57,10 @@ class Settings(msgspec.Struct, kw_only=True):
     writes: bool = False
     write_seconds: float = 0.02
     distinct_keys: bool = False
+    database: str = ""
+    database_options: dict[str, Any] = {}
+    commit_seconds: float = 0.02
+    sync_every: int = 10
     log_level: str = "info"
 
 
@@ -53,6 +71,7 @@ async def _work(settings: Settings, history: History, app: App, ctx: ActiveConte
         raise RuntimeError("told to fail")
     history.record("active", ctx.node, app.name, ctx.epoch)
     ctx.ready()
+    committer = asyncio.create_task(_commit(settings, history, app, ctx)) if settings.database else None
     writer = asyncio.create_task(_write(settings, history, app, ctx)) if settings.writes else None
     try:
         while True:
@@ -70,8 +89,9 @@ async def _work(settings: Settings, history: History, app: App, ctx: ActiveConte
         history.record("passive", ctx.node, app.name, ctx.epoch)
         raise
     finally:
-        if writer is not None:
-            writer.cancel()
+        for task in (writer, committer):
+            if task is not None:
+                task.cancel()
 
 
 async def _write(settings: Settings, history: History, app: App, ctx: ActiveContext) -> None:
@@ -93,6 +113,41 @@ async def _write(settings: Settings, history: History, app: App, ctx: ActiveCont
         await asyncio.sleep(settings.write_seconds)
 
 
+async def _commit(settings: Settings, history: History, app: App, ctx: ActiveContext) -> None:
+    """Commits rows to the app's database, and notes each commit and each barrier that was confirmed.
+
+    Rows go on counting where the last reign's rows ended, so that a lost one leaves a gap or is written anew.
+    """
+    connection = sqlite3.connect(ctx.db.path, isolation_level=None, timeout=10)
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS entries (number INTEGER PRIMARY KEY, epoch INTEGER, node TEXT, text TEXT)"
+    )
+    number = connection.execute("SELECT coalesce(max(number), 0) FROM entries").fetchone()[0]
+    history.record("opened", ctx.node, app.name, ctx.epoch, number=number)
+    try:
+        while True:
+            number += 1
+            row = (number, ctx.epoch, ctx.node, "x" * (number % 200))
+            connection.execute("INSERT INTO entries VALUES (?, ?, ?, ?)", row)
+            history.record("committed", ctx.node, app.name, ctx.epoch, number=number)
+            if settings.sync_every and number % settings.sync_every == 0:
+                await _barrier(history, app, ctx, number)
+            await asyncio.sleep(settings.commit_seconds)
+    finally:
+        connection.close()
+
+
+async def _barrier(history: History, app: App, ctx: ActiveContext, number: int) -> None:
+    try:
+        position = await ctx.db.sync()
+    except PhalanxError as error:
+        history.record("sync-failed", ctx.node, app.name, ctx.epoch, number=number, error=str(error))
+    else:
+        history.record("confirmed", ctx.node, app.name, ctx.epoch, number=number, sequence=position.sequence)
+
+
 def build(settings: Settings) -> Platform:
     """The platform with its apps."""
     history = History(settings.history)
@@ -109,7 +164,13 @@ def build(settings: Settings) -> Platform:
     )
     for name in settings.apps:
         backend = Process(settings.backend) if settings.backend else None
-        app = platform.app(name, ActivePassive(priority=settings.priority), backend=backend)
+        database = None
+        if settings.database:
+            path = settings.database.format(node=platform.config.node, app=name)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            database = SQLite(path, **settings.database_options)
+        pattern = ActivePassive(priority=settings.priority)
+        app = platform.app(name, pattern, backend=backend, database=database)
         if settings.hooks:
 
             async def on_active(ctx: ActiveContext, app: App = app) -> None:

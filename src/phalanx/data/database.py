@@ -1,0 +1,444 @@
+"""An app's SQLite database on one node: replica, live database, and the ways between them.
+
+On a standby a follower applies the log to the replica. In an active section the live database lies at the
+user's path, Litestream captures it, and a shipper puts what was captured into the log (``data.reign``). When
+a section has ended, the live database that it left is settled against the log (``data.settlement``).
+
+The invariant: one of two owns the database at any moment, the *tender* (a task that brings it to a replica
+that follows) or the active section. Whoever owns it holds ``_turn``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+from phalanx import system
+from phalanx.aio import wait_at_most
+from phalanx.config import SQLite
+from phalanx.data.bootstrap import Bootstrap
+from phalanx.data.following import Follower
+from phalanx.data.log import LogEnd, WalLog
+from phalanx.data.objects import ObjectStore
+from phalanx.data.reading import Readers
+from phalanx.data.reign import DataReign
+from phalanx.data.replica_client import ReplicaProcess
+from phalanx.data.settlement import Settlements
+from phalanx.decide.backoff import Backoff
+from phalanx.errors import BusError, DatabaseError, NotActive, PhalanxError, ReplicaUnavailable
+from phalanx.names import Names
+from phalanx.ports import Bus, SectionContext
+from phalanx.types import Position
+
+log = logging.getLogger("phalanx.data")
+
+RETRY = Backoff(first=0.2, longest=10.0)
+TURN_SECONDS = 5.0
+"""How long an activation waits for the tender to let go."""
+
+UNKNOWN_DATA_SECONDS = 0.5
+"""How much longer a node without a database waits while the log is empty: another may have a file to adopt."""
+
+KEPT_LOOK_SECONDS = 1.0
+"""How often a kept live database is compared with the log, besides at each change of the leader."""
+
+LAG_HANDICAP_SECONDS = (0.05, 0.5)
+"""Least and most that a candidate waits longer because its replica is behind."""
+
+
+class Phase(StrEnum):
+    """What this node's part of the database is."""
+
+    STARTING = "starting"
+    SETTLING = "settling"
+    """A live database of an earlier reign is compared with the log."""
+    BOOTSTRAPPING = "bootstrapping"
+    """A snapshot is on its way."""
+    FOLLOWING = "following"
+    KEPT = "kept"
+    """The live database of this node's last reign, which nobody has replaced: the next reign goes on with it."""
+    LIVE = "live"
+    BROKEN = "broken"
+    STOPPED = "stopped"
+
+
+class DatabaseNode(Protocol):
+    """What a database needs of its node."""
+
+    @property
+    def bus(self) -> Bus: ...
+    @property
+    def names(self) -> Names: ...
+    @property
+    def node(self) -> str: ...
+
+
+Report = Callable[..., None]
+"""``report(action, reason, level=..., **details)``: one audit entry of the app."""
+
+
+class AppDatabase:
+    """One app's database on this node. The app owns it: :meth:`start`, sections, :meth:`close`.
+
+    *on_change*: whether this node can be a candidate may have changed. *on_lost*: the active section cannot
+    go on, with the reason.
+    """
+
+    def __init__(
+        self,
+        app: str,
+        config: SQLite,
+        node: DatabaseNode,
+        *,
+        report: Report,
+        on_change: Callable[[], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self.app, self.config, self.node = app, config, node.node
+        self.live = Path(str(config.path))
+        self.folder = self.live.parent / f".{self.live.name}-phalanx"
+        self.report, self.on_lost, self._on_change = report, on_lost, on_change
+        self.bus, self.names = node.bus, node.names
+        self.log = WalLog(node.bus, node.names, app)
+        self.objects = ObjectStore(node.bus, node.names, app)
+        self.replica = ReplicaProcess(self.folder, self._on_process_exit)
+        self.readers = Readers(app)
+        self.public, self.active = Database(self), ActiveDatabase(self)
+        self.bootstrap = Bootstrap(self)
+        self.settlements = Settlements(self)
+        self.follower: Follower | None = None
+        self.reign: DataReign | None = None
+        self.guard: sqlite3.Connection | None = None
+        """Keeps the WAL of a live database whose reign has ended from being removed by the last who closes it."""
+        self._phase, self._reason = Phase.STARTING, ""
+        self._turn = asyncio.Lock()
+        self._section_has_turn = False
+        self._wake = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._log_is_empty: bool | None = None
+        self._failures = 0
+        self._tender: asyncio.Task[None] | None = None
+
+    # --- life
+
+    async def start(self) -> None:
+        """Begin to tend it. Returns at once; what goes wrong shows in :attr:`phase` and is tried again."""
+        self._tender = asyncio.create_task(self._tend(), name=f"{self.app} database")
+
+    async def close(self) -> None:
+        """Stop. The active section has ended before."""
+        tender, self._tender = self._tender, None
+        if tender is not None:
+            tender.cancel()
+            await asyncio.gather(tender, return_exceptions=True)
+        await self._stop_follower()
+        self.readers.revoke("the node has stopped")
+        await self.replica.close()
+        await self.release_guard()
+        self._set_phase(Phase.STOPPED, "the node has stopped")
+
+    # --- what is so
+
+    @property
+    def phase(self) -> Phase:
+        """What this node's part of the database is."""
+        return self._phase
+
+    @property
+    def reason(self) -> str:
+        """Why it is not more than that."""
+        return self._reason
+
+    def ineligible_because(self) -> str:
+        """Why this node cannot be a candidate; empty if it can."""
+        if self._phase in (Phase.LIVE, Phase.KEPT):
+            return ""
+        if self._phase is not Phase.FOLLOWING or self.follower is None:
+            return f"its database is {self._phase}" + (f": {self._reason}" if self._reason else "")
+        lag = self.follower.lag_seconds
+        if lag > float(self.config.max_lag):
+            return f"its replica is {lag:.0f} s behind (max_lag is {float(self.config.max_lag):g} s)"
+        return self._reason
+
+    def handicap_seconds(self) -> float:
+        """How much longer this node should wait before it tries to lead."""
+        if self._phase is Phase.KEPT:
+            return 0.0
+        if self._log_is_empty and not self.live.exists():
+            return UNKNOWN_DATA_SECONDS
+        if self.follower is None or not self.follower.lag_records:
+            return 0.0
+        least, most = LAG_HANDICAP_SECONDS
+        return min(most, least + self.follower.lag_seconds)
+
+    @property
+    def position(self) -> Position:
+        """How far this node is: what the log has of the live database, or what the replica has applied."""
+        if self.reign is not None:
+            return self.reign.shipped
+        return self.follower.applied if self.follower is not None else Position(0, 0)
+
+    def _set_phase(self, phase: Phase, reason: str = "") -> None:
+        if (phase, reason) == (self._phase, self._reason):
+            return
+        self._phase, self._reason = phase, reason
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+        self._on_change()
+
+    # --- the tender
+
+    async def _tend(self) -> None:
+        while True:
+            self._wake.clear()
+            again: float | None = None
+            async with self._turn:
+                try:
+                    await self._prepare()
+                    self._failures = 0
+                    if self._phase is Phase.KEPT:
+                        again = KEPT_LOOK_SECONDS
+                except (PhalanxError, OSError) as error:
+                    self._failures += 1
+                    again = RETRY.delay(self._failures)
+                    self._fail(error)
+            await wait_at_most(self._wake, again)
+
+    def _fail(self, error: Exception) -> None:
+        reason = str(error)
+        if (self._phase, self._reason) != (Phase.BROKEN, reason):
+            self.report("database-unavailable", reason, level=logging.ERROR)
+        self._set_phase(Phase.BROKEN, reason)
+
+    async def _prepare(self) -> None:
+        """Bring the database to a replica that follows, or find that the live one has to be kept."""
+        if not self.replica.is_running:
+            await self._stop_follower()
+            await self.replica.start()
+        state = await self.replica.state()
+        end = await self.log.last()
+        self._log_is_empty = end.last_record is None
+        if state.role == "live":
+            self._set_phase(Phase.SETTLING)
+            if not await self.settlements.settle(state, end):
+                self._set_phase(Phase.KEPT)
+                return
+            state = await self.replica.state()
+        await self.release_guard()
+        if self.follower is not None and self.follower.trouble is None:
+            self._set_phase(Phase.FOLLOWING, self._foreign_file(end))
+            return
+        await self._stop_follower()
+        if self.bootstrap.is_needed(state, await self.log.state()):
+            self._set_phase(Phase.BOOTSTRAPPING)
+            await self.bootstrap.run()
+            self.readers.revoke("the replica was made anew")
+        await self._start_follower()
+        self._set_phase(Phase.FOLLOWING, self._foreign_file(end))
+
+    def _foreign_file(self, end: LogEnd) -> str:
+        """A database at the user's path that Phalanx did not put there, while the platform has one already."""
+        if end.last_record is None or not self.live.exists():
+            return ""
+        return f"{self.live} exists, but the platform has another database: move it away"
+
+    def look(self) -> None:
+        """Something outside has changed, such as the leader."""
+        if self._phase in (Phase.KEPT, Phase.BROKEN):
+            self._wake.set()
+
+    async def _start_follower(self) -> None:
+        self.follower = follower = Follower(
+            self.bus,
+            self.names,
+            self.app,
+            self.replica,
+            self.log,
+            node=self.node,
+            on_trouble=self._on_trouble,
+            on_applied=self._on_applied,
+        )
+        await follower.start()
+
+    async def _stop_follower(self) -> None:
+        follower, self.follower = self.follower, None
+        if follower is not None:
+            await follower.stop()
+
+    def _on_trouble(self, reason: str) -> None:
+        self.report("replica-lost", reason, level=logging.ERROR)
+        self._set_phase(Phase.BROKEN, reason)
+        self._wake.set()
+
+    def _on_applied(self, position: Position) -> None:
+        if self._log_is_empty and position.txid:
+            self._log_is_empty = False
+        if self._phase is Phase.FOLLOWING:
+            self._on_change()
+
+    def _on_process_exit(self, reason: str) -> None:
+        if self._phase is not Phase.STOPPED:
+            self.report("replica-process-exited", reason, level=logging.ERROR)
+            self._wake.set()
+
+    async def release_guard(self) -> None:
+        """Close the connection that a reign has left."""
+        guard, self.guard = self.guard, None
+        if guard is not None:
+            await asyncio.to_thread(guard.close)
+
+    # --- the active section (ports.SectionDatabase)
+
+    async def seal(self, epoch: int) -> None:
+        """See ``ports.SectionDatabase``."""
+        await self._take_turn()
+        if self._phase not in (Phase.FOLLOWING, Phase.KEPT):
+            raise DatabaseError(f"the database is {self._phase}: {self._reason}", "see: phalanx db status")
+        self.reign = DataReign(self, epoch, kept=self._phase is Phase.KEPT)
+        await self.reign.seal()
+
+    async def promote(self) -> None:
+        """See ``ports.SectionDatabase``."""
+        reign = self._own_reign()
+        await self._stop_follower()
+        self.readers.revoke("this node leads now")
+        await reign.promote()
+        self._set_phase(Phase.LIVE)
+
+    async def start_capture(self, section: SectionContext) -> None:
+        """See ``ports.SectionDatabase``."""
+        await self._own_reign().start(section)
+
+    async def stop_capture(self, *, graceful: bool) -> str:
+        """See ``ports.SectionDatabase``."""
+        reign = self.reign
+        problem = ""
+        if reign is not None:
+            if graceful:
+                problem = await reign.flush()
+            await reign.stop()
+            self.guard = reign.take_guard() or self.guard
+            self.reign = None
+        self.readers.revoke("this node leads no more")
+        if self._phase is Phase.LIVE:
+            self._set_phase(Phase.SETTLING)
+        if self._section_has_turn:
+            self._section_has_turn = False
+            self._turn.release()
+        self._wake.set()
+        return problem
+
+    async def _take_turn(self) -> None:
+        try:
+            async with asyncio.timeout(TURN_SECONDS):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise DatabaseError(
+                f"the database is {self._phase} and not free within {TURN_SECONDS:g} s"
+            ) from None
+        self._section_has_turn = True
+
+    def _own_reign(self) -> DataReign:
+        if self.reign is None:
+            raise NotActive(self.app)
+        return self.reign
+
+    # --- for users
+
+    def connect(self) -> sqlite3.Connection:
+        """See :meth:`Database.connect`."""
+        if self._phase in (Phase.LIVE, Phase.KEPT):
+            return self.readers.connect(self.live)
+        if self._phase is Phase.FOLLOWING and self.follower is not None and self.follower.applied.txid:
+            return self.readers.connect(self.replica.path)
+        raise ReplicaUnavailable(self.app, f"its database is {self._phase} on this node: {self._reason}")
+
+    async def wait_for(self, position: Position, timeout: float) -> None:
+        """See :meth:`Database.wait_for`."""
+        deadline = system.now() + timeout
+        while True:
+            changed = self._changed
+            if self._phase is Phase.LIVE:
+                return
+            follower = self.follower
+            left = deadline - system.now()
+            if follower is not None and self._phase is Phase.FOLLOWING:
+                with contextlib.suppress(TimeoutError):
+                    await follower.wait_for(position.sequence, max(0.0, left))
+                    return
+            if left <= 0 or not await wait_at_most(changed, left):
+                raise ReplicaUnavailable(
+                    self.app, f"its replica has not reached {position} within {timeout:g} s"
+                )
+
+
+class Database:
+    """``app.db``: the app's database on this node, whichever role that has."""
+
+    def __init__(self, database: AppDatabase) -> None:
+        self._database = database
+
+    @property
+    def position(self) -> Position:
+        """How far this node is."""
+        return self._database.position
+
+    @property
+    def phase(self) -> str:
+        """``following``, ``live``, or why it is neither yet."""
+        return str(self._database.phase)
+
+    def connect(self) -> sqlite3.Connection:
+        """A read-only connection to a consistent database: the live replica of a standby, or the live one.
+
+        It sees each transaction entirely or not at all. Once this node's role changes it raises
+        StaleConnection: connect again. Raises ReplicaUnavailable while there is none.
+        """
+        return self._database.connect()
+
+    async def wait_for(self, position: Position, *, timeout: float = 5.0) -> None:
+        """Wait until this node's replica has *position*, as ``ctx.db.sync()`` returned it: read your writes.
+
+        Raises ReplicaUnavailable after *timeout* seconds.
+        """
+        await self._database.wait_for(position, timeout)
+
+
+class ActiveDatabase:
+    """``ctx.db``: the live database of an active section."""
+
+    def __init__(self, database: AppDatabase) -> None:
+        self._database = database
+
+    @property
+    def path(self) -> str:
+        """Where the database lies: an ordinary file, for any driver and any program. It may not exist yet."""
+        return str(self._database.live)
+
+    @property
+    def position(self) -> Position:
+        """What the log has of it so far."""
+        return self._database.position
+
+    async def sync(self, *, timeout: float | None = None) -> Position:
+        """Barrier: once it returns, everything committed before the call survives the loss of any one node.
+
+        *timeout*: seconds; by default the declared ``sync_timeout``. Raises SyncTimeout when it was not
+        confirmed in time (it may still survive), Fenced when another node leads, NotActive after the section.
+        """
+        reign = self._database.reign
+        if reign is None:
+            raise NotActive(self._database.app)
+        seconds = float(self._database.config.sync_timeout) if timeout is None else timeout
+        return await reign.sync(seconds)
+
+
+
+
+__all__ = ["ActiveDatabase", "AppDatabase", "Database", "Phase"]

@@ -1,0 +1,254 @@
+"""The database in one active section: sealed log, promoted file, capture and shipping.
+
+Order: :meth:`DataReign.seal`, :meth:`~DataReign.promote`, :meth:`~DataReign.start`, then
+:meth:`~DataReign.flush` (graceful ends only) and :meth:`~DataReign.stop`, each of which may also come early.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from typing import TYPE_CHECKING
+
+from phalanx import system
+from phalanx.data.capture import Capture
+from phalanx.data.following import confirmed
+from phalanx.data.entries import Seal, SealKind
+from phalanx.data.log import LogEnd
+from phalanx.data.schedule import SnapshotSchedule
+from phalanx.data.shipping import Shipper
+from phalanx.errors import BusError, DatabaseError, Fenced, PhalanxError, SyncTimeout
+from phalanx.ports import SectionContext
+from phalanx.types import Position
+
+if TYPE_CHECKING:
+    from phalanx.data.database import AppDatabase
+
+log = logging.getLogger("phalanx.data")
+
+CATCH_UP_SECONDS = 30.0
+"""How long an activation may apply what is left of the log: a candidate is behind by milliseconds."""
+
+FLUSH_SECONDS = 8.0
+"""How long a graceful end may take to put the rest into the log."""
+
+
+ADOPTS = "adopts a database that was there before"
+"""The reason in a seal whose node has the only copy of the database, until its first record."""
+
+
+def _missing(last: Seal | None) -> str:
+    """What is known to be missing from the log when a reign follows on *last*."""
+    if last is None or last.kind is SealKind.CLOSE:
+        return "nothing"
+    return f"unknown until {last.node} returns"
+
+
+class DataReign:
+    """What one epoch does with the database. *kept*: the live database of the last reign is still there."""
+
+    def __init__(self, database: AppDatabase, epoch: int, *, kept: bool) -> None:
+        self._database, self.epoch, self._kept = database, epoch, kept
+        self._capture: Capture | None = None
+        self._shipper: Shipper | None = None
+        self._schedule: SnapshotSchedule | None = None
+        self._sealed = 0
+        self._base = Position(0, 0)
+        self._missing = ""
+        self._needs_standby = False
+        self._ended = False
+        self._guard: sqlite3.Connection | None = None
+
+    @property
+    def shipped(self) -> Position:
+        """What the log has."""
+        return self._shipper.shipped if self._shipper is not None else self._base
+
+    @property
+    def capture(self) -> Capture | None:
+        """The running capture."""
+        return self._capture
+
+    @property
+    def shipper(self) -> Shipper | None:
+        """What puts it into the log."""
+        return self._shipper
+
+    # --- becoming active
+
+    async def seal(self) -> None:
+        """Seal the log and apply it up to there."""
+        database = self._database
+        before = await database.log.last()
+        self._check_only_copy(before)
+        adopts = before.last_record is None and database.live.exists()
+        sealed = await database.log.seal(
+            self.epoch, database.node, SealKind.OPEN, ADOPTS if adopts else "becomes active"
+        )
+        self._sealed = sealed.sequence
+        self._base = Position(sealed.sequence, sealed.txid)
+        if self._kept:
+            await self._check_kept(sealed)
+            return
+        self._missing = _missing(before.last_seal)
+        follower = database.follower
+        if follower is None:
+            raise DatabaseError("its replica does not follow the log")
+        try:
+            await follower.wait_for(sealed.sequence, CATCH_UP_SECONDS)
+        except TimeoutError:
+            raise DatabaseError(
+                f"its replica is at {follower.applied}, not at {sealed.sequence} after {CATCH_UP_SECONDS:g} s"
+            ) from None
+
+    def _check_only_copy(self, end: LogEnd) -> None:
+        """While nothing is in the log, the node that adopted a file has the only copy of it."""
+        seal = end.last_seal
+        adopted = end.last_record is None and seal is not None and seal.reason == ADOPTS
+        if seal is not None and adopted and seal.node != self._database.node:
+            raise DatabaseError(
+                f"the database has not been replicated yet: node {seal.node} has the only copy",
+                f"start {seal.node} again; or, to give its database up, see docs/operations.md",
+            )
+
+    async def _check_kept(self, sealed: Seal) -> None:
+        """Nobody has led between the reign whose database was kept and this one, so it is all there is."""
+        state = await self._database.replica.state()
+        seals = await self._database.settlements.seals_after(state.sealed, including=sealed)
+        others = [s for s in seals if s.sequence < sealed.sequence and s.epoch != state.epoch]
+        if others:
+            raise DatabaseError(
+                f"node {others[0].node} has led since: this node's database has to be settled first"
+            )
+
+    async def promote(self) -> None:
+        """The replica becomes the live database; a kept one is taken over as it is."""
+        database = self._database
+        began = system.now()
+        if self._kept:
+            await database.replica.resume(self.epoch, self._sealed)
+            how, position = "went on with its own database", self._base
+        else:
+            promoted = await database.replica.promote(database.live, self.epoch, self._sealed)
+            self._base = position = Position(self._sealed, promoted.txid)
+            how = "promoted its replica" if promoted.exists else "begins without a database"
+        database.report(
+            "database-promoted",
+            f"{how} at {position}; missing: {self._missing or 'nothing'}",
+            epoch=self.epoch,
+            duration_seconds=system.now() - began,
+            position=str(position),
+            missing=self._missing or "nothing",
+        )
+
+    async def start(self, section: SectionContext) -> None:
+        """Capture and ship from now on."""
+        database = self._database
+        wanted = database.config.sync
+        self._needs_standby = wanted == "standby" or (wanted == "auto" and await self._replicas() < 2)
+        self._capture = capture = Capture(
+            database.live,
+            database.folder,
+            section,
+            on_captured=self._on_captured,
+            on_event=self._on_capture_event,
+        )
+        await capture.start()
+        self._shipper = shipper = Shipper(
+            database.log,
+            capture,
+            epoch=self.epoch,
+            node=database.node,
+            base=self._base,
+            on_fenced=self._on_fenced,
+            on_backlog=self._on_backlog,
+        )
+        await shipper.start()
+        self._schedule = SnapshotSchedule(database, self)
+        await self._schedule.start()
+
+    async def _replicas(self) -> int:
+        stream = self._database.names.wal_stream(self._database.app)
+        info = await self._database.bus.api(f"STREAM.INFO.{stream}", {})
+        return int(info["config"].get("num_replicas", 1))
+
+    # --- while active
+
+    def _on_captured(self, txid: int) -> None:
+        if self._shipper is not None:
+            self._shipper.captured(txid)
+
+    def _on_capture_event(self, kind: str, detail: str) -> None:
+        self._database.report(f"capture-{kind}", detail, level=logging.WARNING, epoch=self.epoch)
+
+    def _on_fenced(self, error: PhalanxError) -> None:
+        self._database.report("log-refused", str(error), level=logging.ERROR, epoch=self.epoch)
+        self._database.on_lost(f"the log takes nothing of this epoch any more: {error}")
+
+    def _on_backlog(self, size_bytes: int) -> None:
+        limit = int(self._database.config.spool_limit)
+        if size_bytes > limit and not self._ended:
+            self._ended = True
+            reason = f"{size_bytes} bytes wait for the log, more than spool_limit = {limit}"
+            self._database.report("spool-full", reason, level=logging.ERROR, epoch=self.epoch)
+            self._database.on_lost(reason)
+
+    async def sync(self, timeout: float) -> Position:
+        """See ``ActiveDatabase.sync``."""
+        app, deadline = self._database.app, system.now() + timeout
+        capture, shipper = self._capture, self._shipper
+        if capture is None or shipper is None:
+            raise DatabaseError("nothing is captured yet", "wait until the app is active")
+        stage = "Litestream"
+        try:
+            async with asyncio.timeout(timeout):
+                txid = await capture.sync(timeout)
+                stage = "NATS"
+                position = await shipper.wait_shipped(txid, max(0.001, deadline - system.now()))
+                if self._needs_standby:
+                    stage = "a standby"
+                    left = max(0.001, deadline - system.now())
+                    await confirmed(self._database.bus, self._database.names, app, position.sequence, left)
+        except TimeoutError:
+            raise SyncTimeout(app, timeout, stage) from None
+        return position
+
+    # --- standing down
+
+    async def flush(self) -> str:
+        """Put what was committed into the log and close it; what went wrong, empty if nothing."""
+        capture, shipper = self._capture, self._shipper
+        if capture is None or shipper is None:
+            return ""
+        deadline = system.now() + FLUSH_SECONDS
+        try:
+            async with asyncio.timeout(FLUSH_SECONDS):
+                txid = await capture.sync(FLUSH_SECONDS)
+                await shipper.wait_shipped(txid, max(0.001, deadline - system.now()))
+                await shipper.close_log(max(0.001, deadline - system.now()))
+        except TimeoutError:
+            return f"not all of it was in the log within {FLUSH_SECONDS:g} s"
+        except PhalanxError as error:
+            return str(error)
+        return ""
+
+    async def stop(self) -> None:
+        """End capture and shipping at once. Nothing of it runs afterwards."""
+        self._ended = True
+        schedule, self._schedule = self._schedule, None
+        if schedule is not None:
+            await schedule.stop()
+        shipper, capture = self._shipper, self._capture
+        if shipper is not None:
+            self._base = shipper.shipped
+            await shipper.stop()
+        self._shipper = None
+        if capture is not None:
+            self._guard = await capture.stop()
+        self._capture = None
+
+    def take_guard(self) -> sqlite3.Connection | None:
+        """The connection that keeps the WAL of the live database from being removed, once."""
+        guard, self._guard = self._guard, None
+        return guard

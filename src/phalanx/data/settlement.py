@@ -1,0 +1,211 @@
+"""Carries out what ``decide.settling`` says about a live database whose reign has ended."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+from msgspec.structs import replace
+
+from phalanx import system
+from phalanx.data import ltx
+from phalanx.data.entries import Seal, parse
+from phalanx.data.log import LogEnd
+from phalanx.data.replica_client import ReplicaState
+from phalanx.errors import DatabaseError
+from phalanx.decide.settling import Keep, LocalDatabase, LoggedReign, MakeReplica, SetAside, settle
+
+if TYPE_CHECKING:
+    from phalanx.data.database import AppDatabase
+
+log = logging.getLogger("phalanx.data")
+
+
+class Diverged(msgspec.Struct, frozen=True):
+    """What is written beside a database that was set aside. ``transactions``: how many the log lacks.
+
+    ``exact``: false where there may be more of them. ``time``: Unix seconds.
+    """
+
+    app: str
+    node: str
+    epoch: int
+    sequence: int
+    txid: int
+    transactions: int
+    exact: bool
+    size_bytes: int
+    time: float
+    file: str = ""
+    reported: bool = False
+
+
+def _info_path(target: Path) -> Path:
+    return target.with_name(f"{target.name}.json")
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replace *path* by *data*, all or nothing, also if the power goes."""
+    temporary = path.with_name(f"{path.name}.new")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class Settlements:
+    """Of one app's database on this node."""
+
+    def __init__(self, database: AppDatabase) -> None:
+        self._database = database
+
+    async def settle(self, state: ReplicaState, end: LogEnd) -> bool:
+        """Settle the live database of the reign in *state*; False where it has to be kept for now."""
+        database = self._database
+        if not database.live.exists():
+            await database.replica.reset()
+            database.report("database-vanished", f"{database.live} is gone", level=logging.ERROR)
+            return True
+        logged = await self._logged(state.epoch, state.sealed, end)
+        local = LocalDatabase(state.epoch, self._captured(), await self._unlogged(logged.last_txid))
+        match settle(local, logged):
+            case Keep():
+                return False
+            case MakeReplica(sequence, txid):
+                await database.replica.demote(database.live, sequence, txid)
+                database.report(
+                    "database-returned",
+                    f"its database of epoch {state.epoch} is just what the log says at {sequence}/{txid}",
+                    epoch=state.epoch,
+                    transactions="0",
+                )
+            case SetAside() as verdict:
+                await self._set_aside(state, verdict)
+        return True
+
+    async def _logged(self, epoch: int, sealed: int, end: LogEnd) -> LoggedReign:
+        """What the log holds of the reign that began with the seal at *sealed*."""
+        seals = await self.seals_after(sealed, including=end.last_seal)
+        newest = max([epoch, *(seal.epoch for seal in seals)])
+        following = next((seal for seal in seals if seal.epoch != epoch), None)
+        if following is None:
+            return LoggedReign(end.sequence, end.txid, newest)
+        # A seal knows the last transaction before it, even where the log itself was purged since.
+        return LoggedReign(following.sequence - 1, following.txid, newest)
+
+    async def seals_after(self, sequence: int, *, including: Seal | None) -> list[Seal]:
+        """The seals after *sequence*, in order. A purge may have removed the older ones of them.
+
+        *including*: one that is known to be there. Raises DatabaseError if the server does not know it yet.
+        """
+        names, app, seals = self._database.names, self._database.app, list[Seal]()
+        while True:
+            records = await self._database.bus.read_log(
+                names.wal_stream(app), names.wal_seal_subject(app), start=sequence + 1
+            )
+            if not records:
+                known = including.sequence if including is not None else 0
+                if known > sequence:
+                    raise DatabaseError("the NATS server that answered does not have the whole log yet")
+                return seals
+            seals += [entry for entry in map(parse, records) if isinstance(entry, Seal)]
+            sequence = records[-1].revision
+
+    # --- what lies on disk
+
+    def _files(self) -> list[tuple[int, Path]]:
+        folder = self._database.folder / "capture" / "ltx" / "0"
+        found = [(ltx.parse_file_name(path.name), path) for path in folder.glob("*.ltx")]
+        return sorted((txids[1], path) for txids, path in found if txids is not None)
+
+    def _captured(self) -> int:
+        files = self._files()
+        return files[-1][0] if files else 0
+
+    async def _unlogged(self, logged_txid: int) -> int | None:
+        """How many transactions the WAL has after those of *logged_txid*; None where it can't tell."""
+        database, files = self._database, dict(self._files())
+        if logged_txid in files:
+            header = ltx.read_header(files[logged_txid])
+            offset = header.wal_offset + header.wal_size
+        elif logged_txid + 1 in files:
+            header = ltx.read_header(files[logged_txid + 1])
+            offset = header.wal_offset
+        else:
+            return None
+        found = await database.replica.live_wal_info(
+            database.live, header.wal_salt1, header.wal_salt2, offset
+        )
+        return found.later_commits
+
+    # --- setting aside
+
+    async def _set_aside(self, state: ReplicaState, verdict: SetAside) -> None:
+        database = self._database
+        await database.release_guard()
+        target = self._free_name(state.epoch)
+        what = Diverged(
+            database.app,
+            database.node,
+            state.epoch,
+            verdict.sequence,
+            verdict.txid,
+            verdict.commits,
+            verdict.exact,
+            database.live.stat().st_size,
+            system.wall(),
+            str(target),
+        )
+        # What is said of it first: a crash in between must not leave a file of which nobody knows.
+        write_durably(_info_path(target), msgspec.json.format(msgspec.json.encode(what)))
+        await database.replica.set_aside(database.live, target)
+        self._report(what)
+
+    def _free_name(self, epoch: int) -> Path:
+        live = self._database.live
+        target, number = live.with_name(f"{live.name}.diverged-{epoch}"), 1
+        while target.exists():
+            number += 1
+            target = live.with_name(f"{live.name}.diverged-{epoch}-{number}")
+        return target
+
+    def _report(self, what: Diverged) -> None:
+        count = f"{what.transactions}" if what.exact else f"at least {what.transactions}"
+        self._database.report(
+            "database-diverged",
+            f"{count} transactions of epoch {what.epoch} after {what.sequence}/{what.txid} were never "
+            f"in the log: kept in {what.file}",
+            level=logging.ERROR,
+            epoch=what.epoch,
+            transactions=str(what.transactions),
+            exact=str(what.exact).lower(),
+            file=what.file,
+        )
+        info = _info_path(Path(what.file))
+        write_durably(info, msgspec.json.format(msgspec.json.encode(replace(what, reported=True))))
+
+    def report_left(self) -> None:
+        """Report what an earlier life of this node set aside and could not report any more."""
+        for what in self.diverged():
+            if not what.reported and Path(what.file).exists():
+                self._report(what)
+
+    def diverged(self) -> list[Diverged]:
+        """What was set aside on this node, oldest first."""
+        live = self._database.live
+        found: list[Diverged] = []
+        for path in sorted(live.parent.glob(f"{live.name}.diverged-*.json")):
+            try:
+                found.append(msgspec.json.decode(path.read_bytes(), type=Diverged))
+            except (OSError, msgspec.DecodeError) as error:
+                log.warning("%s is unreadable: %s", path, error)
+        return sorted(found, key=lambda each: each.time)
