@@ -263,7 +263,7 @@ class App:
 
     @property
     def db(self) -> Database:
-        """The app's database on this node. Raises StartError without one, or while the platform does not run."""
+        """The app's database on this node. Raises StartError without one, or outside of its run."""
         if self.database is None:
             raise StartError(
                 f"app {self.name!r} has no database now",
