@@ -93,6 +93,7 @@ class LogState(msgspec.Struct, frozen=True):
     last: int
     bytes: int
     messages: int
+    replicas: int = 1
 
 
 class WalLog:
@@ -103,7 +104,8 @@ class WalLog:
     """
 
     def __init__(self, bus: Bus, names: Names, app: str, objects: ObjectStore | None = None) -> None:
-        self._bus, self._app = bus, app
+        self.bus = self._bus = bus
+        self._app = app
         self._stream, self._subjects = names.wal_stream(app), names.wal_subjects(app)
         self._records, self._seals = names.wal_record_subject(app), names.wal_seal_subject(app)
         self.objects = objects if objects is not None else ObjectStore(bus, names, app)
@@ -308,6 +310,23 @@ class WalLog:
             self.saw(records[-1].revision)
         return [parse(record) for record in records]
 
+    async def seals(self, after: int, *, timeout: float = 10.0) -> list[Seal]:
+        """All seals after the sequence *after* that the log still holds, in order; none is overlooked."""
+        newest = await self._bus.read(self._stream, self._seals)
+        found: list[Seal] = []
+        start = after + 1
+
+        async def attempt() -> list[Seal] | None:
+            nonlocal start
+            if newest is None or newest.revision < start:
+                return found
+            page = await self._bus.read_log(self._stream, self._seals, start=start, max_bytes=PAGE_BYTES)
+            found.extend(entry for record in page if isinstance(entry := parse(record), Seal))
+            start = page[-1].revision + 1 if page else start
+            return found if start > newest.revision else None  # a replica may lag behind the leader
+
+        return await self._until(timeout, attempt)
+
     async def download(self, record: LogRecord, target: Path) -> None:
         """The content of a record with a pointer, into a file. Raises DatabaseError, BusError, OSError."""
         pointer = record.pointer
@@ -326,8 +345,10 @@ class WalLog:
 
     async def state(self) -> LogState:
         """First and last sequence and size, by the stream's leader."""
-        state = (await self._bus.api(f"STREAM.INFO.{self._stream}", {}))["state"]
-        return LogState(state["first_seq"], state["last_seq"], state["bytes"], state["messages"])
+        info = await self._bus.api(f"STREAM.INFO.{self._stream}", {})
+        state = info["state"]
+        replicas = info["config"].get("num_replicas", 1)
+        return LogState(state["first_seq"], state["last_seq"], state["bytes"], state["messages"], replicas)
 
     async def record_at_time(self, time: float) -> int:
         """The sequence of the last entry that was stored up to *time* (Unix seconds); 0 if that is before

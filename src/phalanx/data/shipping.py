@@ -1,0 +1,325 @@
+"""Shipping: what was captured of the live database goes into the log, in order, one record at a time.
+
+The epoch's shipper alone knows which sequence comes next. It never takes over another one: as soon as a newer
+reign has sealed the log, each of its appends is refused, and it ends for good.
+
+While NATS is away, files stay in the capture's folder and are shipped in order when it is back. A file is
+removed once it is in the log and a newer one is, too: Litestream goes on from the newest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from phalanx import system
+from phalanx.aio import wait_at_most
+from phalanx.data import ltx
+from phalanx.data.entries import Draft, Seal, SealKind
+from phalanx.data.log import WalLog
+from phalanx.errors import BusError, DatabaseError, PhalanxError
+from phalanx.ports import Connection
+from phalanx.types import Position
+
+log = logging.getLogger("phalanx.shipping")
+
+APPEND_SECONDS = 5.0
+RETRY_SECONDS = (0.05, 2.0)
+LOOK_SECONDS = 5.0
+"""Between looks at the folder that nothing asked for."""
+
+MEASURE_SECONDS = 0.2
+"""At least this long between two measurements of the backlog."""
+
+_WAL_HEADER_BYTES = 32
+_FRAME_HEADER_BYTES = 24
+_FRAMES_AT_ONCE = 256
+
+
+class Captured(msgspec.Struct, frozen=True):
+    """A file with one transaction of the capture."""
+
+    txid: int
+    path: Path
+
+
+class Source(Protocol):
+    """Where captured files come from."""
+
+    def files(self, after: int) -> Sequence[Captured]:
+        """Those with a transaction after *after*, in order."""
+        ...
+
+
+class Backlog(msgspec.Struct, frozen=True):
+    """What is captured and not in the log yet."""
+
+    files: int = 0
+    bytes: int = 0
+
+
+class Shipper:
+    """Ships for one epoch. The reign owns it: :meth:`start` and :meth:`stop`.
+
+    *base*: this epoch's seal, and the last transaction before it. *wal*: the ``-wal`` file of the live
+    database, to count transactions in. *on_fenced*: it has ended for good, with the reason: Fenced, or a
+    DatabaseError where captured files or log are not what they should be. *on_backlog* gets bytes.
+    """
+
+    def __init__(
+        self,
+        wal_log: WalLog,
+        source: Source,
+        *,
+        epoch: int,
+        node: str,
+        base: Position,
+        on_fenced: Callable[[PhalanxError], None],
+        on_backlog: Callable[[int], None] | None = None,
+        on_shipped: Callable[[Position], None] | None = None,
+        wal: Path | None = None,
+    ) -> None:
+        self._log, self._source = wal_log, source
+        self._epoch, self._node, self._wal = epoch, node, wal
+        self._on_fenced, self._on_backlog, self._on_shipped = on_fenced, on_backlog, on_shipped
+        self._shipped = base
+        self._backlog = Backlog()
+        self._captured = asyncio.Event()
+        self._to_measure = asyncio.Event()
+        self._connected = asyncio.Event()
+        self._progress = asyncio.Event()
+        self._trouble: PhalanxError | None = None
+        self._failing = ""
+        self._tasks: list[asyncio.Task[None]] = []
+        self._stop_listening: Callable[[], None] | None = None
+
+    # --- life
+
+    async def start(self) -> None:
+        """Begin to ship what there is, and what comes."""
+        self._stop_listening = self._log.bus.on_connection(self._on_connection)
+        self.captured()
+        self._tasks = [
+            asyncio.create_task(self._run(), name="shipper"),
+            asyncio.create_task(self._measure(), name="shipper backlog"),
+        ]
+
+    async def stop(self) -> None:
+        """End at once. Whether an append under way is stored is left open; harmless when done twice."""
+        if self._stop_listening is not None:
+            self._stop_listening()
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._end(DatabaseError("shipping has ended"))
+
+    def captured(self, txid: int = 0) -> None:
+        """There are new files. Cheap; call it as often as you like."""
+        self._captured.set()
+        self._to_measure.set()
+
+    def _on_connection(self, event: Connection) -> None:
+        if event is Connection.CONNECTED:
+            self._connected.set()
+
+    # --- what is so
+
+    @property
+    def shipped(self) -> Position:
+        """How far the log has it."""
+        return self._shipped
+
+    @property
+    def trouble(self) -> PhalanxError | None:
+        """Why it has ended, None while it has not."""
+        return self._trouble
+
+    @property
+    def failing(self) -> str:
+        """Why it does not get on at present, such as a full store; empty if it does."""
+        return self._failing
+
+    def backlog(self) -> Backlog:
+        """What was captured and is not in the log yet, measured a moment ago."""
+        return self._backlog
+
+    async def wait_shipped(self, txid: int, timeout: float) -> Position:
+        """Wait until the log has transaction *txid*; where it then stands. Raises TimeoutError, and what
+        has ended the shipper (Fenced, DatabaseError)."""
+        async with asyncio.timeout(timeout):
+            while self._shipped.txid < txid:
+                if self._trouble is not None:
+                    raise self._trouble
+                await self._progress.wait()
+        return self._shipped
+
+    # --- shipping
+
+    async def _run(self) -> None:
+        try:
+            self._remove_shipped(self._source.files(0))
+            while True:
+                await wait_at_most(self._captured, LOOK_SECONDS)
+                self._captured.clear()
+                await self._ship_all()
+        except PhalanxError as error:
+            self._end(error)
+            self._on_fenced(error)
+        except Exception as error:
+            log.exception("shipping failed")
+            self._end(DatabaseError(f"shipping failed: {type(error).__name__}: {error}"))
+            assert self._trouble is not None
+            self._on_fenced(self._trouble)
+
+    async def _ship_all(self) -> None:
+        previous: Captured | None = None
+        while files := self._source.files(self._shipped.txid):
+            for file in files:
+                await self._ship(file)
+                if previous is not None:
+                    previous.path.unlink(missing_ok=True)
+                previous = file
+        if previous is not None:
+            self._remove_shipped(self._source.files(0))
+
+    async def _ship(self, file: Captured) -> None:
+        expected = self._shipped.txid + 1
+        if file.txid != expected:
+            raise DatabaseError(f"transaction {expected} is missing: the capture goes on with {file.txid}")
+        draft = await self._draft(file)
+        sequence = await self._append(draft)
+        self._shipped = Position(sequence, file.txid)
+        self._failing = ""
+        self._report_progress()
+        self._to_measure.set()
+        if self._on_shipped is not None:
+            self._on_shipped(self._shipped)
+
+    async def _draft(self, file: Captured) -> Draft:
+        try:
+            size = file.path.stat().st_size
+            inline = size <= self._log.max_inline_bytes
+            content = file.path.read_bytes() if inline else file.path
+            head = content if isinstance(content, bytes) else await asyncio.to_thread(_head, file.path)
+        except OSError as error:
+            raise DatabaseError(f"captured file {file.path} cannot be read: {error}") from error
+        header = ltx.decode_header(head[: ltx.HEADER_BYTES])
+        if header.max_txid != file.txid:
+            raise DatabaseError(f"captured file {file.path} holds transaction {header.max_txid}")
+        commits = None if self._wal is None else await _commits(self._wal, header, in_thread=not inline)
+        return Draft(self._epoch, file.txid, content, size, commits)
+
+    async def _append(self, draft: Draft) -> int:
+        """Append *draft*; while NATS does not take it, try again at growing distance."""
+        delay, longest = RETRY_SECONDS
+        while True:
+            self._connected.clear()
+            try:
+                return await self._log.append(self._shipped.sequence, draft, timeout=APPEND_SECONDS)
+            except BusError as error:
+                if self._failing != str(error):
+                    log.warning("transaction %d is not in the log yet: %s", draft.txid, error)
+                self._failing = str(error)
+            except OSError as error:
+                raise DatabaseError(f"captured transaction {draft.txid} cannot be read: {error}") from error
+            await wait_at_most(self._connected, delay)
+            delay = min(longest, 2 * delay)
+
+    def _remove_shipped(self, files: Sequence[Captured]) -> None:
+        """Files that are in the log go, but never the newest of all: Litestream goes on from it."""
+        for file in files[:-1]:
+            if file.txid < self._shipped.txid:
+                file.path.unlink(missing_ok=True)
+
+    def _report_progress(self) -> None:
+        progress, self._progress = self._progress, asyncio.Event()
+        progress.set()
+
+    def _end(self, error: PhalanxError) -> None:
+        if self._trouble is None:
+            self._trouble = error
+        self._report_progress()
+
+    # --- the end of a reign
+
+    async def close_log(self, timeout: float, reason: str = "stands down") -> Seal:
+        """Seal the log in good order: nothing of this reign is missing from it. Nothing is shipped any more.
+
+        Call it once all is shipped. Raises Fenced, BusError, DatabaseError.
+        """
+        await self.stop()
+        return await self._log.seal(self._epoch, self._node, SealKind.CLOSE, reason, timeout=timeout)
+
+    # --- the backlog
+
+    async def _measure(self) -> None:
+        while True:
+            await self._to_measure.wait()
+            self._to_measure.clear()
+            began = system.now()
+            self._backlog = self._look()
+            if self._on_backlog is not None:
+                try:
+                    self._on_backlog(self._backlog.bytes)
+                except Exception:
+                    log.exception("the backlog could not be reported")
+            # Very many files: looking at them must not become what this node does.
+            await asyncio.sleep(max(MEASURE_SECONDS, 20 * (system.now() - began)))
+
+    def _look(self) -> Backlog:
+        sizes: list[int] = []
+        for file in self._source.files(self._shipped.txid):
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append(file.path.stat().st_size)
+        return Backlog(len(sizes), sum(sizes))
+
+
+# --- counting transactions
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(ltx.HEADER_BYTES)
+
+
+async def _commits(wal: Path, header: ltx.Header, *, in_thread: bool) -> int | None:
+    if in_thread:
+        return await asyncio.to_thread(count_commits, wal, header)
+    return count_commits(wal, header)
+
+
+def count_commits(wal: Path, header: ltx.Header) -> int | None:
+    """How many transactions an LTX file holds: the commit frames in the part of the WAL it was made of.
+
+    None where that can't be told, since the WAL was begun anew meanwhile or is gone. Opens no file that
+    SQLite locks. (SQLite's WAL format: a frame header is page number, size of the database after a commit
+    or 0, salts, checksum.)
+    """
+    frame = _FRAME_HEADER_BYTES + header.page_size
+    offset, left = header.wal_offset, header.wal_size
+    if not left or offset < _WAL_HEADER_BYTES or (offset - _WAL_HEADER_BYTES) % frame or left % frame:
+        return None
+    salts = header.wal_salt1.to_bytes(4, "big") + header.wal_salt2.to_bytes(4, "big")
+    commits = 0
+    try:
+        with wal.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while left:
+                part = file.read(min(left, _FRAMES_AT_ONCE * frame))
+                if not part or len(part) % frame:
+                    return None
+                for at in range(0, len(part), frame):
+                    if part[at + 8 : at + 16] != salts:
+                        return None
+                    commits += part[at + 4 : at + 8] != b"\0\0\0\0"
+                left -= len(part)
+    except OSError:
+        return None
+    return commits
