@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import IO, TypeVar
 
 from phalanx import system
@@ -69,6 +71,19 @@ async def finish(work: asyncio.Future[T]) -> T:
 def environment() -> dict[str, str]:
     """The node's own environment, without what the service manager says to the node alone."""
     return {name: text for name, text in os.environ.items() if name not in _MANAGER_VARIABLES}
+
+
+@cache
+def dies_with_node() -> tuple[str, ...]:
+    """What to put before a command, so that the kernel kills it when the node's process ends (Linux).
+
+    The keeper kills it too, and better: all of its processes. This is for the case that node and keeper
+    are killed at once, so that nobody is left who could: the program must not outlive the session then.
+    setpriv (util-linux) sets prctl(2) PR_SET_PDEATHSIG and becomes the program. It does nothing for a node
+    that dies before that.
+    """
+    setpriv = shutil.which("setpriv") if system.LINUX else None
+    return (setpriv, "--pdeathsig", "KILL", "--") if setpriv else ()
 
 
 class Identity:

@@ -287,7 +287,7 @@ async def test_g1_program_never_runs_if_its_node_dies_before_its_group_is_known(
 ) -> None:
     """The end of the node is the end of the gate, also without the kernel's help (no setpriv)."""
     ran = tmp_path / "ran"
-    code = NODE if mortal else "from phalanx.backends import gate\ngate._dies_with_node = lambda: ()\n" + NODE
+    code = NODE if mortal else "from phalanx import child\nchild.dies_with_node = lambda: ()\n" + NODE
     node = await asyncio.create_subprocess_exec(
         sys.executable, "-c", code, str(ran), repr(env), stdout=asyncio.subprocess.PIPE
     )
@@ -371,7 +371,7 @@ async def test_without_any_gate(
 ) -> None:
     """Where there is neither a shell nor a Python the program runs at once."""
     monkeypatch.setattr(gate, "_shell", lambda: "")
-    monkeypatch.setattr(gate, "_dies_with_node", lambda: ())
+    monkeypatch.setattr(child, "dies_with_node", lambda: ())
     monkeypatch.setattr(gate.sys, "executable", "/no/such/python")
     running = await sections.start(["/bin/echo", "up"])
     await running.ended

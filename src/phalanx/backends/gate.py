@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 
-from phalanx import child, system
+from phalanx import child
 
 # The shell's own PWD, OLDPWD, SHLVL and _ reach the program as from any shell.
 _SHELL_GATE = 'read -r _ && exec "$0" "$@" </dev/null'
@@ -107,7 +107,8 @@ def _wrapped(
     command: tuple[str, ...], env: Mapping[str, str], identity: child.Identity | None
 ) -> Iterator[tuple[tuple[str, ...], bool]]:
     """The possible gates, best first; and whether each reports a failed exec."""
-    is_sure, dies = _is_sure_to_run(command[0]), _dies_with_node()
+    # A node that dies before setpriv has set that is one whose gate never opens.
+    is_sure, dies = _is_sure_to_run(command[0]), child.dies_with_node()
     if is_sure and _shell() and all(map(_passes_a_shell, env)):
         yield (*dies, _shell(), "-c", _SHELL_GATE, *command), False
     python = (sys.executable, "-I", "-S", "-c", _PYTHON_GATE)
@@ -126,19 +127,6 @@ def _passes_a_shell(name: str) -> bool:
 @cache
 def _shell() -> str:
     return shutil.which("sh", path="/bin:/usr/bin") or ""
-
-
-@cache
-def _dies_with_node() -> tuple[str, ...]:
-    """What has the kernel kill the program when the node's process ends, whatever ended it (Linux).
-
-    The keeper kills it too, and better: all of its processes. This is for the case that node and keeper
-    are killed at once, so that nobody is left who could: the program must not outlive the session then.
-    setpriv (util-linux) sets prctl(2) PR_SET_PDEATHSIG and becomes the gate: a node that dies before that
-    is one whose gate never opens.
-    """
-    setpriv = shutil.which("setpriv") if system.LINUX else None
-    return (setpriv, "--pdeathsig", "KILL", "--") if setpriv else ()
 
 
 def _is_sure_to_run(program: str) -> bool:
