@@ -171,6 +171,10 @@ class Names:
         """Only the active node of *app* serves these, for example ``stepdown``."""
         return f"{self.platform}._.control.app.{app}.{action}"
 
+    def database_subject(self, app: str, action: str, node: str | None = None) -> str:
+        """Where all nodes with that app's database, or just *node*, answer, for example ``status``."""
+        return f"{self.platform}._.control.db.{app}.{action}" + (f".{node}" if node else "")
+
     def confirm_subject(self, app: str) -> str:
         """Standbys answer here once they have an app's log on disk up to some sequence."""
         return f"{self.platform}.{app}.db.confirm"
