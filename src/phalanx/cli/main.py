@@ -34,6 +34,8 @@ COMMANDS = {
     "config": "check:config",
     "nats": "permissions:nats",
     "doctor": "doctor:doctor",
+    "db": "db:db",
+    "snapshot": "snapshot:snapshot",
     "forget": "forget:forget",
     "recreate-bucket": "recreate:recreate_bucket",
     "version": "about:version",

@@ -11,8 +11,9 @@ from typing import Any
 
 from phalanx import preflight, system
 from phalanx.bus import provision
+from phalanx.cli import output
 from phalanx.cli.findings import Check, Finding, fail, ok, warn
-from phalanx.cli.host_checks import LITTLE_SPACE, size
+from phalanx.cli.host_checks import LITTLE_SPACE
 from phalanx.cli.output import span
 from phalanx.client import PlatformClient
 from phalanx.config import PlatformConfig
@@ -88,8 +89,8 @@ class NatsChecks:
 
     def _storage(self, most: int, used: int) -> Finding:
         if most < 0:
-            return ok("jetstream", f"on; {size(used)} used, no limit for this account")
-        text = f"on; {size(used)} of {size(most)} used"
+            return ok("jetstream", f"on; {output.size(used)} used, no limit for this account")
+        text = f"on; {output.size(used)} of {output.size(most)} used"
         remedy = "raise max_file of the account (the audit log alone may take 1 GiB)"
         if most - used < LITTLE_SPACE:
             return fail("jetstream", text, remedy)

@@ -113,6 +113,15 @@ def span(seconds: float) -> str:
     raise AssertionError("unreachable")
 
 
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
 def plain(value: Any) -> Any:
     """*value* as what JSON knows, with all fields of structs."""
     return msgspec.to_builtins(value)
