@@ -1,0 +1,285 @@
+"""How a replica becomes the live database and a live one becomes a replica or is set aside, step by step.
+
+Each is decided by one replacement of ``state.json``; what has to follow can be done any number of times, so
+the next opening finishes what a kill has interrupted (:func:`finish`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from phalanx.data import disk, ltx
+from phalanx.data.replica_state import Aside, WalInfo
+from phalanx.data.replica_store import Folder, State
+from phalanx.data.wal_files import WalFiles, index_path, is_wal_database, scan_wal, wal_path
+from phalanx.errors import DatabaseError
+from phalanx.types import Position
+
+log = logging.getLogger("phalanx.data")
+
+CAPTURE, CAPTURE_REPLICA = "capture", "capture-replica"
+SUFFIXES = ("-wal", "-shm", "")
+"""The order in which files move: the database comes last, when its log is there."""
+
+CHECKPOINT_SECONDS = 5.0
+_POLL_SECONDS = 0.01
+
+
+def wal_info(live: Path, salt1: int, salt2: int, offset: int) -> WalInfo:
+    """What the log of the database at *live* holds, and how much of it after byte *offset* of a log with
+    these salts."""
+    header, frames = scan_wal(wal_path(live))
+    if header is None:
+        return WalInfo(0, 0, 0, 0, None)
+    salts = int.from_bytes(header.salts[:4], "big"), int.from_bytes(header.salts[4:], "big")
+    commits = later = last = 0
+    for frame in frames:
+        if frame.commit:
+            commits, last = commits + 1, frame.frame
+            later += 32 + frame.frame * (header.page_size + 24) > offset
+    return WalInfo(*salts, last, commits, later if salts == (salt1, salt2) else None)
+
+
+# --- Litestream's folders
+
+
+def clear_capture(folder: Path) -> None:
+    """Nothing of an earlier reign is left for Litestream."""
+    for name in (CAPTURE, CAPTURE_REPLICA):
+        if (folder / name).exists():
+            disk.on_step("capture: clear")
+            shutil.rmtree(folder / name)
+
+
+def prime_capture(folder: Path, files: WalFiles, page: ltx.Page, txid: int, now: float) -> None:
+    """Make Litestream believe that it has captured *txid* itself, as the last frame of the log: *page*.
+
+    It compares salts and place of its newest file with the log and goes on from there (db.go, verify). A file
+    of its snapshot level that is newer than the interval keeps it from writing a whole snapshot (store.go).
+    """
+    clear_capture(folder)
+    assert files.salts is not None
+    frame_bytes = files.page_size + 24
+    header = ltx.Header(
+        page_size=files.page_size,
+        commit=files.commit,
+        min_txid=txid,
+        max_txid=txid,
+        time_ms=int(now * 1000),
+        wal_offset=files.log_end - frame_bytes,
+        wal_size=frame_bytes,
+        wal_salt1=int.from_bytes(files.salts[:4], "big"),
+        wal_salt2=int.from_bytes(files.salts[4:], "big"),
+    )
+    # A file of the first transaction has every page.
+    pages = _all_pages(files) if txid == 1 else [page]
+    own = folder / CAPTURE / "ltx" / "0" / ltx.file_name(txid, txid)
+    _write_new(own, ltx.encoded(header, pages), folder)
+    _write_new(folder / CAPTURE_REPLICA / "ltx" / "9" / ltx.file_name(1, txid), (), folder)
+
+
+def _all_pages(files: WalFiles) -> Iterator[ltx.Page]:
+    number, size, unused = 0, files.page_size, ltx.lock_page(files.page_size)
+    for chunk in files.chunks():
+        for at in range(0, len(chunk), size):
+            number += 1
+            if number != unused:
+                yield ltx.Page(number, chunk[at : at + size])
+
+
+def _write_new(path: Path, pieces: Iterable[bytes], root: Path) -> None:
+    path.parent.mkdir(mode=0o700, parents=True)
+    descriptor, at = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), 0
+    try:
+        for piece in pieces:
+            disk.write_at(descriptor, piece, at, "capture: write")
+            at += len(piece)
+        disk.sync(descriptor, "capture: sync")
+    finally:
+        os.close(descriptor)
+    parent = path.parent
+    while parent != root.parent:
+        disk.sync_folder(parent, "capture: sync")
+        parent = parent.parent
+
+
+# --- moving files
+
+
+def finish(folder: Folder) -> None:
+    """Do the rest of what the state says. Nothing, as a rule."""
+    state = folder.state
+    if state.role == "promoting":
+        _finish_promotion(folder, state)
+    elif state.role == "setting-aside":
+        _finish_setting_aside(folder, state)
+    elif state.role == "replica" and state.live:
+        _remove_live(Path(state.live), state.leftover)
+        folder.save(msgspec.structs.replace(state, live="", leftover=""))
+
+
+def _finish_promotion(folder: Folder, state: State) -> None:
+    live, source = Path(state.live), folder.database_path(state.generation)
+    if source.exists():
+        _clear_way(live, state.epoch, ("", "-journal"))
+    for suffix in SUFFIXES:
+        part = source.with_name(source.name + suffix)
+        if part.exists():
+            disk.rename(part, live.with_name(live.name + suffix), f"promote: move{suffix}")
+    if not live.exists():
+        raise DatabaseError(f"{live} was to be there after a promotion, and is not", "restore a snapshot")
+    disk.sync_folder(live.parent, "promote: sync folder")
+    if source.parent.exists():
+        disk.sync_folder(source.parent, "promote: sync generation")
+    folder.save(msgspec.structs.replace(state, role="live"))
+
+
+def _clear_way(live: Path, epoch: int, suffixes: Sequence[str]) -> None:
+    """Move away what is at the names of the live database.
+
+    A journal or a log of another database would be applied to this one.
+    """
+    for suffix in suffixes:
+        part = live.with_name(live.name + suffix)
+        if part.exists():
+            aside = free_name(part.with_name(f"{part.name}.orphan-{epoch}"))
+            log.warning("%s is in the way of the promoted database: moved to %s", part, aside)
+            disk.rename(part, aside, "promote: clear way")
+
+
+def prepare_files(source: Path, live: Path, epoch: int) -> None:
+    """Before a promotion is decided: nothing lies in its way, and the files have the owner that the program
+    will expect."""
+    _clear_way(live, epoch, ("-wal", "-shm", "-journal"))
+    owner = live.parent.stat()
+    status = source.stat()
+    for suffix in SUFFIXES:
+        part = source.with_name(source.name + suffix)
+        os.chmod(part, status.st_mode & 0o777)
+        if os.geteuid() == 0:
+            uid, gid = (status.st_uid, status.st_gid) if status.st_uid else (owner.st_uid, owner.st_gid)
+            os.chown(part, uid, gid)
+
+
+def identity(path: Path) -> str:
+    """Tells a file from another one that may later have its name."""
+    status = path.stat()
+    return f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def _remove_live(live: Path, leftover: str) -> None:
+    if live.exists():
+        if identity(live) != leftover:
+            log.warning("%s is not the database that became a replica: it stays", live)
+            return
+        disk.unlink(live, "demote: remove database")
+    for path in (wal_path(live), index_path(live)):
+        disk.unlink(path, "demote: remove log")
+    disk.sync_folder(live.parent, "demote: sync folder")
+
+
+def copy_generation(
+    folder: Folder, generation: int, source: WalFiles, like: os.stat_result, position: Position
+) -> None:
+    """A new generation with what *source* holds now."""
+    try:
+        path = folder.begin_generation(generation)
+        target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            source.copy_to(target, "demote: copy")
+            os.fchmod(target, like.st_mode & 0o777)
+            if os.geteuid() == 0:
+                os.fchown(target, like.st_uid, like.st_gid)
+            disk.sync(target, "demote: sync database")
+        finally:
+            os.close(target)
+        folder.finish_generation(generation, source.page_size, position)
+    except BaseException:
+        disk.remove_tree(folder.generation_path(generation), "generation: give up")
+        raise
+
+
+# --- setting aside
+
+
+def free_name(path: Path) -> Path:
+    """*path*, or with a number after it if that exists."""
+    return next(name for name in _names(path) if not name.exists())
+
+
+def _names(path: Path) -> Iterator[Path]:
+    yield path
+    for number in range(2, 1_000_000):
+        yield path.with_name(f"{path.name}-{number}")
+
+
+def set_aside(folder: Folder, live: Path, target: Path) -> Aside:
+    """See ``Replica.set_aside``. Raises DatabaseError if somebody reads from the log for too long."""
+    if not live.exists():
+        raise DatabaseError(f"{live} does not exist")
+    files = _merge_log(live)
+    try:
+        target = free_name(target)
+        state = folder.state
+        folder.save(msgspec.structs.replace(state, role="setting-aside", live=str(live), target=str(target)))
+        disk.rename(live, target, "set aside: move")
+        disk.sync_folder(target.parent, "set aside: sync target")
+        _finish_setting_aside(folder, folder.state)
+    finally:
+        if files is not None:
+            files.close()
+    return Aside(str(target), target.stat().st_size)
+
+
+def _finish_setting_aside(folder: Folder, state: State) -> None:
+    live = Path(state.live)
+    if live.exists():
+        # It was not moved, and may have been written to since: as if nothing had happened.
+        folder.save(msgspec.structs.replace(state, role="live", target=""))
+        return
+    for path in (wal_path(live), index_path(live)):
+        disk.unlink(path, "set aside: remove log")
+    disk.sync_folder(live.parent, "set aside: sync folder")
+    folder.save(State(generation=state.generation))
+
+
+def _merge_log(live: Path) -> WalFiles | None:
+    """Put all that was committed into the one file. It stays locked while what is returned is open."""
+    if live.stat().st_size == 0:
+        return None
+    if not is_wal_database(live):
+        _roll_back(live)
+        return None
+    files = WalFiles.open(live)
+    try:
+        deadline = time.monotonic() + CHECKPOINT_SECONDS
+        while not files.checkpoint():
+            if time.monotonic() >= deadline:
+                raise DatabaseError(f"{live} is being read: its log cannot be merged", "end its readers")
+            time.sleep(_POLL_SECONDS)
+    except BaseException:
+        files.close()
+        raise
+    return files
+
+
+def _roll_back(live: Path) -> None:
+    """What a killed program has left in a rollback journal belongs to the file."""
+    import sqlite3
+
+    try:
+        connection = sqlite3.connect(live, timeout=CHECKPOINT_SECONDS)
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.rollback()
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        log.warning("%s is set aside as it is: %s", live, error)

@@ -1,0 +1,336 @@
+"""The node's end of a replica process: starts it, asks it, and notices its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from phalanx.child import how_ended
+from phalanx.data.replica_state import CHECKPOINT_PAGES, Aside, Promoted, ReplicaState, WalInfo
+from phalanx.data.replica_wire import LENGTH_BYTES, Reply, Request, decode_reply, framed
+from phalanx.errors import DatabaseError
+from phalanx.types import Position
+
+__all__ = ["Aside", "Promoted", "ReplicaProcess", "ReplicaState", "WalInfo"]
+
+log = logging.getLogger("phalanx.data")
+T = TypeVar("T")
+
+MAX_REQUESTS, MAX_BYTES = 64, 32 << 20
+"""What may be under way at once; more waits. One request may be larger."""
+
+SECONDS = 15.0
+"""Deadline of what takes milliseconds."""
+LONG_SECONDS = 600.0
+"""Deadline of what may copy the whole database."""
+
+_CLOSE_SECONDS = 5.0
+_CHECK = """
+import sqlite3, sys
+from urllib.parse import quote
+connection = sqlite3.connect(f"file:{quote(sys.argv[1])}?mode=ro", uri=True, timeout=10)
+for (line,) in connection.execute("PRAGMA integrity_check(20)"):
+    print(line)
+"""
+
+
+class ReplicaProcess:
+    """The replica in *folder*, in a process of its own.
+
+    *on_exit* is called with the reason if the process ends unasked; :meth:`start` may be called again then.
+    Every other method raises DatabaseError if the process refuses or fails, is not running, or does not
+    answer before its deadline: then it is killed, and a new one will find what really happened.
+    """
+
+    def __init__(
+        self, folder: Path, on_exit: Callable[[str], None], *, checkpoint_pages: int = CHECKPOINT_PAGES
+    ) -> None:
+        self._folder, self._on_exit, self._checkpoint_pages = folder, on_exit, checkpoint_pages
+        self._process: subprocess.Popen[bytes] | None = None
+        self._transport: asyncio.WriteTransport | None = None
+        self._requests: dict[int, tuple[asyncio.Future[Any], int]] = {}
+        self._bytes = 0
+        self._turn, self._room = asyncio.Lock(), asyncio.Event()
+        self._number = 0
+        self._closing = False
+        self._ending: asyncio.Task[None] | None = None
+        self._killed_because = ""
+        self._state = ReplicaState(role="empty", state="empty", position=Position())
+
+    # --- its life
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests can be made."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def pid(self) -> int:
+        """Its process id, 0 before the first start."""
+        return self._process.pid if self._process else 0
+
+    @property
+    def position(self) -> Position:
+        """What is applied, as the last answer says."""
+        return self._state.position
+
+    @property
+    def path(self) -> Path:
+        """Where the replica's file is (or will be, when there is none yet); changes with a rebuild."""
+        return Path(self._state.path) if self._state.path else self._folder / "gen-0" / "replica.db"
+
+    async def start(self) -> ReplicaState:
+        """Start it and have it open the folder. Raises DatabaseError, also if another process has that."""
+        if self.is_running:
+            raise DatabaseError("the replica process runs already")
+        if self._ending is not None:
+            await asyncio.shield(self._ending)
+        self._closing, self._killed_because = False, ""
+        mine, theirs = socket.socketpair()
+        mine.setblocking(False)
+        with theirs:
+            try:
+                self._process = _start(theirs)
+            except OSError as error:
+                mine.close()
+                raise DatabaseError(f"the replica process cannot be started: {error.strerror}") from error
+        loop = asyncio.get_running_loop()
+        self._transport, _ = await loop.create_connection(lambda: _Channel(self), sock=mine)
+        try:
+            await self._call("open", str(self._folder), self._checkpoint_pages, timeout=LONG_SECONDS)
+        except BaseException:
+            await self.close()
+            raise
+        return self._state
+
+    async def close(self) -> None:
+        """End it, however busy it is. What it was asked before may be carried out or not."""
+        self._closing = True
+        if self._transport is not None:
+            self._transport.close()
+        if self._ending is None and self._process is not None and self._process.returncode is None:
+            self._process.kill()
+        if self._ending is not None:
+            await asyncio.shield(self._ending)
+        elif self._process is not None:
+            await self._reap(self._process)
+
+    def kill(self, reason: str) -> None:
+        """SIGKILL: a new one can begin where this one has got to."""
+        self._killed_because = reason
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def _reap(self, process: subprocess.Popen[bytes]) -> None:
+        try:
+            await asyncio.to_thread(process.wait, _CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            await asyncio.to_thread(process.wait)
+
+    # --- requests
+
+    async def _call(self, operation: str, *arguments: object, timeout: float = SECONDS) -> Any:
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._send(operation, arguments)
+        except TimeoutError:
+            problem = f"no answer to {operation} within {timeout:g} s"
+            self.kill(problem)
+            raise DatabaseError(f"the replica process gave {problem}") from None
+
+    async def _send(self, operation: str, arguments: tuple[object, ...]) -> Any:
+        size = sum(len(argument) for argument in arguments if isinstance(argument, bytes))
+        async with self._turn:  # in the order of the calls
+            while not self._has_room(size):
+                self._room.clear()
+                await self._room.wait()
+            transport = self._transport
+            if transport is None or transport.is_closing():
+                raise DatabaseError("the replica process does not run")
+            self._number += 1
+            answer = asyncio.get_running_loop().create_future()
+            self._requests[self._number] = (answer, size)
+            self._bytes += size
+            transport.write(framed(Request(self._number, operation, arguments)))
+        return await answer
+
+    def _has_room(self, size: int) -> bool:
+        return not self._requests or (len(self._requests) < MAX_REQUESTS and self._bytes + size <= MAX_BYTES)
+
+    async def state(self) -> ReplicaState:
+        """All about it."""
+        await self._call("state")
+        return self._state
+
+    async def apply(self, sequence: int, txid: int, data: bytes | Path) -> Position:
+        """Apply an LTX file, or what lies at that path. Raises LtxError, too."""
+        what = data if isinstance(data, bytes) else str(data)
+        return await self._ask(Position, "apply", sequence, txid, what, timeout=LONG_SECONDS)
+
+    async def skip(self, sequence: int) -> Position:
+        """A seal: nothing to apply."""
+        return await self._ask(Position, "skip", sequence)
+
+    async def sync(self) -> Position:
+        """Put on the disk what is applied; up to where."""
+        return await self._ask(Position, "sync", timeout=LONG_SECONDS)
+
+    async def checkpoint(self) -> bool:
+        """Move the WAL into the file; False if readers keep some of it."""
+        return await self._ask(bool, "checkpoint", timeout=LONG_SECONDS)
+
+    async def install(self, image: Path, sequence: int, txid: int) -> Position:
+        """The database file *image*, on the same file system and on the disk, becomes the replica."""
+        return await self._ask(Position, "install", str(image), sequence, txid, timeout=LONG_SECONDS)
+
+    async def reset(self) -> None:
+        """Forget everything."""
+        await self._call("reset", timeout=LONG_SECONDS)
+
+    async def snapshot(self, target: Path) -> Position:
+        """Write the database as it is now to the new file *target*; its position."""
+        return await self._ask(Position, "snapshot", str(target), timeout=LONG_SECONDS)
+
+    async def fingerprint(self) -> str:
+        """SHA-256 of the database as it is now, in hex."""
+        return await self._ask(str, "fingerprint", timeout=LONG_SECONDS)
+
+    async def promote(self, live: Path, epoch: int, sealed: int = 0) -> Promoted:
+        """The replica becomes the live database. See ``Replica.promote``."""
+        return await self._ask(Promoted, "promote", str(live), epoch, sealed, timeout=LONG_SECONDS)
+
+    async def resume(self, epoch: int, sealed: int) -> None:
+        """The live database stays, for another epoch."""
+        await self._call("resume", epoch, sealed)
+
+    async def demote(self, live: Path, sequence: int, txid: int) -> Position:
+        """The live database, exactly at that position, becomes the replica. See ``Replica.demote``."""
+        return await self._ask(Position, "demote", str(live), sequence, txid, timeout=LONG_SECONDS)
+
+    async def release_old(self) -> None:
+        """Let go of the file that :meth:`demote` has replaced: late writers may do as they like now."""
+        await self._call("release_old")
+
+    async def set_aside(self, live: Path, target: Path) -> Aside:
+        """The live database moves to *target*, or a name like it that is free; the replica is empty."""
+        return await self._ask(Aside, "set_aside", str(live), str(target), timeout=LONG_SECONDS)
+
+    async def live_wal_info(self, live: Path, salt1: int, salt2: int, offset: int) -> WalInfo:
+        """What the WAL of the database at *live* has, and how much of it after that place."""
+        return await self._ask(
+            WalInfo, "live_wal_info", str(live), salt1, salt2, offset, timeout=LONG_SECONDS
+        )
+
+    async def _ask(self, kind: type[T], operation: str, *arguments: object, timeout: float = SECONDS) -> T:
+        return msgspec.convert(await self._call(operation, *arguments, timeout=timeout), kind)
+
+    async def verify(self, timeout: float = LONG_SECONDS) -> list[str]:
+        """What SQLite's integrity check finds in the replica, nothing as a rule. In a process of its own:
+        the replica goes on meanwhile. Raises DatabaseError."""
+        if not self._state.path:
+            raise DatabaseError(f"the replica is {self._state.state}")
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-I",
+            "-c",
+            _CHECK,
+            self._state.path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        try:
+            async with asyncio.timeout(timeout):
+                output, errors = await process.communicate()
+        except TimeoutError:
+            raise DatabaseError(f"the integrity check took more than {timeout:g} s") from None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode:
+            last = errors.decode(errors="replace").strip().splitlines()[-1:]
+            raise DatabaseError(f"the integrity check failed: {' '.join(last)}")
+        lines = output.decode().splitlines()
+        return [] if lines == ["ok"] else lines
+
+    # --- what it says
+
+    def on_reply(self, reply: Reply) -> None:
+        """One message of the process."""
+        if reply.number == 0:
+            level, text = reply.result
+            log.log(level, "replica in %s: %s", self._folder, text)
+            return
+        answer, size = self._requests.pop(reply.number)
+        self._bytes -= size
+        self._room.set()
+        if reply.state is not None:
+            self._state = reply.state
+        if answer.done():
+            return  # whoever asked was cancelled
+        if reply.failure is not None:
+            answer.set_exception(reply.failure.error())
+        else:
+            answer.set_result(reply.result)
+
+    def on_closed(self) -> None:
+        """It has closed its end, or the node has."""
+        self._transport = None
+        self._ending = asyncio.create_task(self._ended(), name="replica process end")
+
+    async def _ended(self) -> None:
+        process = self._process
+        assert process is not None
+        await self._reap(process)
+        reason = self._killed_because or f"the replica process {how_ended(process.returncode)}"
+        requests, self._requests = self._requests, {}
+        self._bytes = 0
+        for answer, _ in requests.values():
+            if not answer.done():
+                answer.set_exception(DatabaseError(reason))
+        self._room.set()
+        self._ending = None
+        if not self._closing:
+            self._on_exit(reason)
+
+
+class _Channel(asyncio.Protocol):
+    """Cuts what the process says into messages."""
+
+    def __init__(self, client: ReplicaProcess) -> None:
+        self._client, self._buffer = client, bytearray()
+
+    def data_received(self, data: bytes) -> None:
+        buffer = self._buffer
+        buffer += data
+        while len(buffer) >= LENGTH_BYTES:
+            end = LENGTH_BYTES + int.from_bytes(buffer[:LENGTH_BYTES], "big")
+            if len(buffer) < end:
+                return
+            message = bytes(buffer[LENGTH_BYTES:end])
+            del buffer[:end]
+            self._client.on_reply(decode_reply(message))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._client.on_closed()
+
+
+def _start(channel: socket.socket) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "phalanx.data.replica_process", str(channel.fileno())],
+        pass_fds=[channel.fileno()],
+        stdin=subprocess.DEVNULL,
+        # A session of its own, so that a terminal's signals do not reach it.
+        start_new_session=True,
+    )

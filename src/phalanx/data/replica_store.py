@@ -1,0 +1,196 @@
+"""What an app's folder on a node holds beside databases: the state, and the journal of positions.
+
+::
+
+    lock         held (flock) by the replica process
+    state.json   what the folder is, replaced as a whole
+    gen-<n>/     replica.db, its -wal and -shm, and journal: one generation of the replica
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from phalanx.data import disk
+from phalanx.data.sqlite_wal import encode_wal_header
+from phalanx.data.wal_files import new_salts, wal_path
+from phalanx.errors import DatabaseError
+from phalanx.types import Position
+
+FORMAT = 1
+DATABASE = "replica.db"
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``state.json`` says. ``role``: who has the database.
+
+    ``empty``: nobody. ``replica``: generation ``generation``, whose journal has the position. ``live``: the
+    program, at ``live``, since ``epoch`` began at ``sealed`` (a sequence of the log) after ``txid``.
+    ``promoting``: the files are on their way there. ``setting-aside``: on their way from ``live`` to
+    ``target``. ``leftover``: which file at ``live`` became a replica and has to be removed.
+    """
+
+    format: int = FORMAT
+    role: Literal["empty", "replica", "live", "promoting", "setting-aside"] = "empty"
+    generation: int = 0
+    epoch: int = 0
+    sealed: int = 0
+    sequence: int = 0
+    txid: int = 0
+    live: str = ""
+    target: str = ""
+    leftover: str = ""
+
+    @property
+    def position(self) -> Position:
+        """Of an empty replica, or where a live database began."""
+        return Position(self.sequence, self.txid)
+
+
+class Folder:
+    """One app's folder, locked. Raises DatabaseError if another process has it, or it can't be read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.state = self._load()
+        except BlockingIOError:
+            self.close()
+            raise DatabaseError(
+                f"{path} is in use by another process", "end the other node with this data directory"
+            ) from None
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of it. Twice is harmless."""
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
+
+    def _load(self) -> State:
+        path = self.path / "state.json"
+        try:
+            state = msgspec.json.decode(path.read_bytes(), type=State)
+        except FileNotFoundError:
+            return State()
+        except msgspec.DecodeError as error:
+            raise DatabaseError(
+                f"{path} is damaged: {error}",
+                "move the folder away, and the database too if this node was active last",
+            ) from error
+        if state.format != FORMAT:
+            raise DatabaseError(f"{path} has format {state.format}, this version knows {FORMAT}", "upgrade")
+        return state
+
+    def save(self, state: State) -> None:
+        """Replace the state, on the disk when it returns. Raises OSError: it may be old or new then."""
+        disk.replace_file(self.path / "state.json", msgspec.json.encode(state), "state")
+        self.state = state
+
+    # --- generations
+
+    def generation_path(self, generation: int) -> Path:
+        """The folder of one generation."""
+        return self.path / f"gen-{generation}"
+
+    def database_path(self, generation: int) -> Path:
+        """Its database."""
+        return self.generation_path(generation) / DATABASE
+
+    def begin_generation(self, generation: int) -> Path:
+        """A new, empty folder; what an attempt left there before is removed. Returns the database's path."""
+        path = self.generation_path(generation)
+        if path.exists():
+            disk.remove_tree(path, "generation: remove left-over")
+        disk.on_step("generation: make")
+        path.mkdir(mode=0o700)
+        return path / DATABASE
+
+    def finish_generation(self, generation: int, page_size: int, position: Position) -> None:
+        """Give the database, which is on the disk already, its log and journal, and put all on the disk."""
+        path, database = self.generation_path(generation), self.database_path(generation)
+        salts = new_salts()
+        disk.write_file(wal_path(database), encode_wal_header(page_size, 0, salts), "generation: wal")
+        entry = encode_entry(position, salts, 0)
+        disk.write_file(path / "journal", entry, "generation: journal")
+        disk.sync_folder(path, "generation: sync")
+        disk.sync_folder(self.path, "generation: sync folder")
+
+    def remove_old_generations(self, keep: int | None) -> None:
+        """Remove all others. Readers that have one open keep what they have."""
+        for path in self.path.glob("gen-*"):
+            if path.name != f"gen-{keep}":
+                disk.remove_tree(path, "generation: remove")
+
+
+# --- the journal
+
+_ENTRY = struct.Struct(">QQ8sI")
+ENTRY_BYTES = _ENTRY.size + 4
+COMPACT_BYTES = 64 << 10
+
+
+def encode_entry(position: Position, salts: bytes, frames: int) -> bytes:
+    """The database is at *position* when the log has these salts and this many frames."""
+    data = _ENTRY.pack(position.sequence, position.txid, salts, frames)
+    return data + zlib.crc32(data).to_bytes(4, "big")
+
+
+class Journal:
+    """Says which position the state of a log is. An entry is written before the frames that it is about."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        self.path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self.size = os.fstat(self._file).st_size // ENTRY_BYTES * ENTRY_BYTES
+        self._is_synced = False
+
+    def close(self) -> None:
+        """Twice is harmless."""
+        if self._file >= 0:
+            os.close(self._file)
+        self._file = -1
+
+    def find(self, salts: bytes, frames: int) -> Position | None:
+        """The newest position with this log. None: it is not known."""
+        data = os.pread(self._file, self.size, 0)
+        for at in range(self.size - ENTRY_BYTES, -1, -ENTRY_BYTES):
+            entry = data[at : at + _ENTRY.size]
+            if zlib.crc32(entry) != int.from_bytes(data[at + _ENTRY.size : at + ENTRY_BYTES], "big"):
+                continue
+            sequence, txid, *log = _ENTRY.unpack(entry)
+            if log == [salts, frames]:
+                return Position(sequence, txid)
+        return None
+
+    def append(self, position: Position, salts: bytes, frames: int) -> None:
+        """Raises OSError; the entry may be there in part then, and the next one takes its place."""
+        self._is_synced = False
+        disk.write_at(self._file, encode_entry(position, salts, frames), self.size, "journal: append")
+        self.size += ENTRY_BYTES
+
+    def sync(self) -> None:
+        """Have the disk hold it."""
+        if not self._is_synced:
+            disk.sync(self._file, "journal: sync")
+            self._is_synced = True
+
+    def compact(self, position: Position, salts: bytes, frames: int) -> None:
+        """Keep this one entry only: the log that the others are about is gone."""
+        disk.replace_file(self.path, encode_entry(position, salts, frames), "journal: compact")
+        os.close(self._file)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        self.size, self._is_synced = ENTRY_BYTES, True
