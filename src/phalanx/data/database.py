@@ -17,7 +17,9 @@ import sqlite3
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+from msgspec.structs import replace
 
 from phalanx import system
 from phalanx.aio import wait_at_most
@@ -30,8 +32,9 @@ from phalanx.data.reading import Readers
 from phalanx.data.reign import DataReign
 from phalanx.data.replica_client import ReplicaProcess
 from phalanx.data.settlement import Settlements
+from phalanx.data.status import DbStatus
 from phalanx.decide.backoff import Backoff
-from phalanx.errors import BusError, DatabaseError, NotActive, PhalanxError, ReplicaUnavailable
+from phalanx.errors import DatabaseError, NotActive, PhalanxError, ReplicaUnavailable
 from phalanx.names import Names
 from phalanx.ports import Bus, SectionContext
 from phalanx.types import Position
@@ -43,7 +46,7 @@ TURN_SECONDS = 5.0
 """How long an activation waits for the tender to let go."""
 
 UNKNOWN_DATA_SECONDS = 0.5
-"""How much longer a node without a database waits while the log is empty: another may have a file to adopt."""
+"""How much longer a node without a file waits while the log is empty: another may have one to adopt."""
 
 KEPT_LOOK_SECONDS = 1.0
 """How often a kept live database is compared with the log, besides at each change of the leader."""
@@ -62,7 +65,7 @@ class Phase(StrEnum):
     """A snapshot is on its way."""
     FOLLOWING = "following"
     KEPT = "kept"
-    """The live database of this node's last reign, which nobody has replaced: the next reign goes on with it."""
+    """The live database of this node's last reign: nobody has led since, so the next one goes on with it."""
     LIVE = "live"
     BROKEN = "broken"
     STOPPED = "stopped"
@@ -115,13 +118,14 @@ class AppDatabase:
         self.follower: Follower | None = None
         self.reign: DataReign | None = None
         self.guard: sqlite3.Connection | None = None
-        """Keeps the WAL of a live database whose reign has ended from being removed by the last who closes it."""
+        """A reign's last connection: whoever closes the last one removes the WAL, which must not be yet."""
         self._phase, self._reason = Phase.STARTING, ""
         self._turn = asyncio.Lock()
         self._section_has_turn = False
         self._wake = asyncio.Event()
         self._changed = asyncio.Event()
         self._log_is_empty: bool | None = None
+        self._readable = self.replica.path
         self._failures = 0
         self._tender: asyncio.Task[None] | None = None
 
@@ -195,6 +199,7 @@ class AppDatabase:
     # --- the tender
 
     async def _tend(self) -> None:
+        self.settlements.report_left()
         while True:
             self._wake.clear()
             again: float | None = None
@@ -243,7 +248,7 @@ class AppDatabase:
         self._set_phase(Phase.FOLLOWING, self._foreign_file(end))
 
     def _foreign_file(self, end: LogEnd) -> str:
-        """A database at the user's path that Phalanx did not put there, while the platform has one already."""
+        """A database at the user's path that is not Phalanx's, while the platform has one already."""
         if end.last_record is None or not self.live.exists():
             return ""
         return f"{self.live} exists, but the platform has another database: move it away"
@@ -263,7 +268,9 @@ class AppDatabase:
             node=self.node,
             on_trouble=self._on_trouble,
             on_applied=self._on_applied,
+            spool=self.folder,
         )
+        self._readable = self.replica.path
         await follower.start()
 
     async def _stop_follower(self) -> None:
@@ -279,8 +286,10 @@ class AppDatabase:
     def _on_applied(self, position: Position) -> None:
         if self._log_is_empty and position.txid:
             self._log_is_empty = False
-        if self._phase is Phase.FOLLOWING:
-            self._on_change()
+        if self.replica.path != self._readable:
+            # A record that was too large for the WAL made the replica anew, beside the old one.
+            self._readable = self.replica.path
+            self.readers.revoke("the replica was made anew")
 
     def _on_process_exit(self, reason: str) -> None:
         if self._phase is not Phase.STOPPED:
@@ -349,15 +358,61 @@ class AppDatabase:
             raise NotActive(self.app)
         return self.reign
 
+    # --- for operators
+
+    def readable_path(self) -> Path:
+        """Where this node's database lies at present. Raises ReplicaUnavailable."""
+        if self._phase in (Phase.LIVE, Phase.KEPT):
+            return self.live
+        if self._phase is Phase.FOLLOWING and self.follower is not None and self.follower.applied.txid:
+            return self.replica.path
+        raise ReplicaUnavailable(self.app, f"its database is {self._phase} on this node: {self._reason}")
+
+    async def status(self) -> DbStatus:
+        """What ``phalanx db status`` shows of this node."""
+        follower, reign = self.follower, self.reign
+        status = DbStatus(
+            app=self.app,
+            node=self.node,
+            role=str(self._phase),
+            reason=self._reason,
+            position=self.position,
+            txid=self.position.txid,
+            diverged=len(self.settlements.diverged()),
+            size_bytes=self._size(),
+        )
+        if follower is not None:
+            return replace(
+                status,
+                known_end=follower.known_end,
+                lag_records=follower.lag_records,
+                lag_seconds=follower.lag_seconds,
+                lag_bytes=follower.lag_bytes,
+                epoch=follower.epoch,
+                page_size=(await self.replica.state()).page_size,
+            )
+        if reign is not None and reign.capture is not None and reign.shipper is not None:
+            return replace(
+                status,
+                known_end=self.position.sequence,
+                epoch=reign.epoch,
+                captured_txid=reign.capture.captured,
+                shipped_txid=self.position.txid,
+                capture_pid=reign.capture.pid,
+                spool_bytes=reign.shipper.backlog().bytes,
+            )
+        return status
+
+    def _size(self) -> int:
+        with contextlib.suppress(ReplicaUnavailable, OSError):
+            return self.readable_path().stat().st_size
+        return 0
+
     # --- for users
 
     def connect(self) -> sqlite3.Connection:
         """See :meth:`Database.connect`."""
-        if self._phase in (Phase.LIVE, Phase.KEPT):
-            return self.readers.connect(self.live)
-        if self._phase is Phase.FOLLOWING and self.follower is not None and self.follower.applied.txid:
-            return self.readers.connect(self.replica.path)
-        raise ReplicaUnavailable(self.app, f"its database is {self._phase} on this node: {self._reason}")
+        return self.readers.connect(self.readable_path())
 
     async def wait_for(self, position: Position, timeout: float) -> None:
         """See :meth:`Database.wait_for`."""
@@ -437,8 +492,6 @@ class ActiveDatabase:
             raise NotActive(self._database.app)
         seconds = float(self._database.config.sync_timeout) if timeout is None else timeout
         return await reign.sync(seconds)
-
-
 
 
 __all__ = ["ActiveDatabase", "AppDatabase", "Database", "Phase"]

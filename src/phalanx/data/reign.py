@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from phalanx import system
 from phalanx.data.capture import Capture
-from phalanx.data.following import confirmed
 from phalanx.data.entries import Seal, SealKind
+from phalanx.data.following import confirmed
 from phalanx.data.log import LogEnd
 from phalanx.data.schedule import SnapshotSchedule
-from phalanx.data.shipping import Shipper
-from phalanx.errors import BusError, DatabaseError, Fenced, PhalanxError, SyncTimeout
+from phalanx.data.shipping import Captured, Shipper
+from phalanx.errors import DatabaseError, PhalanxError, SyncTimeout
 from phalanx.ports import SectionContext
 from phalanx.types import Position
 
@@ -43,6 +43,17 @@ def _missing(last: Seal | None) -> str:
     if last is None or last.kind is SealKind.CLOSE:
         return "nothing"
     return f"unknown until {last.node} returns"
+
+
+class _Files:
+    """The capture's files, as the shipper wants them."""
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture = capture
+
+    def files(self, after: int) -> list[Captured]:
+        """Those with a transaction after *after*, in order."""
+        return [Captured(txid, path) for txid, path in self._capture.files(after)]
 
 
 class DataReign:
@@ -154,15 +165,17 @@ class DataReign:
             on_captured=self._on_captured,
             on_event=self._on_capture_event,
         )
-        await capture.start()
+        await capture.start(self._base.txid)
+        capture.failed.add_done_callback(self._on_capture_failed)
         self._shipper = shipper = Shipper(
             database.log,
-            capture,
+            _Files(capture),
             epoch=self.epoch,
             node=database.node,
             base=self._base,
             on_fenced=self._on_fenced,
             on_backlog=self._on_backlog,
+            wal=database.live.with_name(f"{database.live.name}-wal"),
         )
         await shipper.start()
         self._schedule = SnapshotSchedule(database, self)
@@ -182,6 +195,10 @@ class DataReign:
     def _on_capture_event(self, kind: str, detail: str) -> None:
         self._database.report(f"capture-{kind}", detail, level=logging.WARNING, epoch=self.epoch)
 
+    def _on_capture_failed(self, failed: asyncio.Future[DatabaseError]) -> None:
+        if not failed.cancelled() and not self._ended:
+            self._database.on_lost(f"its database is not captured any more: {failed.result()}")
+
     def _on_fenced(self, error: PhalanxError) -> None:
         self._database.report("log-refused", str(error), level=logging.ERROR, epoch=self.epoch)
         self._database.on_lost(f"the log takes nothing of this epoch any more: {error}")
@@ -196,7 +213,8 @@ class DataReign:
 
     async def sync(self, timeout: float) -> Position:
         """See ``ActiveDatabase.sync``."""
-        app, deadline = self._database.app, system.now() + timeout
+        database = self._database
+        app, deadline = database.app, system.now() + timeout
         capture, shipper = self._capture, self._shipper
         if capture is None or shipper is None:
             raise DatabaseError("nothing is captured yet", "wait until the app is active")
@@ -209,7 +227,9 @@ class DataReign:
                 if self._needs_standby:
                     stage = "a standby"
                     left = max(0.001, deadline - system.now())
-                    await confirmed(self._database.bus, self._database.names, app, position.sequence, left)
+                    await confirmed(
+                        database.bus, database.names, app, position.sequence, left, epoch=self.epoch
+                    )
         except TimeoutError:
             raise SyncTimeout(app, timeout, stage) from None
         return position

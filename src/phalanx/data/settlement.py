@@ -14,9 +14,10 @@ from phalanx import system
 from phalanx.data import ltx
 from phalanx.data.entries import Seal, parse
 from phalanx.data.log import LogEnd
-from phalanx.data.replica_client import ReplicaState
-from phalanx.errors import DatabaseError
+from phalanx.data.replica_state import ReplicaState
+from phalanx.data.status import DivergedFile
 from phalanx.decide.settling import Keep, LocalDatabase, LoggedReign, MakeReplica, SetAside, settle
+from phalanx.errors import DatabaseError
 
 if TYPE_CHECKING:
     from phalanx.data.database import AppDatabase
@@ -41,6 +42,26 @@ class Diverged(msgspec.Struct, frozen=True):
     time: float
     file: str = ""
     reported: bool = False
+
+    def listed(self) -> DivergedFile:
+        """As other nodes are told of it."""
+        return DivergedFile(
+            app=self.app,
+            node=self.node,
+            epoch=self.epoch,
+            sequence=self.sequence,
+            txid=self.txid,
+            transactions=self.transactions,
+            exact=self.exact,
+            size_bytes=self.size_bytes,
+            time=self.time,
+            file=self.file,
+        )
+
+
+def _header(path: Path) -> ltx.Header:
+    with path.open("rb") as file:
+        return ltx.decode_header(file.read(ltx.HEADER_BYTES))
 
 
 def _info_path(target: Path) -> Path:
@@ -135,10 +156,10 @@ class Settlements:
         """How many transactions the WAL has after those of *logged_txid*; None where it can't tell."""
         database, files = self._database, dict(self._files())
         if logged_txid in files:
-            header = ltx.read_header(files[logged_txid])
+            header = _header(files[logged_txid])
             offset = header.wal_offset + header.wal_size
         elif logged_txid + 1 in files:
-            header = ltx.read_header(files[logged_txid + 1])
+            header = _header(files[logged_txid + 1])
             offset = header.wal_offset
         else:
             return None
