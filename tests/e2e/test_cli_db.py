@@ -494,3 +494,18 @@ async def test_second_restore_in_place_at_a_time_is_refused(platform: Platform) 
         assert key.revision == revision
     finally:
         await platform.bus.write(subject, headers={"KV-Operation": "DEL"})
+
+
+# --- phalanx dev
+
+
+async def test_dev_refuses_one_file_for_all_nodes(platform: Platform) -> None:
+    """An absolute path would be the same for all nodes: one line, and nothing is left."""
+    folder = platform.folder / "dev"
+    folder.mkdir()
+    toml = folder / "dev.toml"
+    toml.write_text(f'{TOML}\n[apps.mail]\npattern = "active-passive"\ndatabase = "{folder}/mail.db"\n')
+    error = await platform.refused("dev", str(toml), "--data-dir", str(folder / "data"))
+    assert "apps.mail.database.path" in error
+    assert "relative" in error
+    assert os.listdir(folder) == ["dev.toml"]

@@ -87,6 +87,28 @@ def test_sizes_in_all_notations(given: Any, count: int) -> None:
     assert database(SQLite("/w.db", log_limit=given)).log_limit == count
 
 
+def test_environment_says_where_relative_paths_count_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PHALANX_DATABASES gives nodes on one host files of their own, in files and in Python."""
+    (tmp_path / "phalanx.toml").write_text(
+        HEAD
+        + '[apps.wiki]\npattern = "active-passive"\ndatabase = { path = "data/w.db", copy_to = "copy" }\n'
+    )
+    _, [app] = load_toml(tmp_path / "phalanx.toml", environ={"PHALANX_DATABASES": "/n1"})
+    assert app.database is not None
+    assert (app.database.path, app.database.copy_to) == ("/n1/data/w.db", "/n1/copy")
+    monkeypatch.setenv("PHALANX_DATABASES", "/n1")
+    assert database("data/w.db").path == "/n1/data/w.db"
+    assert database("/srv/w.db").path == "/srv/w.db"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PHALANX_DATABASES", "here")
+    assert database("w.db").path == str(tmp_path / "here/w.db")
+    monkeypatch.setenv("PHALANX_DATABASES", "~/here")
+    with pytest.raises(ConfigError, match="PHALANX_DATABASES"):
+        database("w.db")
+
+
 def test_python_declares_a_database_by_path_or_struct() -> None:
     """Platform.app takes both; the public names are there."""
     platform = Platform("prod", node="n1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 import shutil
 import signal
@@ -15,12 +16,14 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from phalanx import system
+from phalanx.app import App
 from phalanx.bus.embedded import EmbeddedServer
 from phalanx.cli import exits, output
 from phalanx.cli.child import STOP_SECONDS, Child
 from phalanx.cli.target import Overrides, load
 from phalanx.client import PlatformClient
 from phalanx.config import EmbeddedNats, NatsOptions, PlatformConfig
+from phalanx.config.reader import DATABASES
 from phalanx.errors import ConfigError, PhalanxError, StartError
 from phalanx.preflight import cannot_listen
 
@@ -60,15 +63,41 @@ def dev(
     """
     if not 1 <= nodes <= 9:
         raise ConfigError("--nodes", nodes, "out of range", "choose 1 to 9")
-    with Overrides(node="node-1").applied():
-        config = load(target).config
-    login = _login(config)
     folder = Path(data_dir).absolute() if data_dir else Path(tempfile.mkdtemp(prefix="phalanx-dev-"))
     try:
-        return asyncio.run(_Dev(target, config.name, folder, nodes, login, json).run(restart=not no_restart))
+        os.environ[DATABASES] = str(_databases(folder, "node-1"))
+        with Overrides(node="node-1").applied():
+            platform = load(target)
+        login = _login(platform.config)
+        _make_database_folders(platform.apps.values(), folder, nodes)
+        name = platform.config.name
+        return asyncio.run(_Dev(target, name, folder, nodes, login, json).run(restart=not no_restart))
     finally:
         if data_dir is None and not keep:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_database_folders(apps: Iterable[App], folder: Path, nodes: int) -> None:
+    """Each node has databases of its own: where their paths are relative, the folders that these name."""
+    base = _databases(folder, "node-1")
+    declared = [(app.name, app.config.database) for app in apps if app.config.database is not None]
+    for app, database in declared:
+        if not Path(database.path).is_relative_to(base) and nodes > 1:
+            raise ConfigError(
+                f"apps.{app}.database.path",
+                database.path,
+                "all nodes of phalanx dev would have the same file",
+                "write a relative path, or try it with --nodes 1",
+            )
+    for number in range(1, nodes + 1):
+        here = _databases(folder, f"node-{number}")
+        for _, database in declared:
+            if Path(database.path).is_relative_to(base):
+                (here / Path(database.path).relative_to(base)).parent.mkdir(parents=True, exist_ok=True)
+
+
+def _databases(folder: Path, node: str) -> Path:
+    return folder / node / "databases"
 
 
 def _login(config: PlatformConfig) -> tuple[str, str]:
@@ -198,7 +227,10 @@ class _Dev:
         ports = _free_ports(HTTP_PORT, len(self._names))
         for number, (name, port) in enumerate(zip(self._names, ports, strict=True)):
             first = number % len(self._urls)
-            env = {"PHALANX_NATS": ",".join([*self._urls[first:], *self._urls[:first]])}
+            env = {
+                "PHALANX_NATS": ",".join([*self._urls[first:], *self._urls[:first]]),
+                DATABASES: str(_databases(self._folder, name)),
+            }
             yield Child(name, self._target, env, self._folder / name, f"{HOST}:{port}", self._tell)
 
     # --- what is said

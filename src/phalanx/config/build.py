@@ -13,7 +13,7 @@ import msgspec
 from phalanx.config.apps import AppConfig
 from phalanx.config.nats_urls import parse_urls
 from phalanx.config.node import EmbeddedNats, HttpServer, NatsOptions, PlatformConfig
-from phalanx.config.reader import Reader
+from phalanx.config.reader import DATABASES, Reader
 from phalanx.config.rules import Whole
 from phalanx.config.texts import File, Label, split_address
 from phalanx.errors import ConfigError
@@ -22,6 +22,8 @@ from phalanx.types import is_dns_label
 VARIABLES = {
     "PHALANX_NODE": "Overrides `node`.",
     "PHALANX_DATA": "Overrides `data_dir`.",
+    DATABASES: "Folder from which relative paths of databases count, so that several nodes on one host have "
+    "files of their own.",
     "PHALANX_NATS": "Overrides `nats`: URLs separated by commas, or `embedded`. Other options of declared "
     "NATS servers (TLS, login) stay, unless the URLs hold a login.",
     "PHALANX_HTTP": "Overrides `http`: `host:port`, a port, or `off`.",

@@ -18,7 +18,7 @@ MIB, GIB, TIB = 1 << 20, 1 << 30, 1 << 40
 class DatabaseFile(texts.File, frozen=True):
     """The path of a SQLite database, made absolute. Whether it can be used is for the preflight."""
 
-    absolute: bool = True
+    of_database: bool = True
 
     def __call__(self, key: str, value: object) -> str:
         text = super().__call__(key, value)
@@ -113,7 +113,7 @@ class SQLite(_Path, frozen=True, kw_only=True, tag="sqlite", tag_field="type"):
         About(
             "A folder that gets a second copy of all snapshots and records, in Litestream's own layout: "
             "`litestream restore` reads it without Phalanx.",
-            texts.File(absolute=True),
+            texts.File(of_database=True),
             default="none",
         ),
     ] = default("")

@@ -32,6 +32,9 @@ SECTIONS = ("nats", "labels", "timings", "http", "logging")
 
 MAX_SECRET_BYTES = 64 * 1024
 
+DATABASES = "PHALANX_DATABASES"
+"""The environment variable that says where relative paths of databases count from."""
+
 
 class Field(msgspec.Struct, frozen=True):
     """One field of a declaration."""
@@ -181,8 +184,11 @@ class Reader:
         if isinstance(about.rule, Nested):
             return self._nested[name](value, key)
         result = about.rule(key, value)
-        if isinstance(about.rule, File) and result and (self._directory or about.rule.absolute):
-            return self.absolute(result)
+        if isinstance(about.rule, File) and result:
+            if about.rule.of_database and (folder := self._environ.get(DATABASES)):
+                return str(Path.cwd() / File()(DATABASES, folder) / result)
+            if about.rule.of_database or self._directory is not None:
+                return self.absolute(result)
         return result
 
     def unknown(self, key: str, table: Mapping[str, object], known: Iterable[str]) -> None:

@@ -49,10 +49,10 @@ class Text(msgspec.Struct, frozen=True):
 class File(msgspec.Struct, frozen=True):
     """A path, as text or pathlib. Whether it exists is for whoever opens it.
 
-    *absolute*: made absolute in Python too (from the working directory), not only in files.
+    *of_database*: made absolute in Python too, not only in files; the environment may say from where.
     """
 
-    absolute: bool = False
+    of_database: bool = False
 
     @property
     def shape(self) -> str:
