@@ -65,6 +65,10 @@ class Names:
         """Where seals go: the limits between reigns."""
         return f"{self.platform}.{app}.wal.seal"
 
+    def wal_claim_subject(self, app: str) -> str:
+        """Where a new leader stops an old one that writes so fast that no seal gets in."""
+        return f"{self.platform}.{app}.wal.claim"
+
     def wal_watch(self, app: str) -> str:
         """Where that log republishes, as a subject prefix."""
         return f"{self.platform}.{app}.watch.wal"

@@ -67,17 +67,26 @@ class LogRecord(msgspec.Struct, frozen=True):
         return self.pointer.size if self.pointer is not None else len(self.data)
 
 
+class Claim(msgspec.Struct, frozen=True):
+    """A leader of *epoch* is about to seal. It changes nothing in the database, but takes a sequence: so an
+    older leader that writes as fast as it can is stopped."""
+
+    sequence: int
+    epoch: int
+    nonce: str = ""
+    time: float = 0.0
+
+
 class Foreign(msgspec.Struct, frozen=True):
     """Something in the log that Phalanx did not write, or not so. It changes nothing in the database."""
 
     sequence: int
     problem: str
-    time: float = 0.0
-    epoch: int = 0
     nonce: str = ""
+    time: float = 0.0
 
 
-LogEntry: TypeAlias = Seal | LogRecord | Foreign
+LogEntry: TypeAlias = Seal | LogRecord | Claim | Foreign
 
 
 class Draft(msgspec.Struct, frozen=True):
@@ -141,12 +150,14 @@ def parse(record: Record) -> LogEntry:
                 headers.get(NONCE, ""),
                 record.time,
             )
+        if record.subject.endswith(".wal.claim"):
+            return Claim(record.revision, int(headers[EPOCH]), headers.get(NONCE, ""), record.time)
         problem = "an unknown subject"
     except KeyError as error:
         problem = f"no header {error.args[0]}"
     except ValueError as error:  # msgspec's errors are ValueErrors, too
         problem = str(error)
-    return Foreign(record.revision, f"{record.subject}: {problem}", record.time)
+    return Foreign(record.revision, f"{record.subject}: {problem}", headers.get(NONCE, ""), record.time)
 
 
 def _record(record: Record, headers: Mapping[str, str]) -> LogRecord:

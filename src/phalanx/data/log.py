@@ -7,6 +7,9 @@ order and keeps a deposed leader out (G2):
   epoch higher than its own, it is deposed. Else it publishes its seal, expecting L.
 * If the seal is stored, then nothing was stored since that look; so no seal of a newer epoch lies before it,
   however long the leader slept in between. Else it looks again.
+* An old leader that appends as fast as it can would win that race for ever. Then the new one first writes a
+  *claim*, which expects only that no seal came since its look. It takes up a sequence, so the old leader's
+  next append is refused, and means nothing else.
 * A leader appends expecting the sequence of its own last entry, and never takes over another one. As soon as
   another leader has sealed, no append of it can be stored any more.
 
@@ -27,7 +30,9 @@ import msgspec
 
 from phalanx import system
 from phalanx.data.entries import (
+    Claim,
     Draft,
+    Foreign,
     LogEntry,
     LogRecord,
     ObjectPointer,
@@ -40,17 +45,21 @@ from phalanx.data.entries import (
 from phalanx.data.objects import ObjectStore
 from phalanx.errors import BusError, BusTimeout, BusUnavailable, DatabaseError, Fenced, WrongRevision
 from phalanx.names import Names
-from phalanx.ports import Bus
+from phalanx.ports import Bus, Fence
 
 log = logging.getLogger("phalanx.log")
 
 T = TypeVar("T")
+E = TypeVar("E", Seal, LogRecord)
 
 EXPECTED = "Nats-Expected-Last-Sequence"
 HEADER_BYTES = 4096
 """Left for headers, ours and those that the server adds, in each message."""
 
 WRITE_SECONDS = 2.0
+REFUSALS = 3
+"""After so many refusals in a row a seal is preceded by a claim."""
+
 RETRY_SECONDS = (0.02, 0.5)
 PAGE_BYTES = 4 << 20
 DECIDE_SECONDS = 10.0
@@ -108,6 +117,7 @@ class WalLog:
         self._app = app
         self._stream, self._subjects = names.wal_stream(app), names.wal_subjects(app)
         self._records, self._seals = names.wal_record_subject(app), names.wal_seal_subject(app)
+        self._claims = names.wal_claim_subject(app)
         self.objects = objects if objects is not None else ObjectStore(bus, names, app)
         self._seen = 0
 
@@ -136,23 +146,20 @@ class WalLog:
 
     async def _last(self) -> LogEnd | None:
         end = await self._tip()
-        seal, record = end.entry, end.entry
-        if not isinstance(seal, Seal):
-            found = await self._bus.read(self._stream, self._seals)
-            seal = parse(found) if found is not None else None
-        if not isinstance(record, LogRecord):
-            found = await self._bus.read(self._stream, self._records)
-            record = parse(found) if found is not None else None
+        seal = await self._last_of(end, self._seals, Seal)
+        record = await self._last_of(end, self._records, LogRecord)
         if any(entry is not None and entry.sequence > end.sequence for entry in (seal, record)):
             return None  # somebody wrote between the looks
-        return LogEnd(
-            end.sequence,
-            end.epoch,
-            end.txid,
-            end.entry,
-            seal if isinstance(seal, Seal) else None,
-            record if isinstance(record, LogRecord) else None,
-        )
+        return LogEnd(end.sequence, end.epoch, end.txid, end.entry, seal, record)
+
+    async def _last_of(self, end: LogEnd, subject: str, kind: type[E]) -> E | None:
+        if isinstance(end.entry, kind):
+            return end.entry
+        found = await self._bus.read(self._stream, subject)
+        entry = parse(found) if found is not None else None
+        if isinstance(entry, Foreign):
+            entry = await self._newest(end.sequence, kind)
+        return entry if isinstance(entry, kind) else None
 
     async def _tip(self) -> LogEnd:
         """The last sequence, with its entry's epoch and txid. Raises LogWentBack, once that is certain."""
@@ -171,14 +178,26 @@ class WalLog:
         entry = parse(record)
         if isinstance(entry, Seal | LogRecord):
             return LogEnd(entry.sequence, entry.epoch, entry.txid, entry)
-        # Somebody else's message is the last one: the epoch is that of the last ones of ours.
-        epoch = txid = 0
-        for subject in (self._seals, self._records):
-            found = await self._bus.read(self._stream, subject)
-            ours = parse(found) if found is not None else None
-            if isinstance(ours, Seal | LogRecord):
-                epoch, txid = max(epoch, ours.epoch), max(txid, ours.txid)
+        # A claim, or somebody else's message: what holds is the last one that is neither.
+        ours = await self._newest(entry.sequence, Seal | LogRecord)
+        epoch, txid = (ours.epoch, ours.txid) if isinstance(ours, Seal | LogRecord) else (0, 0)
         return LogEnd(entry.sequence, epoch, txid, entry)
+
+    async def _newest(self, up_to: int, kind: Any) -> LogEntry | None:
+        """The last entry of that kind, where foreign ones hide it from a look by subject."""
+        width, found = 64, None
+        while found is None:
+            at = start = max(1, up_to - width + 1)
+            while at <= up_to:
+                page = await self.read(at)
+                if not page:
+                    raise BusTimeout(f"WAL log of {self._app}", "the replica that answers is behind")
+                found = next((e for e in reversed(page) if isinstance(e, kind)), found)
+                at = page[-1].sequence + 1
+            if start == 1:
+                break
+            width *= 8
+        return found
 
     # --- writing
 
@@ -189,33 +208,50 @@ class WalLog:
         kind: SealKind,
         reason: str = "",
         *,
-        txid: int | None = None,
         timeout: float = 10.0,
     ) -> Seal:
         """Append a seal; from then on no leader of an older epoch can append anything.
 
-        ``Seal.txid`` is the last one in the log before it; *txid*: where the log no longer tells. Raises
-        Fenced when a newer epoch has sealed.
+        ``Seal.txid`` is the last transaction in the log before it. Raises Fenced when a newer epoch has
+        sealed.
         """
         nonce = secrets.token_hex(8)
+        refusals = 0
 
         async def attempt() -> Seal | None:
-            end = await self._tip()
-            if end.epoch > epoch:
-                raise Fenced(self._app, epoch)
-            if isinstance(end.entry, Seal) and end.entry.nonce == nonce:
-                return end.entry
-            before = end.txid if end.entry is not None or txid is None else txid
-            seal = Seal(end.sequence + 1, epoch, node, before, kind, reason, nonce)
-            body, headers = seal_body(epoch, node, before, kind, reason), seal_headers(epoch, nonce)
-            try:
-                await self._write(self._seals, body, headers, end.sequence)
-            except WrongRevision:
-                return None  # somebody appended, or it is ours from an attempt before: look
-            self.saw(seal.sequence)
-            return seal
+            nonlocal refusals
+            while True:
+                end = await self._tip()
+                if end.epoch > epoch:
+                    raise Fenced(self._app, epoch)
+                if isinstance(end.entry, Seal) and end.entry.nonce == nonce:
+                    return end.entry
+                seal = Seal(end.sequence + 1, epoch, node, end.txid, kind, reason, nonce)
+                body, headers = seal_body(epoch, node, end.txid, kind, reason), seal_headers(epoch, nonce)
+                try:
+                    await self._write(self._seals, body, headers, end.sequence)
+                except WrongRevision:
+                    # Somebody appended, or it is ours from an attempt before: look again, at once.
+                    refusals += 1
+                    if refusals % REFUSALS == 0:
+                        await self._claim(epoch)
+                        return None
+                    continue
+                self.saw(seal.sequence)
+                return seal
 
         return await self._until(timeout, attempt)
+
+    async def _claim(self, epoch: int) -> None:
+        """Stop the appends of older leaders; of a newer one that has sealed they can't be stopped so."""
+        found = await self._bus.read(self._stream, self._seals)
+        last = parse(found) if found is not None else None
+        if isinstance(last, Seal) and last.epoch > epoch:
+            raise Fenced(self._app, epoch)
+        fence = Fence(self._seals, found.revision if found is not None else 0)
+        headers = seal_headers(epoch, secrets.token_hex(8))
+        with contextlib.suppress(WrongRevision):
+            await self._bus.write(self._claims, b"", fence=fence, headers=headers, timeout=WRITE_SECONDS)
 
     async def append(self, expected_sequence: int, draft: Draft, *, timeout: float = 10.0) -> int:
         """Append a record right after *expected_sequence*, this writer's last entry; its sequence.
@@ -251,7 +287,8 @@ class WalLog:
     async def _stored(self, expected: int, draft: Draft) -> int | None:
         """Whether *draft* is in the log: its sequence. None: not so far, and its place is free."""
         end = await self._tip()
-        if end.epoch > draft.epoch:
+        claimed = end.entry.epoch if isinstance(end.entry, Claim) else 0
+        if max(end.epoch, claimed) > draft.epoch:
             raise Fenced(self._app, draft.epoch)
         if end.sequence == expected:
             return None
@@ -363,11 +400,14 @@ class WalLog:
     # --- cleaning up
 
     async def purge(self, up_to_sequence: int) -> int:
-        """Remove the entries up to and with *up_to_sequence*, but never the last one: it tells the epoch.
+        """Remove the entries up to and with *up_to_sequence*, but never the last record and what follows:
+        it tells epoch and transaction.
 
         Their objects go with them. Returns how many entries were removed.
         """
-        keep = min(up_to_sequence + 1, (await self._tip()).sequence)
+        end = await self.last()
+        last = end.last_record or end.last_seal
+        keep = min(up_to_sequence + 1, last.sequence if last is not None else 1)
         if keep <= 1:
             return 0
         answer = await self._bus.api(f"STREAM.PURGE.{self._stream}", {"seq": keep})

@@ -1,0 +1,476 @@
+"""Following: the log of an app is applied to this node's replica, as soon as it is written.
+
+As in ``coord.watch`` nothing depends on a consumer: the live part is a core subscription to what the log
+republishes, and what that misses is read by direct get. Sequences have no holes, so every loss is seen.
+
+One task, owned by the follower, applies. It takes entries in order, from what was pushed where that goes on
+just there, else from the log. Pushed entries are kept within bounds; what does not fit is read from the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import tempfile
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from phalanx import system
+from phalanx.aio import wait_at_most
+from phalanx.data.confirming import Confirmation, Confirmer, confirmed
+from phalanx.data.entries import Claim, Foreign, LogEntry, LogRecord, Seal, parse
+from phalanx.data.log import PAGE_BYTES, WalLog
+from phalanx.errors import BusError, DatabaseError, PhalanxError, ReplicaUnavailable
+from phalanx.names import Names
+from phalanx.ports import Bus, Connection, Message, Record, Subscription
+from phalanx.types import Position
+
+__all__ = ["Confirmation", "Follower", "Replica", "confirmed"]
+
+log = logging.getLogger("phalanx.following")
+
+RESYNC_SECONDS = 30.0
+"""Between looks at the end of the log that nothing asked for."""
+
+RETRY_SECONDS = (0.02, 1.0)
+MAX_PUSHED = 4096
+MAX_PUSHED_BYTES = 16 << 20
+BATCH = 32
+"""Entries that are given to the replica at once, in order."""
+
+BATCH_BYTES = 8 << 20
+REMEMBERED = 4096
+"""Nonces of entries that were taken, to know them again."""
+
+
+class Replica(Protocol):
+    """What a follower applies to. Calls are carried out in the order in which they were made."""
+
+    @property
+    def position(self) -> Position:
+        """How far it is."""
+        ...
+
+    async def apply(self, sequence: int, txid: int, data: bytes | Path) -> object:
+        """Apply an LTX file. Raises LtxError, DatabaseError."""
+        ...
+
+    async def skip(self, sequence: int) -> object:
+        """There is nothing to apply at *sequence*."""
+        ...
+
+    async def sync(self) -> Position:
+        """Put on disk what is applied; up to where."""
+        ...
+
+
+class Follower:
+    """Follows for one replica, from where that is. Its owner calls :meth:`start` and :meth:`stop`.
+
+    *on_trouble*: it has ended, since the replica cannot follow any more (the log begins later, holds
+    something else than what was applied, or the replica failed): it has to be made anew. *on_applied* and
+    *on_seal* are called after each step. *spool*: a folder for records too large for memory.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        names: Names,
+        app: str,
+        replica: Replica,
+        wal_log: WalLog,
+        *,
+        node: str,
+        on_trouble: Callable[[str], None],
+        on_applied: Callable[[Position], None] | None = None,
+        on_seal: Callable[[Seal], None] | None = None,
+        spool: Path | None = None,
+    ) -> None:
+        self._bus, self._app, self._replica, self._log = bus, app, replica, wal_log
+        self._subject = f"{names.wal_watch(app)}.>"
+        self._on_trouble, self._on_applied, self._on_seal = on_trouble, on_applied, on_seal
+        self._spool = spool
+        self._applied = Position()
+        self._epoch = 0
+        self._end = 0
+        self._next = 1
+        """The next entry to take; those between it and ``_applied`` are under way."""
+        self._pushed: dict[int, tuple[LogEntry, float]] = {}
+        self._pushed_bytes = 0
+        self._nonces: OrderedDict[int, str] = OrderedDict()
+        self._under_way_bytes = 0
+        self._oldest: float | None = None
+        self._wake = asyncio.Event()
+        self._retry = asyncio.Event()
+        self._progress = asyncio.Event()
+        self._unverified = True
+        self._asked = 0
+        self._failure: str | None = None
+        self._subscription: Subscription | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stop_listening: Callable[[], None] | None = None
+        self._confirmer = Confirmer(bus, names, app, node, sync=replica.sync, state=self._certain)
+
+    # --- life
+
+    async def start(self) -> None:
+        """Begin to follow; returns when the end of the log is known. Raises BusError, then call it again.
+
+        A replica that cannot follow is no error: see :attr:`trouble`.
+        """
+        self._applied = self._replica.position
+        self._next, self._end = self._applied.sequence + 1, self._applied.sequence
+        self._log.saw(self._applied.sequence)
+        try:
+            self._stop_listening = self._bus.on_connection(self._on_connection)
+            self._subscription = await self._bus.subscribe(self._subject, self._on_message)
+            with contextlib.suppress(DatabaseError):  # the task finds it again, and reports it
+                await self._verify()
+            await self._confirmer.start()
+            self._task = asyncio.create_task(self._run(), name=f"{self._app} follower")
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Follow no more; harmless when done twice. What the replica was just given, it may yet apply."""
+        if self._stop_listening is not None:
+            self._stop_listening()
+        await self._confirmer.stop()
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            await subscription.unsubscribe()
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        self._pushed.clear()
+        self._pushed_bytes = 0
+
+    # --- what is so
+
+    @property
+    def applied(self) -> Position:
+        """How far the replica is."""
+        return self._applied
+
+    @property
+    def known_end(self) -> int:
+        """The highest sequence that the log is known to have."""
+        return self._end
+
+    @property
+    def trouble(self) -> str | None:
+        """Why it has ended, None while it has not."""
+        return self._failure
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that wrote the last entry applied; 0 while that is unknown."""
+        return self._epoch
+
+    @property
+    def lag_records(self) -> int:
+        """How many entries are known and not applied."""
+        return max(0, self._end - self._applied.sequence)
+
+    @property
+    def lag_bytes(self) -> int:
+        """Their size, as far as they have arrived here."""
+        return self._pushed_bytes + self._under_way_bytes
+
+    @property
+    def lag_seconds(self) -> float:
+        """How long the oldest entry that is not applied has been in the log. The clocks of hosts matter
+        only for entries that were stored while nobody listened here."""
+        if not self.lag_records or self._oldest is None:
+            return 0.0
+        return max(0.0, system.now() - self._oldest)
+
+    async def wait_for(self, sequence: int, timeout: float) -> None:
+        """Wait until *sequence* is applied. Raises TimeoutError, ReplicaUnavailable when it has ended."""
+        if sequence > self._end:
+            self._ask()
+        async with asyncio.timeout(timeout):
+            while self._applied.sequence < sequence:
+                if self._failure is not None:
+                    raise ReplicaUnavailable(self._app, self._failure)
+                await self._progress.wait()
+
+    def _certain(self) -> tuple[int, int] | None:
+        """What may be confirmed: nothing while it is not known that the log is still the one applied."""
+        return None if self._unverified else (self._applied.sequence, self._epoch)
+
+    # --- what is heard
+
+    def _on_connection(self, event: Connection) -> None:
+        if event in (Connection.CONNECTED, Connection.MISSED):
+            self._ask()
+
+    def _ask(self) -> None:
+        """See to it that the end of the log, and that it is the same one, is made sure soon."""
+        self._asked += 1
+        self._unverified = True
+        self._wake.set()
+        self._retry.set()
+
+    def _on_message(self, message: Message) -> None:
+        headers = message.headers
+        sequence = int(headers.get("Nats-Sequence", "0"))
+        if not sequence:
+            return  # not republished by a stream: somebody published by hand
+        entry = parse(Record(headers.get("Nats-Subject", ""), message.data, sequence, headers))
+        if sequence < self._next:
+            if self._nonces.get(sequence) != entry.nonce:
+                self._ask()  # not what was taken there, or so long ago that nobody knows
+            return
+        if sequence > max(self._end, self._next - 1) + 1:
+            self._bus.missed()
+        size = len(message.data)
+        if len(self._pushed) < MAX_PUSHED and self._pushed_bytes + size <= MAX_PUSHED_BYTES:
+            self._forget(sequence)
+            self._pushed[sequence] = (entry, system.now())
+            self._pushed_bytes += size
+        self._heard_of(sequence)
+
+    def _heard_of(self, sequence: int) -> None:
+        if self._oldest is None:
+            self._oldest = system.now()
+        self._end = max(self._end, sequence)
+        self._log.saw(sequence)
+        self._wake.set()
+
+    def _forget(self, sequence: int) -> tuple[LogEntry, float] | None:
+        found = self._pushed.pop(sequence, None)
+        if found is not None:
+            self._pushed_bytes -= _size(found[0])
+        return found
+
+    # --- following
+
+    async def _run(self) -> None:
+        delay, longest = RETRY_SECONDS
+        while True:
+            try:
+                await self._follow()
+                delay = RETRY_SECONDS[0]
+            except BusError as error:
+                log.debug("following app %s: %s", self._app, error)
+                self._retry.clear()
+                await wait_at_most(self._retry, delay * random.uniform(0.8, 1.2))
+                delay = min(longest, 2 * delay)
+            except PhalanxError as error:
+                self._fail(str(error))
+                return
+            except Exception as error:
+                log.exception("following app %s failed", self._app)
+                self._fail(f"{type(error).__name__}: {error}")
+                return
+
+    async def _follow(self) -> None:
+        """The next step: apply what is there, else see what is missing, else wait."""
+        if self._unverified:
+            await self._verify()
+        elif entries := self._take():
+            await self._apply(entries)
+        elif self._end >= self._next:
+            await self._catch_up()
+        elif not await wait_at_most(self._wake, RESYNC_SECONDS * random.uniform(0.8, 1.2)):
+            await self._verify()
+        self._wake.clear()
+
+    def _take(self) -> list[LogEntry]:
+        """Pushed entries from the next one on, as many as go on without a hole, within a batch."""
+        entries: list[LogEntry] = []
+        size = 0
+        while len(entries) < BATCH and size < BATCH_BYTES:
+            found = self._forget(self._next)
+            if found is None:
+                break
+            if not entries:
+                self._oldest = found[1]
+            entries.append(found[0])
+            size += _size(found[0])
+            self._is_taken(found[0])
+        self._under_way_bytes = size
+        return entries
+
+    def _is_taken(self, entry: LogEntry) -> None:
+        self._next = entry.sequence + 1
+        self._nonces[entry.sequence] = entry.nonce
+        if len(self._nonces) > REMEMBERED:
+            self._nonces.popitem(last=False)
+
+    async def _verify(self) -> None:
+        """Learn the end of the log, and that it still is the log that was applied here.
+
+        Raises DatabaseError if it is not: it begins later, ends earlier, or holds something else.
+        """
+        asked = self._asked
+        state = await self._log.state()
+        end = state.last
+        if end < max(self._end, self._applied.sequence):
+            end = (await self._log.last()).sequence  # raises LogWentBack, once it is certain
+        if state.first > self._next:
+            raise DatabaseError(
+                f"the log begins at {state.first}, the replica is at {self._applied.sequence}"
+            )
+        if state.first <= self._applied.sequence:
+            await self._verify_applied()
+        if end >= self._next:
+            self._heard_of(end)
+        if asked == self._asked:
+            self._unverified = False
+        self._confirmer.progress()
+
+    async def _verify_applied(self) -> None:
+        """Servers that have lost writes store others there. Each begins with a seal, so txids differ."""
+        applied = self._applied
+        page = await self._log.read(applied.sequence, limit=1, max_bytes=1)
+        if not page:
+            raise BusError("verify the log", "the replica that answers is behind")
+        entry = page[0]
+        if entry.sequence != applied.sequence or isinstance(entry, Claim | Foreign):
+            return  # purged just now: then the end of the log tells enough
+        nonce = self._nonces.get(entry.sequence, entry.nonce)
+        if entry.txid != applied.txid or entry.nonce != nonce:
+            raise DatabaseError(
+                f"the log holds transaction {entry.txid} of epoch {entry.epoch} at {entry.sequence}, but "
+                f"{applied} was applied: NATS has lost acknowledged writes"
+            )
+        self._epoch = entry.epoch
+
+    # --- catching up
+
+    async def _catch_up(self) -> None:
+        """Read and apply until what is pushed goes on, or the end. A page is read while one is applied."""
+        reading = self._read()
+        try:
+            while True:
+                page = await reading
+                if not page:
+                    raise BusError("read the log", "the replica that answers is behind")
+                if page[0].sequence > self._next:
+                    raise DatabaseError(
+                        f"the log goes on at {page[0].sequence}, the replica is at {self._applied.sequence}"
+                    )
+                page = [each for at, each in enumerate(page) if each.sequence == self._next + at]
+                for each in page:
+                    self._forget(each.sequence)
+                    self._is_taken(each)
+                is_last = self._next > self._end or self._next in self._pushed or self._unverified
+                if not is_last:
+                    reading = self._read()
+                self._oldest = _stored_at(page[0])
+                await self._apply(page)
+                if is_last:
+                    return
+        finally:
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+
+    def _read(self) -> asyncio.Task[list[LogEntry]]:
+        limit = min(1024, max(1, self._end - self._next + 1))
+        return asyncio.create_task(
+            self._log.read(self._next, limit=limit, max_bytes=PAGE_BYTES), name=f"{self._app} log page"
+        )
+
+    # --- applying
+
+    async def _apply(self, entries: Sequence[LogEntry]) -> None:
+        """Apply *entries*, which go on from what is applied. What failed is taken again the next time."""
+        try:
+            at = 0
+            while at < len(entries):
+                batch = _batch(entries, at)
+                await self._apply_batch(batch)
+                at += len(batch)
+        except BaseException:
+            self._next = self._applied.sequence + 1
+            raise
+        finally:
+            self._under_way_bytes = 0
+            if self._applied.sequence >= self._end:
+                self._oldest = None
+
+    async def _apply_batch(self, batch: Sequence[LogEntry]) -> None:
+        if len(batch) == 1:
+            await self._apply_one(batch[0])
+            self._has_applied(batch[0])
+            return
+        results = await asyncio.gather(*(self._apply_one(each) for each in batch), return_exceptions=True)
+        for entry, result in zip(batch, results, strict=True):
+            if isinstance(result, BaseException):
+                raise result
+            self._has_applied(entry)
+
+    async def _apply_one(self, entry: LogEntry) -> None:
+        if isinstance(entry, LogRecord):
+            if entry.pointer is None:
+                await self._replica.apply(entry.sequence, entry.txid, entry.data)
+            else:
+                await self._apply_object(entry)
+            return
+        if isinstance(entry, Foreign):
+            log.error("app %s: the log holds something foreign at %d: %s", self._app, entry.sequence, entry)
+        await self._replica.skip(entry.sequence)
+
+    async def _apply_object(self, record: LogRecord) -> None:
+        with tempfile.NamedTemporaryFile(prefix="record-", suffix=".ltx", dir=self._spool) as file:
+            await self._log.download(record, Path(file.name))
+            await self._replica.apply(record.sequence, record.txid, Path(file.name))
+
+    def _has_applied(self, entry: LogEntry) -> None:
+        txid = self._applied.txid
+        if isinstance(entry, Seal | LogRecord):
+            self._epoch, txid = entry.epoch, entry.txid
+        self._applied = Position(entry.sequence, txid)
+        if isinstance(entry, Seal) and self._on_seal is not None:
+            self._call(self._on_seal, entry)
+        self._report_progress()
+        if self._on_applied is not None:
+            self._call(self._on_applied, self._applied)
+
+    def _call(self, callback: Callable[..., object], argument: object) -> None:
+        try:
+            callback(argument)
+        except Exception:
+            log.exception("following app %s: a callback failed", self._app)
+
+    def _report_progress(self) -> None:
+        progress, self._progress = self._progress, asyncio.Event()
+        progress.set()
+        self._confirmer.progress()
+
+    def _fail(self, reason: str) -> None:
+        log.error("app %s: the replica at %s cannot follow: %s", self._app, self._applied, reason)
+        self._failure = reason
+        self._unverified = True
+        self._report_progress()
+        self._call(self._on_trouble, reason)
+
+
+def _size(entry: LogEntry) -> int:
+    return len(entry.data) if isinstance(entry, LogRecord) else 0
+
+
+def _batch(entries: Sequence[LogEntry], at: int) -> Sequence[LogEntry]:
+    """The next entries to apply at once; one that has to be fetched from the object store is alone."""
+    size, end = 0, at
+    while end < len(entries) and end - at < BATCH and size < BATCH_BYTES:
+        entry = entries[end]
+        if isinstance(entry, LogRecord) and entry.pointer is not None:
+            break
+        size += _size(entry)
+        end += 1
+    return entries[at : max(end, at + 1)]
+
+
+def _stored_at(entry: LogEntry) -> float:
+    """When *entry* was stored, on this host's steady clock."""
+    age = system.wall() - entry.time if entry.time else 0.0
+    return system.now() - max(0.0, age)
