@@ -42,6 +42,8 @@ from phalanx.types import Role
 
 if TYPE_CHECKING:
     from phalanx.client import PlatformClient
+    from phalanx.data.restoring import Restoring
+    from phalanx.data.snapshots import Snapshots
 
 T = TypeVar("T")
 
@@ -145,6 +147,23 @@ class DatabaseClient:
         if found.error:
             raise DatabaseError(f"node {node}: {found.error}")
         return found
+
+    async def snapshots(self, app: str) -> Snapshots:
+        """What can be done with an app's snapshots by NATS alone: list, verify, delete."""
+        from phalanx.data.log import WalLog
+        from phalanx.data.objects import ObjectStore
+        from phalanx.data.snapshots import Snapshots
+
+        await self.check(app)
+        bus, names = self._client.bus, self._client.names
+        objects = ObjectStore(bus, names, app)
+        return Snapshots(objects, WalLog(bus, names, app, objects), app)
+
+    async def restoring(self, app: str) -> Restoring:
+        """How a database as it was is put into a file here, by NATS alone."""
+        from phalanx.data.restoring import Restoring
+
+        return Restoring(await self.snapshots(app))
 
     # --- changing
 

@@ -7,9 +7,7 @@ had, bad ones too; the nodes themselves are real ``phalanx run`` processes.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
@@ -18,6 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.e2e.cli import CLI, Cli
 
 from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
@@ -45,7 +44,6 @@ from phalanx.testing.nats import NatsServer
 from phalanx.testing.nodes import Nodes
 from phalanx.types import Position
 
-CLI = (sys.executable, "-m", "phalanx.cli.main")
 NAMES = Names("prod")
 
 TOML = """
@@ -101,46 +99,12 @@ DIVERGED = DivergedFile(
 )
 
 
-class Platform:
+class Platform(Cli):
     """Two nodes, and the command line to look at them; ``bus`` is the stand-in's connection."""
 
     def __init__(self, server: NatsServer, nodes: Nodes, bus: NatsBus, folder: Path) -> None:
-        self.server, self.nodes, self.bus, self.folder = server, nodes, bus, folder
-
-    async def call(self, *words: str, code: int = 0) -> tuple[str, str]:
-        """Run the command line, which must end with *code*: what it printed, and its errors."""
-        env = {name: value for name, value in os.environ.items() if not name.startswith("PHALANX_")}
-        env |= {"PHALANX_PLATFORM": "prod", "PHALANX_NATS": self.server.url()}
-        process = await asyncio.create_subprocess_exec(
-            *CLI,
-            *words,
-            env=env,
-            cwd=self.folder,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        try:
-            async with asyncio.timeout(60):
-                out, err = (text.decode() for text in await process.communicate())
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        assert process.returncode == code, (words, process.returncode, out, err)
-        assert "Traceback" not in err, err
-        return out, err
-
-    async def json(self, *words: str, code: int = 0) -> Any:
-        """What it prints with --json."""
-        return json.loads((await self.call(*words, "--json", code=code))[0])
-
-    async def refused(self, *words: str, code: int = 2) -> str:
-        """The one line that says what is wrong."""
-        out, err = await self.call(*words, code=code)
-        assert out == ""
-        assert err.startswith("error: ")
-        assert len(err.splitlines()) == 1, err
-        return err
+        super().__init__(server.url(), folder)
+        self.server, self.nodes, self.bus = server, nodes, bus
 
 
 class StandIn:

@@ -23,7 +23,8 @@ def difference(
 ) -> tuple[TableDifference, ...]:
     """The tables in which *diverged* and *present* differ, with up to *rows* rows of each side.
 
-    Rows are compared as a whole and as a set; views, virtual tables and what belongs to those are left out.
+    Rows are compared as a whole and as a set; views, virtual tables and what belongs to those are left out,
+    and so are the tables that Litestream keeps for itself.
     Reads both databases, in the calling thread. Raises DatabaseError when that fails or takes longer than
     *timeout* seconds.
     """
@@ -58,7 +59,7 @@ def _tables(connection: sqlite3.Connection, schema: str) -> dict[str, tuple[str,
             for column in connection.execute("SELECT name FROM pragma_table_info(?, ?)", (name, schema))
         )
         for name in names
-        if not name.startswith("sqlite_")
+        if not name.startswith(("sqlite_", "_litestream_"))
     }
 
 
