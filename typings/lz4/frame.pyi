@@ -11,5 +11,6 @@ def compress(
 
 class LZ4FrameDecompressor:
     eof: bool
+    needs_input: bool
     unused_data: bytes | None
     def decompress(self, data: bytes | bytearray | memoryview, max_length: int = ...) -> bytes: ...

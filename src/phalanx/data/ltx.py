@@ -19,7 +19,7 @@ import io
 import re
 import struct
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import Protocol
 
 import lz4.block
 import lz4.frame
@@ -82,6 +82,12 @@ class Page(msgspec.Struct, frozen=True):
 
     number: int
     data: bytes
+
+
+class Readable(Protocol):
+    """A buffered binary file: ``read(n)`` gives n bytes unless it ends."""
+
+    def read(self, size: int, /) -> bytes: ...
 
 
 class LtxFile(msgspec.Struct, frozen=True):
@@ -186,10 +192,10 @@ def decode(data: bytes) -> LtxFile:
     return LtxFile(reader.header, pages, reader.post_checksum)
 
 
-def open_pages(file: BinaryIO) -> tuple[Header, Iterator[Page]]:
+def open_pages(file: Readable) -> tuple[Header, Iterator[Page]]:
     """The header, and the pages one after the other, for files of any size: memory stays flat.
 
-    *file* is buffered (its ``read(n)`` gives n bytes unless it ends) and holds one LTX file, nothing more.
+    *file* holds one LTX file, nothing more.
     Raises LtxError, here for the header and from the iterator for all else. Index, trailer, checksum and
     completeness are verified after the last page: what the iterator gave before it ended without an error
     may be wrong, and must not be used for good.
@@ -204,7 +210,7 @@ def open_pages(file: BinaryIO) -> tuple[Header, Iterator[Page]]:
 class _Reader:
     """Reads one file from beginning to end. ``post_checksum`` is known when ``pages()`` is through."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: Readable) -> None:
         self._file = file
         head = self._read(HEADER_BYTES, "its header")
         self.header = decode_header(head)

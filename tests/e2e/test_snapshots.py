@@ -1,0 +1,557 @@
+"""Snapshots of an app's database: made from a replica or a live database, restored at any position."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from tests.e2e.wal import APP, NAMES, connected, make_log
+
+from phalanx.bus.connection import NatsBus
+from phalanx.data import image_process, ltx, restoring
+from phalanx.data.entries import Draft, SealKind
+from phalanx.data.image_process import ImageSource
+from phalanx.data.log import WalLog
+from phalanx.data.objects import ObjectStore
+from phalanx.data.replica import Replica
+from phalanx.data.restoring import Restoring, Wanted
+from phalanx.data.snapshots import Snapshots, snapshot_name
+from phalanx.decide.retention import Limits
+from phalanx.errors import DatabaseError
+from phalanx.testing.nats import NatsServer
+from phalanx.types import Position
+
+LITESTREAM = str(Path(sys.executable).parent / "litestream")
+
+
+class Site:
+    """An active node's database, captured by Litestream and shipped, and a standby's replica of it."""
+
+    def __init__(self, folder: Path, bus: NatsBus, wal: WalLog, page_size: int) -> None:
+        self.folder, self.log = folder, wal
+        self.live = folder / "live.db"
+        self.capture = folder / ".live.db-litestream" / "ltx" / "0"
+        self.second = folder / "litestream"
+        self.replica = Replica.open(folder / "replica")
+        self.snapshots = Snapshots(ObjectStore(bus, NAMES, APP), wal, APP, "n2")
+        self.restoring = Restoring(self.snapshots)
+        self.database = sqlite3.connect(self.live, isolation_level=None)
+        self.database.execute(f"PRAGMA page_size = {page_size}")
+        self.database.execute("PRAGMA journal_mode = WAL")
+        self.database.execute("PRAGMA wal_autocheckpoint = 0")
+        self.database.execute("CREATE TABLE t(id INTEGER PRIMARY KEY, x REAL, y BLOB)")
+        self.sequence, self.txid, self.epoch = 0, 0, 0
+        self.positions: list[Position] = []
+        self._chance = random.Random(page_size)
+
+    def close(self) -> None:
+        self.database.close()
+        self.replica.close()
+
+    async def begin(self, epoch: int) -> None:
+        """A reign begins."""
+        self.epoch = epoch
+        self.sequence = (await self.log.seal(epoch, "n1", SealKind.OPEN)).sequence
+        self.replica.skip(self.sequence)
+
+    async def commit(
+        self, statement: str = "", *, rows: int = 3, size: int = 500, apply: bool = True
+    ) -> None:
+        """One transaction: made, captured, shipped, applied."""
+        for at in range(rows if not statement else 0):
+            self.database.execute("INSERT INTO t(x, y) VALUES (?, ?)", (at, self._chance.randbytes(size)))
+        if statement:
+            self.database.execute(statement)
+        await asyncio.to_thread(litestream, "replicate", "-once", str(self.live), f"file://{self.second}")
+        for path in sorted(self.capture.iterdir()):
+            txids = ltx.parse_file_name(path.name)
+            if txids is not None and txids[1] > self.txid:
+                await self.ship(path, txids[1], apply=apply)
+
+    async def ship(self, path: Path, txid: int, *, apply: bool = True) -> None:
+        """One captured file into the log, and into the replica."""
+        data = path.read_bytes()  # noqa: ASYNC240
+        self.sequence = await self.log.append(self.sequence, Draft(self.epoch, txid, path, len(data)))
+        self.txid = txid
+        self.positions.append(Position(self.sequence, txid))
+        if apply:
+            self.replica.apply(self.sequence, txid, data)
+
+    @property
+    def source(self) -> ImageSource:
+        """The standby's replica."""
+        assert self.replica.path is not None
+        return ImageSource(self.replica.path, journal=self.replica.path.parent / "journal")
+
+    def expected(self, txid: int) -> bytes:
+        """The database at *txid* as Litestream restores it."""
+        target = self.folder / f"expected-{txid}.db"
+        if not target.exists():
+            litestream("restore", "-txid", f"{txid:016x}", "-o", str(target), f"file://{self.second}")
+        return target.read_bytes()
+
+    async def restore(self, **wanted: object) -> bytes:
+        """What comes out of a restore."""
+        target = self.folder / f"restored-{time.monotonic_ns()}.db"
+        await self.restoring.restore(Wanted(**wanted), target)  # pyright: ignore
+        left = [path.name for path in self.folder.iterdir() if path.name.startswith((target.name, "."))]
+        assert sorted(left) == [".live.db-litestream", target.name]
+        return target.read_bytes()
+
+
+def litestream(*arguments: str) -> None:
+    """One run of Litestream, which must go well."""
+    done = subprocess.run([LITESTREAM, *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def start(*command: str) -> subprocess.Popen[bytes]:
+    """A program that goes on until it is ended."""
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+def run(*command: str, stdin: bytes) -> bytes:
+    """What a program makes of its input."""
+    return subprocess.run(command, input=stdin, capture_output=True, timeout=60, check=True).stdout
+
+
+@pytest.fixture
+async def bus(nats_server: NatsServer) -> AsyncIterator[NatsBus]:
+    async with connected(nats_server.url()) as bus:
+        yield bus
+
+
+@pytest.fixture
+async def make_site(tmp_path: Path, bus: NatsBus) -> AsyncIterator[Callable[..., AsyncGenerator[Site]]]:
+    """Makes the site of a test."""
+    sites: list[Site] = []
+
+    async def make(page_size: int = 4096) -> Site:
+        sites.append(Site(tmp_path, bus, await make_log(bus), page_size))
+        await sites[0].begin(7)
+        return sites[0]
+
+    yield make  # pyright: ignore
+    for site in sites:
+        site.close()
+
+
+@pytest.fixture
+async def site(make_site: Callable[..., object]) -> Site:
+    """A site with pages of 4096 bytes."""
+    return await make_site()  # pyright: ignore
+
+
+# --- positions
+
+
+@pytest.mark.parametrize("page_size", [512, 65536])
+async def test_g8_every_position_after_a_snapshot_is_restored_byte_for_byte(
+    make_site: Callable[..., object], page_size: int
+) -> None:
+    """Rows, a VACUUM, a WAL begun anew, two reigns: each position is what Litestream restores."""
+    site: Site = await make_site(page_size)  # pyright: ignore
+    for number in range(4):
+        await site.commit(rows=number * 10 + 1)
+    made = await site.snapshots.create(site.source, epoch=7)
+    assert (made.sequence, made.txid, made.node) == (site.sequence, 4, "n2")
+    assert made.raw_bytes == len(site.expected(4))
+    await site.commit("DELETE FROM t WHERE id % 2 = 0")
+    await site.commit("VACUUM")
+    site.database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    await site.commit(rows=30, size=3000)
+    await site.begin(9)
+    await site.commit(rows=1)
+    for position in site.positions[3:]:
+        assert await site.restore(sequence=position.sequence) == site.expected(position.txid), position
+    assert await site.restore() == site.expected(site.txid)
+    assert await site.restore(snapshot=made.name) == site.expected(4)
+
+
+async def test_snapshot_says_what_it_is(site: Site) -> None:
+    """All that a list shows, and a second scheduled one at the same position is not made again."""
+    await site.commit()
+    await site.snapshots.create(site.source, epoch=7)
+    await site.commit(rows=50)
+    progress: list[tuple[int, int]] = []
+    made = await site.snapshots.create(
+        site.source, epoch=7, kind="manual", note="before the move", progress=lambda *at: progress.append(at)
+    )
+    first, second = await site.snapshots.list_snapshots()
+    assert second == made == await site.snapshots.newest() == await site.snapshots.find(made.name)
+    assert (made.name, made.kind, made.note) == (snapshot_name(site.sequence), "manual", "before the move")
+    assert made.position == site.positions[-1]
+    assert (made.page_size, made.commit * 4096) == (4096, made.raw_bytes)
+    assert 0 < made.size_bytes < made.raw_bytes
+    now = time.time()
+    assert now - 30 < first.time < made.time <= made.created + 1 < now + 2
+    assert progress[-1] == (made.raw_bytes, made.raw_bytes)
+    again = await site.snapshots.create(site.source, epoch=7)
+    assert (again.kind, again.created) == ("manual", made.created)
+
+
+async def test_state_at_a_time(site: Site) -> None:
+    """A time between two commits gives the first of them; one before the oldest snapshot is refused."""
+    times = [time.time()]
+    for _ in range(3):
+        await asyncio.sleep(0.02)
+        await site.commit()
+        if len(times) == 1:
+            await site.snapshots.create(site.source)
+        await asyncio.sleep(0.02)
+        times.append(time.time())
+    for txid in (1, 2, 3):
+        assert await site.restore(time=times[txid]) == site.expected(txid)
+    with pytest.raises(DatabaseError, match="before the oldest snapshot"):
+        await site.restore(time=times[0])
+    with pytest.raises(DatabaseError, match="in the future"):
+        await site.restore(time=time.time() + 3600)
+
+
+async def test_record_that_is_too_large_for_the_log_is_restored(site: Site) -> None:
+    """A transaction of 3 MB lies in the object store."""
+    await site.commit()
+    await site.snapshots.create(site.source)
+    await site.commit(rows=30, size=100_000)
+    await site.commit()
+    assert await site.restore() == site.expected(3)
+
+
+# --- a consistent view
+
+
+async def test_snapshot_of_a_replica_that_goes_on_has_one_position(site: Site) -> None:
+    """While an image is being read, slowly, the replica applies more and checkpoints: it stays as it was."""
+    await site.commit(rows=300, size=50_000)
+    before = site.positions[-1]
+    async with image_process.pack(site.source) as packing:
+        taken = packing.head
+        chunks = packing.chunks()
+        got = [await anext(chunks), await anext(chunks)]
+        for number in range(6):
+            await site.commit(f"UPDATE t SET y = randomblob(50000) WHERE id % 6 = {number}")
+            site.replica.checkpoint()
+        got += [chunk async for chunk in chunks]
+    assert Position(taken.sequence, taken.txid) == before
+    target = site.folder / "unpacked.db"
+    assert await image_process.unpack(pieces(b"".join(got)), target) == taken
+    assert target.read_bytes() == site.expected(before.txid)
+    assert (await site.snapshots.create(site.source)).position == site.positions[-1]
+    assert await site.restore() == site.expected(site.txid)
+
+
+async def test_snapshots_of_a_busy_replica_are_all_of_known_positions(site: Site) -> None:
+    """Images taken while records are applied one after the other: each is exactly what its position says."""
+    await site.commit(rows=200, size=5000)
+    for _ in range(25):
+        await site.commit("UPDATE t SET y = randomblob(3000) WHERE id % 10 = 3", apply=False)
+    stop = asyncio.Event()
+
+    async def follow() -> None:
+        for position in site.positions[1:]:
+            path = site.capture / ltx.file_name(position.txid, position.txid)
+            await asyncio.to_thread(site.replica.apply, position.sequence, position.txid, path.read_bytes())
+            if position.txid % 5 == 0:
+                await asyncio.to_thread(site.replica.checkpoint)
+            await asyncio.sleep(0.03)
+        stop.set()
+
+    following = asyncio.create_task(follow())
+    seen: set[int] = set()
+    while not stop.is_set():
+        target = site.folder / f"busy-{len(seen)}-{time.monotonic_ns()}.db"
+        async with image_process.pack(site.source) as packing:
+            await image_process.unpack(packing.chunks(), target)
+            seen.add(packing.head.txid)
+            assert target.read_bytes() == site.expected(packing.head.txid)
+    await following
+    assert len(seen) >= 3
+
+
+async def test_snapshot_of_a_live_database_under_load_has_one_position(site: Site, tmp_path: Path) -> None:
+    """A program commits without a pause while Litestream captures: the image is of one captured transaction,
+    and the log goes on from it."""
+    await site.commit(rows=100, size=2000)
+    writer = start(sys.executable, "-c", WRITER, str(site.live))
+    capture = tmp_path / "capture.yml"
+    capture.write_text(
+        f"dbs:\n  - path: {site.live}\n    monitor-interval: 5ms\n    replica:\n      path: {site.second}\n"
+    )
+    litestreaming = start(LITESTREAM, "replicate", "-config", str(capture))
+
+    async def ship() -> None:
+        while True:
+            for path in sorted(site.capture.iterdir()):
+                txids = ltx.parse_file_name(path.name)
+                if txids is not None and txids[1] > site.txid:
+                    await site.ship(path, txids[1], apply=False)
+            await asyncio.sleep(0.01)
+
+    shipping = asyncio.create_task(ship())
+    try:
+        while site.txid < 10:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        made = await site.snapshots.create(ImageSource(site.live, capture=site.capture), epoch=7)
+        while site.txid < made.txid + 20:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    finally:
+        writer.kill()
+        writer.wait()
+        shipping.cancel()
+        await asyncio.gather(shipping, return_exceptions=True)
+        litestreaming.terminate()
+        litestreaming.wait()
+    assert made.position in site.positions
+    assert await site.restore(snapshot=made.name) == site.expected(made.txid)
+    later = next(one for one in site.positions if one.txid == made.txid + 15)
+    assert await site.restore(sequence=later.sequence) == site.expected(later.txid)
+
+
+WRITER = """
+import sqlite3, sys
+database = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=30)
+database.execute("PRAGMA synchronous = OFF")
+database.execute("PRAGMA wal_autocheckpoint = 0")
+number = 0
+while True:
+    number += 1
+    database.execute("UPDATE t SET y = randomblob(1500) WHERE id = ?", (number % 100,))
+"""
+
+
+async def pieces(data: bytes, size: int = 100_000) -> AsyncGenerator[bytes]:
+    """*data* as a stream."""
+    for at in range(0, len(data), size):
+        yield data[at : at + size]
+
+
+# --- without Phalanx
+
+
+@pytest.mark.skipif(shutil.which("lz4") is None, reason="no lz4 command")
+async def test_snapshot_is_an_lz4_file(site: Site) -> None:
+    """`lz4 -d` makes the database of what lies in the object store."""
+    await site.commit(rows=100, size=60_000)
+    made = await site.snapshots.create(site.source)
+    data = b"".join([chunk async for chunk in site.snapshots.image(made)])
+    assert run("lz4", "-dc", stdin=data) == site.expected(site.txid)
+
+
+# --- what goes wrong
+
+
+async def test_wanted_states_that_are_not_to_be_had_are_refused(site: Site) -> None:
+    """No snapshot at all, a name, a position before the oldest one, beyond the log, in a purged part."""
+    await site.commit()
+    with pytest.raises(DatabaseError, match="has no snapshot"):
+        await site.restore()
+    await site.commit()
+    first = await site.snapshots.create(site.source)
+    for _ in range(3):
+        await site.commit()
+    with pytest.raises(DatabaseError, match="no snapshot 'x'"):
+        await site.restore(snapshot="x")
+    with pytest.raises(DatabaseError, match="before its oldest snapshot"):
+        await site.restore(sequence=site.positions[0].sequence)
+    with pytest.raises(DatabaseError, match="ends at 6: there is no position 99"):
+        await site.restore(sequence=99)
+    await site.log.purge(first.sequence + 1)
+    with pytest.raises(DatabaseError, match=r"begins at .* is gone"):
+        await site.restore()
+    assert await site.restore(snapshot=first.name) == site.expected(2)
+    with pytest.raises(ValueError, match="at most one"):
+        Wanted(sequence=3, time=1.0)
+
+
+async def test_record_that_does_not_go_on_is_an_error(site: Site) -> None:
+    """Transactions are missing in the log: nothing is restored from there on."""
+    await site.commit()
+    await site.snapshots.create(site.source)
+    for _ in range(3):
+        await site.commit()
+    files = sorted(site.capture.iterdir())
+    data = ltx.decode(files[-1].read_bytes())
+    skipping = site.folder / "skipping.ltx"
+    skipping.write_bytes(
+        ltx.encode(ltx.Header(page_size=4096, commit=20, min_txid=9, max_txid=9), data.pages)
+    )
+    await site.ship(skipping, 9, apply=False)
+    with pytest.raises(DatabaseError, match="after transaction 4 comes 9: some are missing"):
+        await site.restore()
+    assert await site.restore(sequence=site.sequence - 1) == site.expected(4)
+
+
+def fill(path: Path, data: bytes = b"mine") -> Path:
+    """A file that is there already."""
+    path.write_bytes(data)
+    return path
+
+
+async def test_restore_never_touches_what_is_there(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target that exists, a log beside it, no folder, no room: refused before anything is written."""
+    await site.commit()
+    await site.snapshots.create(site.source)
+    target = site.folder / "target.db"
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        there = fill(target.with_name(target.name + suffix))
+        with pytest.raises(DatabaseError, match=f"{there} exists"):
+            await site.restoring.restore(Wanted(), target)
+        os.unlink(there)
+    with pytest.raises(DatabaseError, match="there is no folder"):
+        await site.restoring.restore(Wanted(), site.folder / "nowhere" / "target.db")
+    monkeypatch.setattr(restoring, "_MARGIN_BYTES", 1 << 60)
+    with pytest.raises(DatabaseError, match="MiB free"):
+        await site.restoring.restore(Wanted(), target)
+    assert not target.exists()
+    assert not (site.folder / ".target.db-restoring").exists()
+
+
+async def test_target_that_appears_meanwhile_stays(site: Site) -> None:
+    """Somebody makes a file of that name while the restore runs: theirs stays, ours is gone."""
+    await site.commit()
+    await site.snapshots.create(site.source)
+    target = site.folder / "target.db"
+    with pytest.raises(DatabaseError, match="exists"):
+        await site.restoring.restore(Wanted(), target, lambda *_: fill(target, b"theirs") and None)
+    assert target.read_bytes() == b"theirs"
+    assert not (site.folder / ".target.db-restoring").exists()
+
+
+async def test_g8_restore_that_is_cancelled_or_killed_leaves_nothing(site: Site) -> None:
+    """Cancelled at many moments, or with its process killed: no file; a left-over folder is cleared away."""
+    await site.commit(rows=100, size=60_000)
+    await site.snapshots.create(site.source)
+    await site.commit()
+    target = site.folder / "target.db"
+    for milliseconds in (1, 20, 60, 100, 140, 180, 220):
+        task = asyncio.create_task(site.restoring.restore(Wanted(), target))
+        await asyncio.wait({task}, timeout=milliseconds / 1000)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        if not target.exists():
+            assert not (site.folder / ".target.db-restoring").exists()
+        target.unlink(missing_ok=True)
+        assert not children("phalanx.data.images")
+    task = asyncio.create_task(site.restoring.restore(Wanted(), target))
+    async with asyncio.timeout(10):
+        while not (found := children("phalanx.data.images")):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    os.kill(found[0], signal.SIGKILL)
+    with pytest.raises(DatabaseError, match="killed by SIGKILL"):
+        await task
+    left = site.folder / ".target.db-restoring"
+    assert not target.exists()
+    assert not left.exists()
+    left.mkdir()
+    (left / "database").write_bytes(b"left over")
+    await site.restoring.restore(Wanted(), target)
+    assert target.read_bytes() == site.expected(site.txid)
+    assert not left.exists()
+
+
+def children(of: str) -> list[int]:
+    """Processes of ours that run that module."""
+    found: list[int] = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            status = (path.parent / "stat").read_text().rpartition(")")[2].split()
+            if of.encode() in path.read_bytes() and int(status[1]) == os.getpid() and status[0] != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+async def test_damaged_snapshot_is_seen(site: Site, bus: NatsBus) -> None:
+    """One byte of what is stored is another one: neither verified nor restored, and no file is left."""
+    await site.commit(rows=30)
+    made = await site.snapshots.create(site.source)
+    assert await site.snapshots.verify(made.name) == made
+    data = bytearray(b"".join([chunk async for chunk in site.snapshots.image(made)]))
+    data[len(data) // 2] ^= 1
+    info = await site.snapshots.objects.info(made.name)
+    assert info is not None
+    await site.snapshots.objects.put(made.name, pieces(bytes(data)), info.metadata)
+    with pytest.raises(DatabaseError, match="damaged"):
+        await site.snapshots.verify(made.name)
+    with pytest.raises(DatabaseError, match="damaged"):
+        await site.restore()
+
+
+async def test_snapshot_of_a_damaged_database_does_not_verify(site: Site) -> None:
+    """What SQLite's check finds is an error, although every checksum is right."""
+    await site.commit(rows=30)
+    await site.commit(rows=30)
+    file = ltx.decode(sorted(site.capture.iterdir())[-1].read_bytes())
+    bad = ltx.Page(3, b"\x0d" + bytes(4095))
+    header = ltx.Header(page_size=4096, commit=file.header.commit, min_txid=3, max_txid=3)
+    path = site.folder / "bad.ltx"
+    path.write_bytes(ltx.encode(header, [bad]))
+    await site.ship(path, 3)
+    made = await site.snapshots.create(site.source)
+    with pytest.raises(DatabaseError, match="the database is damaged"):
+        await site.snapshots.verify(made.name)
+    with pytest.raises(DatabaseError, match="the database is damaged"):
+        await site.restore()
+
+
+async def test_source_without_a_position_gives_no_snapshot(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal that does not know the state, a database that is not there: an error, and no object."""
+    await site.commit()
+    source = site.source
+    assert source.journal is not None
+    journal = source.journal.read_bytes()
+    source.journal.write_bytes(b"")
+    begun = time.monotonic()
+    with pytest.raises(DatabaseError, match="which position"):
+        await site.snapshots.create(source)
+    assert time.monotonic() - begun < 20
+    source.journal.write_bytes(journal)
+    with pytest.raises(DatabaseError, match="unable to open"):
+        await site.snapshots.create(ImageSource(site.folder / "none.db", journal=source.journal))
+    assert await site.snapshots.list_snapshots() == []
+
+
+# --- what may go
+
+
+async def test_last_snapshot_is_not_deleted(site: Site) -> None:
+    """Of two each one can be deleted, the other one then stays."""
+    await site.commit()
+    first = await site.snapshots.create(site.source)
+    with pytest.raises(DatabaseError, match="is the last snapshot"):
+        await site.snapshots.delete(first.name)
+    await site.commit()
+    second = await site.snapshots.create(site.source)
+    with pytest.raises(DatabaseError, match="no snapshot 'x'"):
+        await site.snapshots.delete("x")
+    await site.snapshots.delete(first.name)
+    assert [one.name for one in await site.snapshots.list_snapshots()] == [second.name]
+
+
+async def test_old_snapshots_and_their_part_of_the_log_go(site: Site) -> None:
+    """Three snapshots of two: one goes, and the log up to the next one; every later state is still there."""
+    for _ in range(3):
+        await site.commit()
+        await site.snapshots.create(site.source)
+    await site.commit()
+    kept = await site.snapshots.list_snapshots()
+    nothing = await site.snapshots.tidy(Limits(2, 3600.0))
+    assert (nothing.snapshots, nothing.entries) == ((), 0)
+    tidied = await site.snapshots.tidy(Limits(2, 3600.0, grace_seconds=0.0))
+    assert tidied.snapshots == (kept[0].name,)
+    assert tidied.entries == kept[1].sequence
+    assert [one.name for one in await site.snapshots.list_snapshots()] == [one.name for one in kept[1:]]
+    for position in site.positions[1:]:
+        assert await site.restore(sequence=position.sequence) == site.expected(position.txid)
