@@ -319,7 +319,7 @@ class Follower:
             raise DatabaseError(
                 f"the log begins at {state.first}, the replica is at {self._applied.sequence}"
             )
-        if state.first <= self._applied.sequence:
+        if 0 < state.first <= self._applied.sequence:
             await self._verify_applied()
         if end >= self._next:
             self._heard_of(end)

@@ -157,7 +157,7 @@ class DataReign:
         """Capture and ship from now on."""
         database = self._database
         wanted = database.config.sync
-        self._needs_standby = wanted == "standby" or (wanted == "auto" and await self._replicas() < 2)
+        self._needs_standby = wanted == "standby" or (wanted == "auto" and (await database.log.state()).replicas < 2)
         self._capture = capture = Capture(
             database.live,
             database.folder,
@@ -181,11 +181,6 @@ class DataReign:
         self._schedule = SnapshotSchedule(database, self)
         await self._schedule.start()
 
-    async def _replicas(self) -> int:
-        stream = self._database.names.wal_stream(self._database.app)
-        info = await self._database.bus.api(f"STREAM.INFO.{stream}", {})
-        return int(info["config"].get("num_replicas", 1))
-
     # --- while active
 
     def _on_captured(self, txid: int) -> None:
@@ -193,7 +188,8 @@ class DataReign:
             self._shipper.captured(txid)
 
     def _on_capture_event(self, kind: str, detail: str) -> None:
-        self._database.report(f"capture-{kind}", detail, level=logging.WARNING, epoch=self.epoch)
+        level = logging.INFO if kind in ("started", "disk-recovered") else logging.WARNING
+        self._database.report(f"capture-{kind}", detail, level=level, epoch=self.epoch)
 
     def _on_capture_failed(self, failed: asyncio.Future[DatabaseError]) -> None:
         if not failed.cancelled() and not self._ended:
