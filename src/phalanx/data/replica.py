@@ -218,7 +218,7 @@ class Replica:
         files, _ = self._ready()
         pages, commit = list(record.pages()), record.header.commit
         if not pages and commit != files.commit:
-            pages = [ltx.Page(1, files.read_page(1))]
+            raise LtxError(f"no page, and {commit} pages instead of {files.commit}")
         self._transact(position, pages, commit)
 
     def _transact(self, position: Position, pages: list[ltx.Page], commit: int) -> None:
