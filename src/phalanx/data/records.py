@@ -1,0 +1,218 @@
+"""The LTX files that Litestream has written, and whether one follows from the other.
+
+Litestream takes for granted that nobody but itself lets the WAL be overwritten while it is down. Not so after a
+crash: until our guard has its read transaction, a program's checkpoint may have emptied the WAL and begun it
+anew, with commits in between that Litestream never saw; and it would go on as if nothing was missing. So the
+first file after each start must either go on in the very WAL, at the very place where the one before ended, or
+hold every page. Anything else is a gap: the file is thrown away, and Litestream is made to write a full one.
+
+How it is made to: it looks only into its newest file, for the place in the WAL. So that one is put aside
+(``capture/held/``, where we still find it) and another one with its number takes its place, which says that
+the WAL was longer than any WAL can be (db.go, verifyWithExecutor: "wal truncated by another process").
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from phalanx.data import ltx
+from phalanx.data.litestream import Paths
+from phalanx.errors import DatabaseError, LtxError
+
+_FAR_FRAMES = 1 << 40
+_WAL_HEADER_BYTES = 32
+_FRAME_HEADER_BYTES = 24
+_DEFAULT_PAGE_BYTES = 4096
+
+
+class Records:
+    """The files of one database. Not thread-safe; what blocks says so."""
+
+    def __init__(self, paths: Paths) -> None:
+        self._paths = paths
+        self._held = paths.capture / "held"
+        self._unverified = paths.capture / "unverified"
+        self._oldest = 1
+        self.newest = 0
+        """The last transaction that may be shipped."""
+        self._base = 0
+        """The last one before this start of Litestream; the next one is verified against it."""
+        self._verified = True
+        self._end: WalPlace | None = None
+
+    # --- before Litestream starts
+
+    def open(self, last_txid: int) -> None:
+        """Look at what is there from an earlier time. Blocks; raises OSError, DatabaseError.
+
+        *last_txid*: the log's. If there are no files up to it, the next one will be a full one.
+        """
+        self._paths.level0.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._held.mkdir(mode=0o700, exist_ok=True)
+        found = self._list()
+        self.newest = max([last_txid, *found])
+        base = self._read_unverified()
+        if base is not None and base < self.newest:
+            # The last start of Litestream was never verified.
+            self.newest = max(base, last_txid)
+            self._base, self._verified = base, False
+            if base + 1 in found and not self._follows(base + 1):
+                self._discard_after(base)
+            else:
+                self.newest = max([last_txid, *found])
+        oldest = self.newest
+        while oldest in found and oldest - 1 in found:
+            oldest -= 1
+        self._oldest = oldest if oldest in found else self.newest + 1
+
+    def prepare(self, *, full: bool) -> None:
+        """Before every start of Litestream; *full*: it has to write all pages first. Blocks; OSError."""
+        self._discard_after(self.newest)
+        if self.newest and (full or not self._path(self.newest).exists()):
+            self._force_full()
+        self._base, self._verified = self.newest, False
+        fresh = self._unverified.with_suffix(".new")
+        fresh.write_text(str(self._base))
+        fresh.replace(self._unverified)
+
+    def _read_unverified(self) -> int | None:
+        try:
+            return int(self._unverified.read_text())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def _list(self) -> set[int]:
+        found: set[int] = set()
+        for name in os.listdir(self._paths.level0):
+            txids = ltx.parse_file_name(name)
+            if txids is not None:
+                found.add(txids[1])
+        return found
+
+    def _discard_after(self, txid: int) -> None:
+        for later in self._list():
+            if later > txid:
+                self._path(later).unlink(missing_ok=True)
+
+    def _force_full(self) -> None:
+        path, held = self._path(self.newest), self._held_path(self.newest)
+        page_size = _DEFAULT_PAGE_BYTES
+        if path.exists():
+            page_size = _read_header(path).page_size
+            if not held.exists():
+                os.link(path, held)
+        far = _FAR_FRAMES * (page_size + _FRAME_HEADER_BYTES)
+        header = ltx.Header(
+            page_size=page_size,
+            commit=2,
+            min_txid=self.newest,
+            max_txid=self.newest,
+            wal_offset=_WAL_HEADER_BYTES,
+            wal_size=far,
+        )
+        # The first transaction has to be a snapshot, by the rules of the format.
+        pages = [ltx.Page(number, bytes(page_size)) for number in (1, 2)]
+        fresh = path.with_suffix(".tmp")  # Litestream removes it if it is left over
+        fresh.write_bytes(ltx.encode(header, pages))
+        fresh.replace(path)
+
+    # --- while it runs
+
+    def accept(self, txid: int) -> bool:
+        """Litestream has written up to *txid*. False: the first file does not follow; see the module.
+
+        Blocks as long as it takes to read a header; for a full one, its index too. Raises DatabaseError.
+        """
+        if txid <= self.newest:
+            return True
+        if not self._verified:
+            if not self._follows(self._base + 1):
+                return False
+            self._verified = True
+            self._unverified.unlink(missing_ok=True)
+        self.newest = txid
+        self._end = None
+        return True
+
+    def _follows(self, txid: int) -> bool:
+        path = self._path(txid)
+        header = _read_header(path)
+        before = self._path(txid - 1)
+        if before.exists():
+            last = _read_header(before)
+            same_wal = (header.wal_salt1, header.wal_salt2) == (last.wal_salt1, last.wal_salt2)
+            if same_wal and header.wal_offset == last.wal_offset + last.wal_size:
+                return True
+        return _is_full(path, header)
+
+    @property
+    def end(self) -> WalPlace | None:
+        """Where in the WAL the newest file ends; None if there is none."""
+        if self._end is None and self.newest:
+            try:
+                header = _read_header(self._path(self.newest))
+            except DatabaseError:
+                return None
+            self._end = WalPlace(
+                header.wal_salt1, header.wal_salt2, header.wal_offset + header.wal_size, header.page_size
+            )
+        return self._end
+
+    # --- for the shipper
+
+    def files(self, after_txid: int) -> list[tuple[int, Path]]:
+        """The files after *after_txid* that are there, in order."""
+        first = max(after_txid + 1, self._oldest)
+        return [(txid, self._readable(txid)) for txid in range(first, self.newest + 1)]
+
+    def forget(self, up_to_txid: int) -> None:
+        """Remove the files up to *up_to_txid*, but not the newest, in which Litestream looks."""
+        last = min(up_to_txid, self.newest - 1)
+        while self._oldest <= last:
+            self._path(self._oldest).unlink(missing_ok=True)
+            self._held_path(self._oldest).unlink(missing_ok=True)
+            self._oldest += 1
+
+    def _readable(self, txid: int) -> Path:
+        held = self._held_path(txid)
+        return held if held.exists() else self._path(txid)
+
+    def _path(self, txid: int) -> Path:
+        return self._paths.level0 / ltx.file_name(txid, txid)
+
+    def _held_path(self, txid: int) -> Path:
+        return self._held / ltx.file_name(txid, txid)
+
+
+class WalPlace(msgspec.Struct, frozen=True):
+    """A place in one WAL, in bytes."""
+
+    salt1: int
+    salt2: int
+    offset: int
+    page_size: int
+
+
+def _read_header(path: Path) -> ltx.Header:
+    try:
+        with open(path, "rb") as file:
+            return ltx.decode_header(file.read(ltx.HEADER_BYTES))
+    except OSError as error:
+        raise DatabaseError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _is_full(path: Path, header: ltx.Header) -> bool:
+    """Whether it holds every page: as many as its index has entries, three numbers each, and a zero."""
+    with open(path, "rb") as file:
+        end = file.seek(-ltx.TRAILER_BYTES - 8, os.SEEK_END)
+        size = int.from_bytes(file.read(8), "big")
+        if not 0 < size <= end:
+            raise LtxError(f"{path.name}: an index of {size} bytes")
+        file.seek(end - size)
+        index = file.read(size)
+    # The last byte of a varint is the one without the top bit.
+    numbers = len(index.translate(None, bytes(range(0x80, 0x100))))
+    return (numbers - 1) // 3 == ltx.page_count(header.commit, header.page_size)
