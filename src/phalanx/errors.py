@@ -20,6 +20,7 @@
     ├── SessionLost               the node's session is over
     ├── KeyExists                 KV create of a key that is there
     ├── WrongValue                a value can't be stored, or is not of the type that was asked for
+    ├── RevisionCompacted         not all changes since a revision are there any more
     ├── LockTimeout               a lock was not free before the deadline
     ├── LockLost                  a held lock is gone (with the session, or taken back)
     ├── HookFailed                a hook raised, or overran its deadline
@@ -185,6 +186,18 @@ class WrongValue(PhalanxError):
     def __init__(self, key: str, problem: str, remedy: str) -> None:
         self.key, self.problem, self.remedy = key, problem, remedy
         super().__init__(f"key {key!r}: {_one_line(problem)}; {remedy}")
+
+
+class RevisionCompacted(PhalanxError):
+    """A watch since *revision* cannot give every change: some may be gone. ``key``: one of which that is
+    so, empty where it is the whole bucket."""
+
+    def __init__(self, key: str, revision: int, problem: str) -> None:
+        self.key, self.revision, self.problem = key, revision, problem
+        super().__init__(
+            f"KV changes after revision {revision}: {f'key {key!r}: ' if key else ''}{problem}; "
+            "read the present state again (a watch without since), or raise kv_history"
+        )
 
 
 class LockTimeout(PhalanxError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -50,6 +50,25 @@ class Fence(msgspec.Struct, frozen=True):
 
     subject: str
     revision: int
+
+
+class Write(msgspec.Struct, frozen=True):
+    """One message of an atomic batch. ``ttl_seconds`` counts in whole seconds, rounded up."""
+
+    subject: str
+    data: bytes = b""
+    headers: Mapping[str, str] = {}
+    ttl_seconds: float | None = None
+
+
+MAX_BATCH = 1000
+"""Messages of one atomic batch, and subjects of one :meth:`Bus.read_many`: the server's limits are 1000
+(ADR-50) and 1024 (ADR-31)."""
+
+BATCH_INCOMPLETE = 10176
+BATCHES_UNDER_WAY = 10210
+"""The BusUnavailable codes of a batch of which a part was lost (JSAtomicPublishIncompleteBatchErr), and of
+one too many at a time on the stream (JSAtomicPublishTooManyInflight)."""
 
 
 class Connection(StrEnum):
@@ -108,6 +127,20 @@ class Bus(Protocol):
         """
         ...
 
+    async def write_many(
+        self, writes: Sequence[Write], *, fence: Fence | None = None, timeout: float = 2.0
+    ) -> int:
+        """Store all of *writes* (1 to MAX_BATCH, each subject once) or none, in one atomic batch, and return
+        the revision of the last; those of the others lie directly before it, in order.
+
+        *fence*: as for :meth:`write`; its subject must not be among those written. *timeout* is for each
+        answer of the server, of which there is one for every megabyte.
+
+        Raises WrongRevision (the fence), BusUnavailable (nothing was stored, also when the connection broke
+        before the last message), BusTimeout (only the last answer is missing), BusError.
+        """
+        ...
+
     async def read(self, stream: str, subject: str, *, timeout: float = 2.0) -> Record | None:
         """The last record of *subject*, answered by the stream's leader. None if there is none."""
         ...
@@ -117,6 +150,11 @@ class Bus(Protocol):
 
         A replica may answer, so this can lag behind :meth:`read` by a moment.
         """
+        ...
+
+    async def read_many(self, stream: str, subjects: Sequence[str], *, timeout: float = 2.0) -> list[Record]:
+        """The last record of each of *subjects* (at most MAX_BATCH) that has one, in stream order: what one
+        replica held at one moment. It can lag, see :meth:`snapshot`."""
         ...
 
     async def read_log(

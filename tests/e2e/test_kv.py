@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,7 +18,17 @@ from phalanx.bus.provision import bucket_config, create_stream
 from phalanx.config import NatsOptions
 from phalanx.coord.kv import AppKV, Entry, Removed
 from phalanx.coord.kv_watch import MAX_WAITING, KVWatch
-from phalanx.errors import BusTimeout, ConfigError, Fenced, KeyExists, WrongRevision, WrongValue
+from phalanx.errors import (
+    BusError,
+    BusTimeout,
+    BusUnavailable,
+    ConfigError,
+    Fenced,
+    KeyExists,
+    RevisionCompacted,
+    WrongRevision,
+    WrongValue,
+)
 from phalanx.names import LEADER_KEY, Names
 from phalanx.ports import Fence
 from phalanx.testing.nats import NatsCluster, NatsServer
@@ -31,9 +43,9 @@ class User(msgspec.Struct):
 
 
 @asynccontextmanager
-async def connected(*urls: str) -> AsyncGenerator[NatsBus]:
+async def connected(*urls: str, ping_interval: float = 1.0) -> AsyncGenerator[NatsBus]:
     """A bus that is closed at the end."""
-    bus = await NatsBus.connect(NatsOptions(urls=urls), name="test", ping_interval=1.0)
+    bus = await NatsBus.connect(NatsOptions(urls=urls), name="test", ping_interval=ping_interval)
     try:
         yield bus
     finally:
@@ -322,6 +334,7 @@ async def test_put_is_seen_by_a_get_anywhere(nats_cluster: NatsCluster) -> None:
         buses = [await stack.enter_async_context(connected(url)) for url in nats_cluster.urls]
         await make_bucket(buses[0], "wiki", replicas=3)
         kvs = [AppKV(bus, NAMES, "wiki") for bus in buses]
+        await eventually(lambda: kv_works(kvs[0]))
         for n in range(100):
             await kvs[n % 3].put("k", n)
             assert await kvs[(n + 1) % 3].value("k", int, -1) == n
@@ -348,7 +361,9 @@ async def test_unknown_outcome_is_said(nats_server: NatsServer) -> None:
         await make_bucket(bus, "wiki")
         kv = AppKV(bus, NAMES, "wiki")
         nats_server.freeze()
+        stat = Path(f"/proc/{nats_server.pid()}/stat")
         try:
+            await eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
             async with asyncio.timeout(10):
                 with pytest.raises(BusTimeout):
                     await kv.create("k", 1)
@@ -501,3 +516,513 @@ async def test_node_with_its_own_fence_callable(bus: NatsBus) -> None:
         await kv.put("k", 2)
     fences = {"now": later}
     await kv.put("k", 3)
+
+
+# --- many at once
+
+
+async def test_many_keys_at_once(kv: AppKV) -> None:
+    """What put_many stores get_many gives back, with each key's revision; delete_many removes it."""
+    await kv.put("other", "x")
+    revisions = await kv.put_many({f"k{n}": n for n in range(1000)})
+    assert sorted(revisions.values()) == list(revisions.values())
+    found = await kv.get_many([*revisions, "k0"], int)
+    assert {key: entry.value for key, entry in found.items()} == {f"k{n}": n for n in range(1000)}
+    assert {key: entry.revision for key, entry in found.items()} == revisions
+    assert (await kv.get_many(["k7", "k7", "none"], int, linearizable=True)).keys() == {"k7"}
+    assert (await kv.get_many(["k7", "none"], int)).keys() == {"k7"}
+    await kv.delete_many(revisions)
+    await kv.delete_many(["never"])
+    assert await kv.keys() == ["other"]
+    assert await kv.get_many(revisions) == {}
+    assert [change.removed for change in await kv.history("k5")] == [False, True]
+    assert (await kv.put_many({}), await kv.get_many([]), await kv.delete_many([])) == ({}, {}, None)
+
+
+async def test_revisions_of_batches_side_by_side(nats_cluster: NatsCluster) -> None:
+    """Many batches at the same time, more than the server takes, all succeed, each with its own revisions."""
+    await nats_cluster.ready()
+    async with connected(*nats_cluster.urls) as bus:
+        await make_bucket(bus, "wiki", replicas=3)
+        kv = AppKV(bus, NAMES, "wiki")
+        await eventually(lambda: kv_works(kv))
+        async with asyncio.timeout(60):
+            written = await asyncio.gather(
+                *(kv.put_many({f"b{b}.{n}": n for n in range(5)}) for b in range(70))
+            )
+        for revisions in written:
+            found = await kv.get_many(revisions, int, linearizable=True)
+            assert {key: entry.revision for key, entry in found.items()} == revisions
+
+
+async def test_too_much_at_once_is_refused_before_anything_is_sent(bus: NatsBus, kv: AppKV) -> None:
+    """More than 1000 keys, a wrong key, a value that is too large, one key for many: nothing is stored."""
+    for call in (
+        kv.put_many({f"k{n}": n for n in range(1001)}),
+        kv.put_many({"a": 1, "b c": 2}),
+        kv.put_many({"a": 1}, ttl=0),
+        kv.delete_many([f"k{n}" for n in range(1001)]),
+        kv.delete_many("abc"),
+        kv.get_many([f"k{n}" for n in range(1001)]),
+    ):
+        with pytest.raises(ConfigError):
+            await call
+    with pytest.raises(WrongValue, match="'b'"):
+        await kv.put_many({"a": 1, "b": b"x" * bus.max_payload})
+    assert await kv.keys() == []
+
+
+async def test_fenced_batch_of_an_old_epoch_is_refused_whole(bus: NatsBus, kv: AppKV) -> None:
+    """G2: a batch under an old epoch stores none of its keys, and deletes none; under the present one all."""
+    old = fenced_kv(bus, await lead(bus))
+    assert (await old.put_many({"a": 1, "b": 1}, ttl=60)).keys() == {"a", "b"}
+    await lead(bus, b"n2")
+    for call in (old.put_many({"a": 2, "c": 2}), old.put_many({"c": 2}), old.delete_many(["a", "b"])):
+        with pytest.raises(Fenced):
+            await call
+    assert {key: e.value for key, e in (await kv.get_many(["a", "b", "c"], int)).items()} == {"a": 1, "b": 1}
+
+
+async def test_epoch_that_ends_during_a_batch_stops_all_of_it(bus: NatsBus, kv: AppKV) -> None:
+    """G2: another epoch begins between the first message of a batch and its last: nothing of it is stored."""
+    old = fenced_kv(bus, await lead(bus))
+    sent = 0
+    opened: Any = bus
+    plain = opened._send_in_batch
+
+    async def interrupted(*args: Any) -> None:
+        nonlocal sent
+        sent += 1
+        if sent == 3:
+            await lead(bus, b"n2")
+        await plain(*args)
+
+    opened._send_in_batch = interrupted
+    with pytest.raises(Fenced):
+        await old.put_many({f"k{n}": n for n in range(10)})
+    assert await kv.keys() == []
+
+
+async def test_batch_whose_writer_vanishes_stores_nothing(nats_server: NatsServer) -> None:
+    """The server dies, or a message is lost, in the middle of a batch: BusUnavailable, nothing is stored."""
+    async with connected(nats_server.url()) as bus:
+        await make_bucket(bus, "wiki")
+        kv = AppKV(bus, NAMES, "wiki")
+        opened: Any = bus
+        plain = opened._send_in_batch
+        sent = 0
+
+        async def loses_one(*args: Any) -> None:
+            nonlocal sent
+            sent += 1
+            if sent != 3:
+                await plain(*args)
+
+        async def kills(*args: Any) -> None:
+            nats_server.kill()
+            await eventually(lambda: not bus.is_connected)
+            await plain(*args)
+
+        for broken in (loses_one, kills):
+            opened._send_in_batch = broken
+            with pytest.raises(BusUnavailable):
+                await kv.put_many({f"k{n}": n for n in range(10)})
+        nats_server.start()
+        await eventually(lambda: bus.is_connected)
+        assert await kv.keys() == []
+
+
+async def test_batch_is_seen_wholly_or_not_at_all(nats_cluster: NatsCluster) -> None:
+    """While two keys are always put together, get_many never sees them differ, lately or now."""
+    await nats_cluster.ready()
+    async with AsyncExitStack() as stack:
+        buses = [await stack.enter_async_context(connected(url)) for url in nats_cluster.urls]
+        await make_bucket(buses[0], "wiki", replicas=3)
+        kvs = [AppKV(bus, NAMES, "wiki") for bus in buses]
+        await eventually(lambda: kv_works(kvs[0]))
+        await kvs[0].put_many({"a": 0, "b": 0})
+        done = 0
+
+        async def write() -> None:
+            nonlocal done
+            for n in range(1, 200):
+                await kvs[0].put_many({"a": n, "b": n})
+                done = n
+
+        writing = asyncio.create_task(write())
+        reads = 0
+        while not writing.done():
+            before = done
+            linearizable = reads % 2 == 0
+            found = await kvs[reads % 3].get_many(["a", "b"], int, linearizable=linearizable)
+            assert found["a"].value == found["b"].value
+            if linearizable:
+                assert found["a"].value >= before
+            reads += 1
+        await writing
+        assert reads > 20
+
+
+async def kv_works(kv: AppKV) -> bool:
+    """Whether the bucket, just made, has a leader that takes writes."""
+    try:
+        await kv.revision()
+    except BusError:
+        return False
+    return True
+
+
+# --- linearizable
+
+
+async def test_linearizable_get_leaves_the_bucket_small(bus: NatsBus, kv: AppKV) -> None:
+    """It finds what is there, and nothing where nothing is; what it writes stays as few messages."""
+    revision = await kv.put("k", 1)
+    await kv.put("gone", 1)
+    await kv.delete("gone")
+    for _ in range(50):
+        entry = await kv.get("k", int, linearizable=True)
+        assert entry is not None
+        assert (entry.value, entry.revision) == (1, revision)
+        assert await kv.get("none", linearizable=True) is None
+        assert await kv.get("gone", linearizable=True) is None
+    info = await bus.api(f"STREAM.INFO.{NAMES.bucket_stream(NAMES.app_bucket('wiki'))}", {})
+    assert info["state"]["messages"] == 3 + 5
+
+
+async def test_linearizable_gets_beside_writers(nats_cluster: NatsCluster) -> None:
+    """Many readers and a writer of one key, on three servers: each reads no less than was acknowledged
+    before, and they do not get into the way of the writer's compare-and-set."""
+    await nats_cluster.ready()
+    async with AsyncExitStack() as stack:
+        buses = [await stack.enter_async_context(connected(url)) for url in nats_cluster.urls]
+        await make_bucket(buses[0], "wiki", replicas=3)
+        kvs = [AppKV(bus, NAMES, "wiki") for bus in buses]
+        await eventually(lambda: kv_works(kvs[0]))
+        revision, acknowledged, writing = await kvs[0].create("k", 0), 0, True
+
+        async def read(kv: AppKV) -> None:
+            while writing:
+                least = acknowledged
+                entry = await kv.get("k", int, linearizable=True)
+                assert entry is not None
+                assert entry.value >= least
+                await kv.get("none", linearizable=True)
+
+        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+            for n in range(9):
+                tasks.create_task(read(kvs[n % 3]))
+            for n in range(1, 100):
+                revision = await kvs[0].update("k", n, revision)
+                acknowledged = n
+            writing = False
+
+
+async def test_leader_that_was_deposed_and_does_not_know(nats_cluster: NatsCluster) -> None:
+    """A frozen leader comes back alone after others went on: get may give its old value, but never a
+    linearizable one."""
+    await nats_cluster.ready()
+    async with AsyncExitStack() as stack:
+        first = await stack.enter_async_context(connected(*nats_cluster.urls))
+        await make_bucket(first, "wiki", replicas=3)
+        kv = AppKV(first, NAMES, "wiki")
+        await eventually(lambda: kv_works(kv))
+        await kv.put("k", "old")
+        stream = NAMES.bucket_stream(NAMES.app_bucket("wiki"))
+        leader = nats_cluster.index(nats_cluster.stream_leader(stream))
+        others = [i for i in range(3) if i != leader]
+        old_bus = await stack.enter_async_context(connected(nats_cluster.url(leader), ping_interval=60))
+        bus = await stack.enter_async_context(connected(nats_cluster.url(others[0])))
+        old, new = AppKV(old_bus, NAMES, "wiki"), AppKV(bus, NAMES, "wiki")
+
+        nats_cluster.freeze(leader)
+
+        async def written() -> bool:
+            try:
+                await new.put("k", "new")
+            except BusError:
+                return False
+            return True
+
+        await eventually(written, 30)
+        for i in others:
+            nats_cluster.freeze(i)
+        nats_cluster.thaw(leader)
+        values: list[str] = []
+        for _ in range(2):
+            with contextlib.suppress(BusError):
+                values.append(await old.value("k", str, ""))
+            with pytest.raises(BusError):
+                await old.get("k", str, linearizable=True)
+        assert set(values) == {"old"}, "the old leader answered nobody: this test shows nothing"
+        for i in others:
+            nats_cluster.thaw(i)
+
+        async def read() -> bool:
+            try:
+                entry = await old.get("k", str, linearizable=True)
+            except BusError:
+                return False
+            assert entry is not None
+            assert entry.value == "new"
+            return True
+
+        await eventually(read, 30)
+
+
+async def test_linearizable_get_while_the_leader_is_killed(nats_cluster: NatsCluster) -> None:
+    """The stream's leader dies while one counts and others read: no read gives less than was acknowledged."""
+    await nats_cluster.ready()
+    stream = NAMES.bucket_stream(NAMES.app_bucket("wiki"))
+    async with AsyncExitStack() as stack:
+        buses = [await stack.enter_async_context(connected(*nats_cluster.urls)) for _ in range(3)]
+        await make_bucket(buses[0], "wiki", replicas=3)
+        kvs = [AppKV(bus, NAMES, "wiki") for bus in buses]
+        await eventually(lambda: kv_works(kvs[0]))
+        await kvs[0].put("k", 0)
+        acknowledged, reads_after, running = 0, 0, True
+
+        async def write() -> None:
+            nonlocal acknowledged
+            n = 0
+            while running:
+                n += 1
+                try:
+                    await kvs[0].put("k", n)
+                    acknowledged = n
+                except BusError:
+                    await asyncio.sleep(0.01)
+
+        async def read(kv: AppKV) -> None:
+            nonlocal reads_after
+            while running:
+                least = acknowledged
+                try:
+                    entry = await kv.get("k", int, linearizable=True)
+                except BusError:
+                    await asyncio.sleep(0.01)
+                    continue
+                assert entry is not None
+                assert entry.value >= least
+                reads_after += killed
+
+        killed = False
+        async with asyncio.timeout(90), asyncio.TaskGroup() as tasks:
+            tasks.create_task(write())
+            for kv in kvs[1:]:
+                tasks.create_task(read(kv))
+            await eventually(lambda: acknowledged > 50)
+            nats_cluster.kill(nats_cluster.index(nats_cluster.stream_leader(stream)))
+            killed, before = True, acknowledged
+            await eventually(lambda: acknowledged > before + 50 and reads_after > 50, 60)
+            running = False
+
+
+async def test_keys_too_long_for_one_request(bus: NatsBus) -> None:
+    """Keys that do not fit into one message to the server are refused by name, not by NATS."""
+    with NatsServer(extra="max_payload: 65536") as server:
+        async with connected(server.url()) as small:
+            with pytest.raises(ConfigError, match="too long together"):
+                await AppKV(small, NAMES, "wiki").get_many([f"{n}".rjust(100, "k") for n in range(1000)])
+
+
+# --- watching since a revision
+
+
+def told(change: Entry[Any] | Removed) -> tuple[str, Any, int]:
+    return change.key, change.value if isinstance(change, Entry) else None, change.revision
+
+
+async def test_watch_since_gives_every_change_in_order(kv: AppKV) -> None:
+    """Each change after the revision once, in the order of revisions, removals too, then live ones."""
+    await kv.put("a.1", 0)
+    since = await kv.put("a.2", 0)
+    expected: list[Any] = [("a.1", n, await kv.put("a.1", n)) for n in (1, 2)]
+    await kv.put("b", 9)
+    expected.append(("a.2", 7, await kv.put("a.2", 7)))
+    await kv.delete("a.1")
+    expected.append(("a.1", None, (await kv.history("a.1"))[-1].revision))
+    async with kv.watch("a.*", int, since=since) as changes:
+        for n in (3, 4):
+            expected.append(("a.3", n, await kv.put("a.3", n)))
+            await kv.put("b", n)
+        assert [told(await next_of(changes)) for _ in expected] == expected
+        last = await kv.revision()
+        await eventually(lambda: changes.revision == last)
+    async with kv.watch("", int, since=changes.revision) as changes:
+        revision = await kv.put("b", 1)
+        assert told(await next_of(changes)) == ("b", 1, revision)
+        assert changes.revision == revision
+
+
+async def test_watch_since_the_beginning(kv: AppKV) -> None:
+    """Since 0 everything is given, as long as no key was changed too often."""
+    expected = [(f"k{n}", n, await kv.put(f"k{n}", n)) for n in range(3)]
+    async with kv.watch("", int, since=0) as changes:
+        assert [told(await next_of(changes)) for _ in expected] == expected
+
+
+async def test_watch_since_says_when_changes_may_be_gone(kv: AppKV) -> None:
+    """A key that was changed as often as the bucket keeps it makes it an error that names the key; one change
+    less does not, nor does a key that is not watched."""
+    since = await kv.put("k", 0)
+    for n in range(4):
+        await kv.put("k", n)
+    for n in range(20):
+        await kv.put("other", n)
+    async with kv.watch("k", int, since=since) as changes:
+        assert [told(await next_of(changes))[1] for _ in range(4)] == [0, 1, 2, 3]
+    await kv.put("k", 4)
+    with pytest.raises(RevisionCompacted, match="'k'") as gone:
+        async with kv.watch("k", int, since=since):
+            pass
+    assert (gone.value.key, gone.value.revision) == ("k", since)
+
+
+async def test_watch_since_forgets_what_was_replaced_on_purpose(kv: AppKV) -> None:
+    """A purge and writes with a TTL stand for all before them, however many: no error."""
+    since = await kv.put("purged", 0)
+    for n in range(10):
+        await kv.put("purged", n)
+        await kv.put("lease", n, ttl=60)
+    await kv.purge("purged")
+    async with kv.watch("", int, since=since) as changes:
+        assert told(await next_of(changes))[:2] == ("lease", 9)
+        assert told(await next_of(changes))[:2] == ("purged", None)
+
+
+async def test_watch_since_a_revision_that_is_none_yet(bus: NatsBus, kv: AppKV) -> None:
+    """A revision beyond the bucket's last one is of another bucket, or of one that lost writes: an error."""
+    revision = await kv.put("k", 0)
+    with pytest.raises(RevisionCompacted, match="made anew"):
+        async with kv.watch("", since=revision + 100):
+            pass
+    for since in (-1, True, "5", 1.0):
+        with pytest.raises(ConfigError, match="since"):
+            kv.watch("", since=since)  # pyright: ignore[reportArgumentType]
+
+
+async def test_watch_since_when_the_last_messages_have_expired(bus: NatsBus, kv: AppKV) -> None:
+    """The end of the log has vanished with its time: the watch begins all the same, and goes on."""
+    since = await kv.put("k", 0)
+    await kv.put("short", 0, ttl=1)
+
+    async def vanished() -> bool:
+        return not await bus.read_log(NAMES.bucket_stream(NAMES.app_bucket("wiki")), "$KV.>", start=since + 1)
+
+    await eventually(vanished)
+    async with asyncio.timeout(10), kv.watch("", int, since=since) as changes:
+        revision = await kv.put("k", 1)
+        assert told(await next_of(changes)) == ("k", 1, revision)
+
+
+async def test_watch_since_with_a_slow_consumer(kv: AppKV) -> None:
+    """A consumer that is far behind gets all changes, of which few wait in memory; when the bucket has
+    dropped some meanwhile, it gets what was before, and the error."""
+    async with kv.watch("k.>", int, since=await kv.revision()) as changes:
+        for part in range(4):
+            await kv.put_many({f"k.{n}": n for n in range(part * 1000, part * 1000 + 1000)})
+        await kv.put("other", 0)
+        waiting = changes._waiting  # pyright: ignore[reportPrivateUsage]
+        await eventually(lambda: len(waiting) >= MAX_WAITING)
+        got = [told(await next_of(changes))[1] for _ in range(10)]
+        assert len(waiting) <= MAX_WAITING
+        got += [told(await next_of(changes))[1] for _ in range(3990)]
+        assert got == list(range(4000))
+        for n in range(MAX_WAITING + 500):
+            await kv.put("k.fast", n)
+        values: list[int] = []
+        with pytest.raises(RevisionCompacted, match="fast"):  # noqa: PT012
+            while True:
+                values.append(told(await next_of(changes))[1])
+        assert values == list(range(len(values)))
+        assert len(values) >= MAX_WAITING
+        with pytest.raises(RevisionCompacted):
+            await next_of(changes)
+
+
+async def test_watch_since_through_a_server_restart(nats_server: NatsServer) -> None:
+    """After a reconnection it goes on without a gap, with the end of a TTL that nobody saw, and says so when
+    others changed a key too often meanwhile."""
+    async with connected(nats_server.url()) as bus:
+        await make_bucket(bus, "wiki")
+        kv = AppKV(bus, NAMES, "wiki")
+        since = await kv.put("a", 0)
+        lease = await kv.put("lease", 0, ttl=1)
+        async with kv.watch("", int, since=since) as changes:
+            assert told(await next_of(changes)) == ("lease", 0, lease)
+            client: Any = bus._client  # pyright: ignore[reportPrivateUsage]
+            connect, gate = client._connect_to_server, asyncio.Event()
+
+            async def late(server: Any) -> None:
+                await gate.wait()
+                await connect(server)
+
+            client._connect_to_server = late
+            for times in (4, 5):
+                gate.clear()
+                nats_server.kill()
+                await eventually(lambda: not bus.is_connected)
+                nats_server.start()
+                async with connected(nats_server.url()) as other:
+                    theirs = AppKV(other, NAMES, "wiki")
+                    expected = [("a", n, await theirs.put("a", n)) for n in range(times)]
+                    await eventually(lambda kv=theirs: is_gone(kv, "lease"))
+                gate.set()
+                if times == 5:
+                    break
+                got = [told(await next_of(changes, 15)) for _ in range(5)]
+                assert [each for each in got if each[0] == "a"] == expected
+                assert [each[:2] for each in got if each[0] == "lease"] == [("lease", None)]
+            with pytest.raises(RevisionCompacted, match="'a'"):
+                await next_of(changes)
+
+
+async def is_gone(kv: AppKV, key: str) -> bool:
+    return await kv.get(key) is None
+
+
+async def test_watch_since_while_the_leader_is_killed(nats_cluster: NatsCluster) -> None:
+    """Many keys are written while the stream's leader dies: the watch has every acknowledged change, each
+    once, in the order of revisions."""
+    await nats_cluster.ready()
+    stream = NAMES.bucket_stream(NAMES.app_bucket("wiki"))
+    async with AsyncExitStack() as stack:
+        buses = [await stack.enter_async_context(connected(*nats_cluster.urls)) for _ in range(3)]
+        await make_bucket(buses[0], "wiki", replicas=3)
+        kvs = [AppKV(bus, NAMES, "wiki") for bus in buses]
+        await eventually(lambda: kv_works(kvs[0]))
+        acknowledged: dict[int, str] = {}
+        running = True
+
+        async def write(kv: AppKV, name: str) -> None:
+            n = 0
+            while running:
+                n += 1
+                try:
+                    acknowledged[await kv.put(f"{name}.{n}", n)] = f"{name}.{n}"
+                except BusError:
+                    await asyncio.sleep(0.01)
+
+        seen: dict[int, str] = {}
+        changes = await stack.enter_async_context(kvs[2].watch("", int, since=await kvs[2].revision()))
+
+        async def watch() -> None:
+            async for change in changes:
+                assert change.revision > max(seen, default=0)
+                seen[change.revision] = change.key
+
+        async with asyncio.timeout(90), asyncio.TaskGroup() as tasks:
+            watching = tasks.create_task(watch())
+            writing = [tasks.create_task(write(kvs[n % 2], f"w{n}")) for n in range(4)]
+            await eventually(lambda: len(acknowledged) > 200)
+            nats_cluster.kill(nats_cluster.index(nats_cluster.stream_leader(stream)))
+            before = len(acknowledged)
+            await eventually(lambda: len(acknowledged) > before + 200, 60)
+            running = False
+            await asyncio.wait(writing)
+            last = max(acknowledged)
+            await eventually(lambda: max(seen) >= last, 40)
+            watching.cancel()
+        wrong = {r: (key, seen.get(r)) for r, key in acknowledged.items() if seen.get(r) != key}
+        assert not wrong

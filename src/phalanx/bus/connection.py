@@ -24,7 +24,7 @@ import logging
 import math
 import secrets
 import ssl
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar, cast
 
@@ -37,7 +37,16 @@ from nats.errors import Error as NatsError
 from phalanx.config.node import NatsOptions
 from phalanx.errors import BusError, BusTimeout, BusUnavailable, NatsUnusable, WrongRevision
 from phalanx.names import FENCE_KEY, LEADER_KEY
-from phalanx.ports import Connection, Fence, Message, Record, is_removed
+from phalanx.ports import (
+    BATCH_INCOMPLETE,
+    BATCHES_UNDER_WAY,
+    Connection,
+    Fence,
+    Message,
+    Record,
+    Write,
+    is_removed,
+)
 
 log = logging.getLogger("phalanx.nats")
 
@@ -47,6 +56,9 @@ WRONG_LAST_SEQUENCE = (10071, 10164)
 """JSStreamWrongLastSequenceErrF, and its constant form: another compare-and-set is under way."""
 
 NO_MESSAGE_FOUND = 10037
+UNANSWERED_BYTES = 1 << 20
+"""How much of a batch is sent before the server has to answer once: what is on its way stays bounded."""
+
 RECONNECT_SECONDS = 0.05
 REOPEN_SECONDS = (0.2, 5.0)
 """First and longest delay between tries to replace a client that the server closed for good."""
@@ -433,9 +445,7 @@ class NatsBus:
         timeout: float = 2.0,
     ) -> int:
         """See :meth:`phalanx.ports.Bus.write`."""
-        all_headers = dict(headers) if headers else {}
-        if ttl_seconds is not None:
-            all_headers["Nats-TTL"] = f"{max(1, math.ceil(ttl_seconds))}s"  # ADR-43: whole seconds
+        all_headers = _write_headers(headers, ttl_seconds)
         if expect is not None:
             all_headers["Nats-Expected-Last-Subject-Sequence"] = str(expect)
             if fence is not None:
@@ -474,6 +484,48 @@ class NatsBus:
             raise _refusal(operation, ack.error, "", expect)
         return ack.seq
 
+    async def write_many(
+        self, writes: Sequence[Write], *, fence: Fence | None = None, timeout: float = 2.0
+    ) -> int:
+        """See :meth:`phalanx.ports.Bus.write_many`."""
+        batch, operation = secrets.token_hex(12), f"write {len(writes)} messages at once"
+        unanswered = 0
+        for number, write in enumerate(writes[:-1], 1):
+            headers = _batch_headers(write, batch, number, fence)
+            unanswered += len(write.data)
+            # The first is answered in any case: it opens the batch, and is refused where that can't be.
+            if number == 1 or unanswered >= UNANSWERED_BYTES:
+                await self._ask_in_batch(operation, write, headers, fence, timeout)
+                unanswered = 0
+            else:
+                await self._send_in_batch(operation, write, headers)
+        last = writes[-1]
+        headers = {**_batch_headers(last, batch, len(writes), fence), "Nats-Batch-Commit": "1"}
+        ack = _decode_ack((await self._ask(operation, last.subject, last.data, headers, timeout)).data)
+        if ack.error is not None:
+            raise _batch_refusal(operation, ack.error, fence)
+        return ack.seq
+
+    async def _ask_in_batch(
+        self, operation: str, write: Write, headers: dict[str, str], fence: Fence | None, timeout: float
+    ) -> None:
+        try:
+            msg = await self._ask(operation, write.subject, write.data, headers, timeout)
+        except BusTimeout as error:
+            # Without its last message a batch is never stored.
+            raise BusUnavailable(operation, f"no answer in the middle of the batch ({error})") from error
+        if msg.data and (refused := _decode_ack(msg.data)).error is not None:
+            raise _batch_refusal(operation, refused.error, fence)
+
+    async def _send_in_batch(self, operation: str, write: Write, headers: dict[str, str]) -> None:
+        client = self._client
+        if not client.is_connected:
+            raise BusUnavailable(operation, "the connection broke in the middle of the batch")
+        try:
+            await client.publish(write.subject, write.data, headers=headers)
+        except (NatsError, OSError) as error:
+            raise BusUnavailable(operation, _plain(error)) from error
+
     async def read(self, stream: str, subject: str, *, timeout: float = 2.0) -> Record | None:
         """See :meth:`phalanx.ports.Bus.read`."""
         operation = f"read {subject}"
@@ -509,6 +561,14 @@ class NatsBus:
             last.update((record.subject, record) for record in page)
             start = page[-1].revision + 1
         return sorted(last.values(), key=lambda record: record.revision)
+
+    async def read_many(self, stream: str, subjects: Sequence[str], *, timeout: float = 2.0) -> list[Record]:
+        """See :meth:`phalanx.ports.Bus.read_many`."""
+        request = {"multi_last": list(subjects), "batch": 1024}
+        records, status = await self._gather(f"read {len(subjects)} subjects", stream, request, timeout)
+        if status.startswith("413"):
+            raise BusError(f"read {len(subjects)} subjects", status)
+        return sorted(records, key=lambda record: record.revision)
 
     async def read_log(
         self,
@@ -597,9 +657,18 @@ class NatsBus:
         return _message(msg)
 
     async def gather(
-        self, subject: str, data: bytes = b"", *, timeout: float = 1.0, most: int = 1024
+        self,
+        subject: str,
+        data: bytes = b"",
+        *,
+        timeout: float = 1.0,
+        most: int = 1024,
+        is_last: Callable[[Message], bool] | None = None,
     ) -> list[Message]:
-        """A core request with many answers: all that came within *timeout* seconds, at most *most*."""
+        """A core request with many answers: all that came within *timeout* seconds, at most *most*.
+
+        *is_last* is told of each as it comes, and says whether that is all.
+        """
         client = self._client
         if not client.is_connected:
             raise BusUnavailable(f"request {subject}", "not connected to NATS")
@@ -611,7 +680,7 @@ class NatsBus:
                 enough.set()  # no responders
             elif len(answers) < most:
                 answers.append(_message(msg))
-                if len(answers) == most:
+                if len(answers) == most or (is_last is not None and is_last(answers[-1])):
                     enough.set()
 
         inbox = client.new_inbox()
@@ -692,6 +761,27 @@ async def _subscribe(
 def _expire(future: asyncio.Future[Any], operation: str, timeout: float) -> None:
     if not future.done():
         future.set_exception(BusTimeout(operation, f"no answer within {timeout:g} s; the outcome is unknown"))
+
+
+def _write_headers(headers: Mapping[str, str] | None, ttl_seconds: float | None) -> dict[str, str]:
+    written = dict(headers) if headers else {}
+    if ttl_seconds is not None:
+        written["Nats-TTL"] = f"{max(1, math.ceil(ttl_seconds))}s"  # ADR-43: whole seconds
+    return written
+
+
+def _batch_headers(write: Write, batch: str, number: int, fence: Fence | None) -> dict[str, str]:
+    """Those of message *number*, from 1, of *batch* (ADR-50). The first one carries the fence."""
+    headers = _write_headers(write.headers, write.ttl_seconds)
+    if fence is not None and number == 1:
+        headers.update(_fence_headers(fence))
+    return {**headers, "Nats-Batch-Id": batch, "Nats-Batch-Sequence": str(number)}
+
+
+def _batch_refusal(operation: str, error: _Error, fence: Fence | None) -> BusError:
+    if error.err_code in (BATCH_INCOMPLETE, BATCHES_UNDER_WAY):
+        return BusUnavailable(operation, error.description, error.err_code)
+    return _refusal(operation, error, fence.subject if fence else "", fence.revision if fence else 0)
 
 
 def _fence_headers(fence: Fence) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar, cast
@@ -20,6 +21,9 @@ MAX_KEY_LENGTH = 1024
 _TOKEN = r"[-/_=a-zA-Z0-9]+"
 _KEY = re.compile(rf"{_TOKEN}(?:\.{_TOKEN})*")
 _PATTERN = re.compile(rf"(?:(?:{_TOKEN}|\*)\.)*(?:{_TOKEN}|\*|>)")
+
+
+_PART_OF = {"*": r"[^.]+", ">": r".+"}
 
 
 class Entry(msgspec.Struct, Generic[T], frozen=True):
@@ -69,6 +73,13 @@ def check_pattern(pattern: str) -> str:
             "use a key, with * for one whole part or > for all the rest, e.g. users.*.name or users.>",
         )
     return pattern
+
+
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Whether a key matches *pattern*, which :func:`check_pattern` has returned."""
+    parts = [_PART_OF.get(part, re.escape(part)) for part in pattern.split(".")]
+    matches = re.compile(r"\.".join(parts)).fullmatch
+    return lambda key: matches(key) is not None
 
 
 def _bad_key(key: object, what: str) -> ConfigError:

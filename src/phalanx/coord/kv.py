@@ -3,22 +3,21 @@
 What holds:
 
 * :meth:`AppKV.get` asks the leader of the bucket's stream, so whatever was acknowledged anywhere before
-  is seen. :meth:`~AppKV.keys`, :meth:`~AppKV.history` and watches read any replica: they may be some
-  milliseconds behind.
+  is seen, unless that leader was deposed and does not know yet; with ``linearizable`` not even then.
+  :meth:`~AppKV.get_many`, :meth:`~AppKV.keys`, :meth:`~AppKV.history` and watches read any replica: they may
+  be some milliseconds behind. docs/kv-and-locks.md has a table.
 * A write under a fence (``ctx.kv``) is refused by the server once another epoch leads: ``Fenced``.
 * ``BusTimeout`` from a write means that its outcome is unknown. ``create`` and ``update`` mark what they
-  write, look whether it was stored, and raise it only if they can't find out. Repeating a ``put``
-  is harmless.
+  write, look whether it was stored, and raise it only if they can't find out. Repeating a ``put`` or
+  ``put_many`` is harmless.
 * Revisions are positions in the bucket's stream: they only grow, and no two writes share one.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
-import random
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 from phalanx.coord.codec import (
@@ -30,10 +29,20 @@ from phalanx.coord.codec import (
     check_pattern,
     encode,
 )
+from phalanx.coord.kv_read import HEADERS_BYTES, REFUSALS, Reads, pause
 from phalanx.coord.kv_watch import KVWatch
-from phalanx.errors import BusError, BusTimeout, ConfigError, Fenced, KeyExists, WrongRevision, WrongValue
-from phalanx.names import Names
-from phalanx.ports import Bus, Fence, Record
+from phalanx.errors import (
+    BusError,
+    BusTimeout,
+    BusUnavailable,
+    ConfigError,
+    Fenced,
+    KeyExists,
+    WrongRevision,
+    WrongValue,
+)
+from phalanx.names import FENCE_KEY, Names
+from phalanx.ports import BATCHES_UNDER_WAY, MAX_BATCH, Bus, Fence, Record, Write
 
 __all__ = ["AppKV", "Change", "Entry", "KVWatch", "Removed"]
 
@@ -42,17 +51,11 @@ T = TypeVar("T")
 NONCE_HEADER = "Phalanx-Nonce"
 """Which call wrote a record: a lost reply is found again by it."""
 
-HEADERS_BYTES = 512
-"""Kept free for headers: the server's limit counts them too."""
-
 MAX_TTL_SECONDS = 10 * 365 * 86400
 PURGE_MARKER_SECONDS = 3600
 """How long a purge stays visible to those who watch. Nothing is left to come back after it."""
 
 MAX_HISTORY = 256
-REFUSALS = 10
-"""How often a write is tried again that was refused although nothing speaks against it."""
-
 _DELETE = {"KV-Operation": "DEL"}
 _PURGE = {"KV-Operation": "PURGE", "Nats-Rollup": "sub"}
 # Without the rollup, the value before would come back when this one's time is up.
@@ -83,20 +86,58 @@ class AppKV:
         bucket = names.app_bucket(app)
         self._stream = names.bucket_stream(bucket)
         self._prefix = names.key_subject(bucket, "kv.")
+        self._barrier = names.key_subject(bucket, FENCE_KEY)
+        self._reads = Reads(bus, self._stream, self._barrier)
 
     # --- reading
 
     @overload
-    async def get(self, key: str) -> Entry[bytes] | None: ...
+    async def get(self, key: str, *, linearizable: bool = False) -> Entry[bytes] | None: ...
     @overload
-    async def get(self, key: str, type: type[T]) -> Entry[T] | None: ...
-    async def get(self, key: str, type: type[Any] = bytes) -> Entry[Any] | None:
-        """The present value; None if there is none. Raises WrongValue if it is not of *type*."""
-        record = await self._bus.read(self._stream, self._prefix + check_key(key))
-        if record is None:
-            return None
-        change = change_of(record, key, type)
-        return None if isinstance(change, Removed) else change
+    async def get(self, key: str, type: type[T], *, linearizable: bool = False) -> Entry[T] | None: ...
+    async def get(
+        self, key: str, type: type[Any] = bytes, *, linearizable: bool = False
+    ) -> Entry[Any] | None:
+        """The present value; None if there is none. Raises WrongValue if it is not of *type*.
+
+        *linearizable*: it is the value at a moment during this call, whichever server answers. It costs
+        about one round trip and one small write more, and needs a majority of the servers, as a write does.
+        """
+        subject = self._prefix + check_key(key)
+        if linearizable:
+            record = (await self._reads.now([subject])).get(subject)
+        else:
+            record = await self._bus.read(self._stream, subject)
+        return _present(record, key, type)
+
+    @overload
+    async def get_many(
+        self, keys: Iterable[str], *, linearizable: bool = False
+    ) -> dict[str, Entry[bytes]]: ...
+    @overload
+    async def get_many(
+        self, keys: Iterable[str], type: type[T], *, linearizable: bool = False
+    ) -> dict[str, Entry[T]]: ...
+    async def get_many(
+        self, keys: Iterable[str], type: type[Any] = bytes, *, linearizable: bool = False
+    ) -> dict[str, Entry[Any]]:
+        """The values of up to 1000 *keys* as they were at one moment, by key; those that hold none are not in
+        it. So a :meth:`put_many` is seen wholly or not at all.
+
+        Any replica answers, so that moment may be some milliseconds ago; with *linearizable* it lies within
+        this call (see :meth:`get`). Raises WrongValue.
+        """
+        subjects = [self._prefix + key for key in self._check_keys(keys)]
+        if not subjects:
+            return {}
+        read = self._reads.now if linearizable else self._reads.lately
+        records = await read(subjects)
+        found: dict[str, Entry[Any]] = {}
+        for subject in subjects:
+            key = subject.removeprefix(self._prefix)
+            if (entry := _present(records.get(subject), key, type)) is not None:
+                found[key] = entry
+        return found
 
     async def value(self, key: str, type: type[T], default: T) -> T:
         """The present value itself, *default* if there is none. Raises WrongValue."""
@@ -123,20 +164,36 @@ class AppKV:
         A purge, and a write with a TTL, forget what was before. Raises WrongValue.
         """
         subject = self._prefix + check_key(key)
-        records = await self._bus.read_log(self._stream, subject, limit=MAX_HISTORY)
+        records: list[Record] = []
+        # An answer has a limit in bytes, too.
+        while page := await self._bus.read_log(
+            self._stream, subject, start=records[-1].revision + 1 if records else 1, limit=MAX_HISTORY
+        ):
+            records += page
         return [change_of(record, key, type) for record in records]
 
     @overload
-    def watch(self, pattern: str = "") -> KVWatch[bytes]: ...
+    def watch(self, pattern: str = "", *, since: int | None = None) -> KVWatch[bytes]: ...
     @overload
-    def watch(self, pattern: str, type: type[T]) -> KVWatch[T]: ...
-    def watch(self, pattern: str = "", type: type[Any] = bytes) -> KVWatch[Any]:
+    def watch(self, pattern: str, type: type[T], *, since: int | None = None) -> KVWatch[T]: ...
+    def watch(self, pattern: str = "", type: type[Any] = bytes, *, since: int | None = None) -> KVWatch[Any]:
         """The present state, then every change: ``async with kv.watch("users.>") as changes``.
 
         *pattern*: a key; ``*`` stands for one part, ``>`` at the end for all that follow; empty: all keys.
+        *since*: no state, but every change after that revision (0: from the beginning), in order. Raises
+        RevisionCompacted on entering, or later, if some of them may be gone: that is when a key was changed
+        ``kv_history`` times or more since. What a purge or a write with a TTL has replaced is not missed, and
+        not given either. See :class:`KVWatch`.
         Entering waits until the state was read: put a deadline around it where NATS may be away.
         """
-        return KVWatch(self._bus, self._names, self._app, check_pattern(pattern), type)
+        if since is not None and since != 0:
+            _check_revision(since, what="since")
+        return KVWatch(self._bus, self._names, self._app, check_pattern(pattern), type, since)
+
+    async def revision(self) -> int:
+        """The bucket's last revision: whatever was acknowledged before has no larger one, whatever is written
+        later has. Writes once, as ``get(…, linearizable=True)`` does."""
+        return await self._bus.write(self._barrier)
 
     # --- writing
 
@@ -186,7 +243,55 @@ class AppKV:
         """Remove the key and its history. Raises Fenced."""
         await self._store(self._prefix + check_key(key), b"", _PURGE, PURGE_MARKER_SECONDS)
 
+    async def put_many(self, values: Mapping[str, object], *, ttl: float | None = None) -> dict[str, int]:
+        """Store all *values* (up to 1000, by key) or none, whatever is there; the revisions, by key.
+
+        *ttl*: see :meth:`put`. Raises Fenced, WrongValue. After BusTimeout either all are there or none.
+        """
+        keys = self._check_keys(values)
+        headers = _ttl_headers(ttl)
+        writes = [Write(self._prefix + key, self._data(key, values[key]), headers, ttl) for key in keys]
+        if not writes:
+            return {}
+        last = await self._store_many(writes)
+        return dict(zip(keys, range(last - len(keys) + 1, last + 1), strict=True))
+
+    async def delete_many(self, keys: Iterable[str]) -> None:
+        """Remove all of up to 1000 *keys* or none; their history stays. Harmless for those that are not
+        there. Raises Fenced."""
+        writes = [Write(self._prefix + key, b"", _DELETE) for key in self._check_keys(keys)]
+        if writes:
+            await self._store_many(writes)
+
     # --- how
+
+    def _check_keys(self, keys: Iterable[str]) -> Sequence[str]:
+        """*keys* in their order, each once. Raises ConfigError."""
+        if isinstance(keys, str | bytes):
+            raise ConfigError("keys", keys, "is one key", "give a list of keys")
+        checked = list(dict.fromkeys(check_key(key) for key in keys))
+        if len(checked) > MAX_BATCH:
+            raise ConfigError(
+                "keys", len(checked), "are too many at once", f"NATS takes {MAX_BATCH}: do it in parts"
+            )
+        return checked
+
+    async def _store_many(self, writes: Sequence[Write]) -> int:
+        fence = self._fence() if self._fence else None
+        attempt = 0
+        while True:
+            try:
+                return await self._bus.write_many(writes, fence=fence)
+            except WrongRevision:
+                await self._check_fence(fence)
+                if fence is None or attempt >= REFUSALS:
+                    raise
+            except BusUnavailable as error:
+                # The server takes 50 at a time in a stream.
+                if error.code != BATCHES_UNDER_WAY or attempt >= REFUSALS:
+                    raise
+            attempt += 1
+            await pause(attempt)
 
     def _data(self, key: str, value: object) -> bytes:
         data = value if type(value) is bytes else encode(value, key)
@@ -209,7 +314,7 @@ class AppKV:
                 attempt += 1
                 if fence is None or attempt > REFUSALS:
                     raise
-            await _pause(attempt)
+            await pause(attempt)
 
     async def _compare_and_set(
         self, key: str, data: bytes, revision: int | None, headers: Mapping[str, str], ttl: float | None
@@ -243,7 +348,7 @@ class AppKV:
             expect, attempt = actual, attempt + 1
             if attempt > REFUSALS:
                 raise WrongRevision(key, expect, actual)
-            await _pause(attempt)
+            await pause(attempt)
 
     async def _find(self, subject: str, nonce: str) -> int | None:
         """The revision of the write with that nonce, if it is the key's last one. None: unknown."""
@@ -262,8 +367,11 @@ class AppKV:
             raise Fenced(self._app, self._epoch() if self._epoch else fence.revision)
 
 
-async def _pause(attempt: int) -> None:
-    await asyncio.sleep(random.uniform(0, 0.002 * attempt**2))
+def _present(record: Record | None, key: str, wanted: type[T]) -> Entry[T] | None:
+    if record is None:
+        return None
+    change = change_of(record, key, wanted)
+    return None if isinstance(change, Removed) else change
 
 
 def _ttl_headers(ttl: float | None) -> Mapping[str, str]:
@@ -277,9 +385,9 @@ def _ttl_headers(ttl: float | None) -> Mapping[str, str]:
     return _WITH_TTL
 
 
-def _check_revision(revision: int) -> int:
+def _check_revision(revision: int, *, what: str = "revision") -> int:
     if not isinstance(revision, int) or isinstance(revision, bool) or revision < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(
-            "revision", revision, "is no revision", "give the one of an entry; create() expects no key"
+            what, revision, "is no revision", "give the one of an entry; create() expects no key"
         )
     return revision
