@@ -30,6 +30,7 @@ from phalanx.types import AppStatus, Candidate, Health, LeaderRecord, Role
 
 if TYPE_CHECKING:
     # At run time only by apps that declare a database: it brings libraries of its own along.
+    from phalanx.control_db import DatabaseControl
     from phalanx.data.database import ActiveDatabase, AppDatabase, Database
 
 log = logging.getLogger("phalanx.app")
@@ -174,6 +175,7 @@ class App:
         self._kv: AppKV | None = None
         self.database: AppDatabase | None = None
         """The app's database on this node, while the node runs and the app declares one."""
+        self._database_control: DatabaseControl | None = None
         self._section: Section | None = None
         self._context: ActiveContext | None = None
         self._has_standby_checks = any(check.when == "always" for check in config.checks)
@@ -339,6 +341,7 @@ class App:
         self._kv = AppKV(parts.bus, names, self.name)
         self._set_role(Role.STARTING)
         if self.config.database is not None:
+            from phalanx.control_db import DatabaseControl
             from phalanx.data.database import AppDatabase
 
             self.database = AppDatabase(
@@ -349,6 +352,9 @@ class App:
                 on_change=self._on_database,
                 on_lost=self._on_database_lost,
             )
+            self.database.standbys = self._standbys
+            self._database_control = DatabaseControl(parts.bus, parts.names, parts.node, self.database)
+            await self._database_control.start()
             await self.database.start()
         if "on_start" in self.hooks:
             try:
@@ -367,9 +373,10 @@ class App:
         except HookFailed as error:
             self._journal_app("hook-failed", str(error), level=logging.ERROR)
         self.hooks.close()
-        if self.database is not None:
+        if self.database is not None and self._database_control is not None:
+            await self._database_control.stop()
             await self.database.close()
-            self.database = None
+            self.database = self._database_control = None
         self._set_role(Role.STOPPED)
         self._started = False
 
@@ -623,6 +630,9 @@ class App:
         self._offer_candidacy()
         if section is None and self._started and self._election is not None:
             self._set_role(self._passive_role())
+
+    def _standbys(self) -> list[str]:
+        return [o.session.node for o in self.candidates() if o.eligible and o.session.node != self.node]
 
     def _on_database(self) -> None:
         """Whether this node can be a candidate may have changed."""

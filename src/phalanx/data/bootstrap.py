@@ -1,12 +1,14 @@
-"""Makes this node's replica anew, from the newest snapshot or from the beginning of the log."""
+"""Makes this node's replica anew: from the newest snapshot, or from the beginning of the log."""
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING
 
+from phalanx import system
 from phalanx.data.log import LogState
 from phalanx.data.replica_state import ReplicaState
+from phalanx.data.snapshots import Snapshot
 from phalanx.errors import DatabaseError
 
 if TYPE_CHECKING:
@@ -25,12 +27,68 @@ class Bootstrap:
         """Whether the replica cannot go on from where it is."""
         if state.state == "broken":
             return True
+        if end.last < state.position.sequence:
+            return True
         return end.messages > 0 and end.first > state.position.sequence + 1
 
-    async def run(self) -> None:
-        """Make it anew. Raises DatabaseError, BusError."""
+    async def run(self, state: ReplicaState, end: LogState, why: str) -> None:
+        """Make it anew. Raises DatabaseError, BusError, OSError; then the old one is as it was."""
         database = self._database
-        end = await database.log.state()
-        if end.first > 1 and end.messages:
-            raise DatabaseError(f"the log begins at {end.first}, and there is no snapshot")
-        await database.replica.reset()
+        began = system.now()
+        if state.state == "ready" and end.last < state.position.sequence:
+            await self._keep_lost_writes(state, end)
+        snapshot = await self._newest(end)
+        if snapshot is None:
+            if end.messages and end.first > 1:
+                raise DatabaseError(
+                    f"the log begins at {end.first}, and there is no snapshot of what was before",
+                    "make one where the database still is: phalanx snapshot create",
+                )
+            await database.replica.reset()
+            how = "from the beginning of the log"
+        else:
+            await self._install(snapshot)
+            how = f"from {snapshot.name}"
+        database.report(
+            "replica-bootstrapped",
+            f"{how}: {why}",
+            duration_seconds=system.now() - began,
+            snapshot=snapshot.name if snapshot is not None else "",
+        )
+
+    async def _newest(self, end: LogState) -> Snapshot | None:
+        """The newest snapshot from which the log goes on."""
+        found = await self._database.snapshots.list_snapshots()
+        fit = [one for one in found if end.first - 1 <= one.sequence <= end.last]
+        return fit[-1] if fit else None
+
+    async def _install(self, snapshot: Snapshot) -> None:
+        database = self._database
+        image = database.folder / "bootstrap.db"
+        image.unlink(missing_ok=True)
+
+        def progress(done: int, total: int) -> None:
+            database.say(f"{100 * done // max(1, total)} % of {snapshot.name}")
+
+        try:
+            await database.snapshots.unpack(snapshot, image, progress)
+            await database.replica.install(image, snapshot.sequence, snapshot.txid)
+        finally:
+            image.unlink(missing_ok=True)
+
+    async def _keep_lost_writes(self, state: ReplicaState, end: LogState) -> None:
+        """NATS has lost acknowledged writes, and this replica has them still: it is kept aside first."""
+        database = self._database
+        target = database.settlements.free_name(f"log-{state.position.sequence}")
+        lost = await database.log.last()
+        what = database.settlements.note(
+            target,
+            epoch=lost.epoch,
+            sequence=lost.sequence,
+            txid=lost.txid,
+            transactions=max(0, state.position.txid - lost.txid),
+            exact=False,
+            size_bytes=state.page_size * state.commit,
+        )
+        await database.replica.snapshot(target)
+        database.settlements.report(what)

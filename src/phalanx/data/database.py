@@ -26,13 +26,15 @@ from phalanx.aio import wait_at_most
 from phalanx.config import SQLite
 from phalanx.data.bootstrap import Bootstrap
 from phalanx.data.following import Follower
+from phalanx.data.image_process import ImageSource, check
 from phalanx.data.log import LogEnd, WalLog
 from phalanx.data.objects import ObjectStore
 from phalanx.data.reading import Readers
 from phalanx.data.reign import DataReign
 from phalanx.data.replica_client import ReplicaProcess
 from phalanx.data.settlement import Settlements
-from phalanx.data.status import DbStatus
+from phalanx.data.snapshots import Progress, Snapshot, Snapshots, no_progress
+from phalanx.data.status import DbStatus, DbVerified
 from phalanx.decide.backoff import Backoff
 from phalanx.errors import DatabaseError, NotActive, PhalanxError, ReplicaUnavailable
 from phalanx.names import Names
@@ -111,7 +113,10 @@ class AppDatabase:
         self.log = WalLog(node.bus, node.names, app)
         self.objects = ObjectStore(node.bus, node.names, app)
         self.replica = ReplicaProcess(self.folder, self._on_process_exit)
+        self.snapshots = Snapshots(self.objects, self.log, app, node.node)
         self.readers = Readers(app)
+        self.standbys: Callable[[], list[str]] = list
+        """The nodes that are candidates now, besides this one; the app knows."""
         self.public, self.active = Database(self), ActiveDatabase(self)
         self.bootstrap = Bootstrap(self)
         self.settlements = Settlements(self)
@@ -239,10 +244,12 @@ class AppDatabase:
         if self.follower is not None and self.follower.trouble is None:
             self._set_phase(Phase.FOLLOWING, self._foreign_file(end))
             return
+        trouble = self.follower.trouble if self.follower is not None else None
         await self._stop_follower()
-        if self.bootstrap.is_needed(state, await self.log.state()):
+        end_state = await self.log.state()
+        if trouble is not None or self.bootstrap.is_needed(state, end_state):
             self._set_phase(Phase.BOOTSTRAPPING)
-            await self.bootstrap.run()
+            await self.bootstrap.run(state, end_state, trouble or state.reason or "its position left the log")
             self.readers.revoke("the replica was made anew")
         await self._start_follower()
         self._set_phase(Phase.FOLLOWING, self._foreign_file(end))
@@ -402,6 +409,49 @@ class AppDatabase:
                 spool_bytes=reign.shipper.backlog().bytes,
             )
         return status
+
+    async def make_snapshot(
+        self, *, kind: str = "manual", note: str = "", progress: Progress = no_progress
+    ) -> Snapshot:
+        """Store a snapshot of this node's database as it is now. Raises DatabaseError, BusError, OSError."""
+        if self.reign is not None and self._phase is Phase.LIVE:
+            source = ImageSource(self.live, capture=self.folder / "capture" / "ltx" / "0")
+            epoch = self.reign.epoch
+        else:
+            path = self.readable_path()
+            source, epoch = ImageSource(path, journal=path.with_name("journal")), 0
+        made = await self.snapshots.create(source, epoch=epoch, kind=kind, note=note, progress=progress)
+        self.report(
+            "snapshot-made", f"{made.name}, {made.size_bytes} bytes of {made.raw_bytes}", snapshot=made.name
+        )
+        return made
+
+    async def verify(self) -> DbVerified:
+        """Read the whole database of this node: is it sound, and what is its fingerprint?"""
+        try:
+            if self._phase is not Phase.FOLLOWING:
+                await check(self.readable_path())
+                return DbVerified(
+                    node=self.node, ok=True, position=self.position, problem="live: it has no fingerprint"
+                )
+            problems = await self.replica.verify()
+            before = self.replica.position
+            fingerprint = await self.replica.fingerprint()
+            # Requests are served in order, so this is the position that was read.
+            position = self.replica.position if self.replica.position == before else before
+            return DbVerified(
+                node=self.node,
+                ok=not problems,
+                position=position,
+                fingerprint=fingerprint,
+                problem="; ".join(problems),
+            )
+        except (PhalanxError, OSError) as error:
+            return DbVerified(node=self.node, ok=False, position=self.position, problem=str(error))
+
+    def say(self, reason: str) -> None:
+        """What it is busy with, for those who look."""
+        self._reason = reason
 
     def _size(self) -> int:
         with contextlib.suppress(ReplicaUnavailable, OSError):

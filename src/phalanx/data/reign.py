@@ -15,6 +15,7 @@ from phalanx import system
 from phalanx.data.capture import Capture
 from phalanx.data.entries import Seal, SealKind
 from phalanx.data.following import confirmed
+from phalanx.data.in_place import restore_if_asked
 from phalanx.data.log import LogEnd
 from phalanx.data.schedule import SnapshotSchedule
 from phalanx.data.shipping import Captured, Shipper
@@ -29,6 +30,9 @@ log = logging.getLogger("phalanx.data")
 
 CATCH_UP_SECONDS = 30.0
 """How long an activation may apply what is left of the log: a candidate is behind by milliseconds."""
+
+RESTORE_SECONDS = 600.0
+"""How long the replica may take to become what was restored."""
 
 FLUSH_SECONDS = 8.0
 """How long a graceful end may take to put the rest into the log."""
@@ -112,6 +116,9 @@ class DataReign:
             raise DatabaseError(
                 f"its replica is at {follower.applied}, not at {sealed.sequence} after {CATCH_UP_SECONDS:g} s"
             ) from None
+        if (restored := await restore_if_asked(database, self.epoch, self._base)) is not None:
+            self._base = restored
+            await follower.wait_for(restored.sequence, RESTORE_SECONDS)
 
     def _check_only_copy(self, end: LogEnd) -> None:
         """While nothing is in the log, the node that adopted a file has the only copy of it."""
@@ -142,7 +149,9 @@ class DataReign:
             how, position = "went on with its own database", self._base
         else:
             promoted = await database.replica.promote(database.live, self.epoch, self._sealed)
-            self._base = position = Position(self._sealed, promoted.txid)
+            position = self._base
+            if promoted.txid != position.txid:
+                raise DatabaseError(f"the replica was promoted at {promoted.txid}, the log is at {position}")
             how = "promoted its replica" if promoted.exists else "begins without a database"
         database.report(
             "database-promoted",
@@ -157,7 +166,9 @@ class DataReign:
         """Capture and ship from now on."""
         database = self._database
         wanted = database.config.sync
-        self._needs_standby = wanted == "standby" or (wanted == "auto" and (await database.log.state()).replicas < 2)
+        self._needs_standby = wanted == "standby" or (
+            wanted == "auto" and (await database.log.state()).replicas < 2
+        )
         self._capture = capture = Capture(
             database.live,
             database.folder,
@@ -178,7 +189,7 @@ class DataReign:
             wal=database.live.with_name(f"{database.live.name}-wal"),
         )
         await shipper.start()
-        self._schedule = SnapshotSchedule(database, self)
+        self._schedule = SnapshotSchedule(database)
         await self._schedule.start()
 
     # --- while active

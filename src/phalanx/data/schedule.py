@@ -1,22 +1,120 @@
-"""Snapshots by schedule, while this node leads."""
+"""Snapshots by schedule, while this node leads: from a standby where there is one, and what they make free.
+
+One task. Deleting what is no longer needed is safe under any epoch, so a deposed leader may still do it.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from typing import TYPE_CHECKING
+
+import msgspec
+
+from phalanx import system
+from phalanx.aio import wait_at_most
+from phalanx.data.status import SnapshotProgress, SnapshotRequest
+from phalanx.decide.retention import Limits
+from phalanx.errors import BusError, DatabaseError, PhalanxError
 
 if TYPE_CHECKING:
     from phalanx.data.database import AppDatabase
-    from phalanx.data.reign import DataReign
+
+log = logging.getLogger("phalanx.snapshots")
+
+LOOK_SECONDS = 30.0
+"""Between looks at the size of the log."""
+
+ASK_SECONDS = 1800.0
+"""What a standby may take for one."""
+
+FAILED_SECONDS = 60.0
+"""After a failure it is tried again."""
 
 
 class SnapshotSchedule:
     """Of one reign."""
 
-    def __init__(self, database: AppDatabase, reign: DataReign) -> None:
-        self._database, self._reign = database, reign
+    def __init__(self, database: AppDatabase) -> None:
+        self._database = database
+        self._task: asyncio.Task[None] | None = None
+        self._stopping = asyncio.Event()
+        self._bytes_at_last: int | None = None
 
     async def start(self) -> None:
         """Begin."""
+        self._task = asyncio.create_task(self._run(), name=f"{self._database.app} snapshots")
 
     async def stop(self) -> None:
-        """End."""
+        """End at once; a snapshot that is half made leaves nothing behind."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _run(self) -> None:
+        database, failed = self._database, ""
+        while True:
+            try:
+                if await self._is_due():
+                    await self._make()
+                    await self.tidy()
+                failed, pause = "", LOOK_SECONDS
+            except (PhalanxError, OSError) as error:
+                if str(error) != failed:
+                    failed = str(error)
+                    database.report("snapshot-failed", failed, level=logging.ERROR)
+                pause = FAILED_SECONDS
+            await wait_at_most(self._stopping, pause)
+
+    async def _is_due(self) -> bool:
+        """By time or by the size of the log since the last one, and only if something was written since."""
+        database = self._database
+        state, newest = await database.log.state(), await database.snapshots.newest()
+        if self._bytes_at_last is None or newest is None:
+            # What was in the log when the last one was made is not known after a change of the leader.
+            self._bytes_at_last = state.bytes if newest is not None else 0
+        if not database.position.txid or (newest is not None and newest.txid == database.position.txid):
+            return False
+        since = system.wall() - (newest.created if newest is not None else await self._began())
+        grown = state.bytes - self._bytes_at_last
+        return since >= float(database.config.snapshot_every) or grown >= int(database.config.log_limit)
+
+    async def _began(self) -> float:
+        """Since when the log has anything; Unix seconds."""
+        first = await self._database.log.read(1, limit=1, max_bytes=1)
+        return first[0].time if first else system.wall()
+
+    async def _make(self) -> None:
+        database = self._database
+        grown = (await database.log.state()).bytes
+        for node in database.standbys():
+            try:
+                await self._ask(node)
+                break
+            except (BusError, DatabaseError, msgspec.MsgspecError) as error:
+                log.warning("app %s: node %s makes no snapshot: %s", database.app, node, error)
+        else:
+            await database.make_snapshot(kind="scheduled")
+        self._bytes_at_last = grown
+
+    async def _ask(self, node: str) -> None:
+        database = self._database
+        request = SnapshotRequest(by=f"schedule of {database.node}", kind="scheduled", quiet=True)
+        subject = database.names.database_subject(database.app, "snapshot", node)
+        answer = await database.bus.request(subject, msgspec.json.encode(request), timeout=ASK_SECONDS)
+        made = msgspec.json.decode(answer.data, type=SnapshotProgress)
+        if not made.name:
+            raise DatabaseError(made.error or "it did not say which snapshot it has made")
+
+    async def tidy(self) -> None:
+        """Remove the snapshots and the part of the log that nothing needs any more."""
+        database = self._database
+        config = database.config
+        done = await database.snapshots.tidy(
+            Limits(int(config.keep_snapshots), float(config.keep_snapshots_for))
+        )
+        if done.snapshots or done.entries:
+            database.report(
+                "snapshots-tidied", f"{len(done.snapshots)} snapshots and {done.entries} log entries removed"
+            )

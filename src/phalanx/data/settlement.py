@@ -173,33 +173,57 @@ class Settlements:
     async def _set_aside(self, state: ReplicaState, verdict: SetAside) -> None:
         database = self._database
         await database.release_guard()
-        target = self._free_name(state.epoch)
+        target = self.free_name(str(state.epoch))
+        what = self.note(
+            target,
+            epoch=state.epoch,
+            sequence=verdict.sequence,
+            txid=verdict.txid,
+            transactions=verdict.commits,
+            exact=verdict.exact,
+            size_bytes=database.live.stat().st_size,
+        )
+        await database.replica.set_aside(database.live, target)
+        self.report(what)
+
+    def free_name(self, label: str) -> Path:
+        """A name beside the database under which nothing lies yet."""
+        live = self._database.live
+        target, number = live.with_name(f"{live.name}.diverged-{label}"), 1
+        while target.exists() or _info_path(target).exists():
+            number += 1
+            target = live.with_name(f"{live.name}.diverged-{label}-{number}")
+        return target
+
+    def note(
+        self,
+        target: Path,
+        *,
+        epoch: int,
+        sequence: int,
+        txid: int,
+        transactions: int,
+        exact: bool,
+        size_bytes: int,
+    ) -> Diverged:
+        """Write down what *target* is before it is made: a crash must not leave a file that nobody knows."""
         what = Diverged(
-            database.app,
-            database.node,
-            state.epoch,
-            verdict.sequence,
-            verdict.txid,
-            verdict.commits,
-            verdict.exact,
-            database.live.stat().st_size,
+            self._database.app,
+            self._database.node,
+            epoch,
+            sequence,
+            txid,
+            transactions,
+            exact,
+            size_bytes,
             system.wall(),
             str(target),
         )
-        # What is said of it first: a crash in between must not leave a file of which nobody knows.
         write_durably(_info_path(target), msgspec.json.format(msgspec.json.encode(what)))
-        await database.replica.set_aside(database.live, target)
-        self._report(what)
+        return what
 
-    def _free_name(self, epoch: int) -> Path:
-        live = self._database.live
-        target, number = live.with_name(f"{live.name}.diverged-{epoch}"), 1
-        while target.exists():
-            number += 1
-            target = live.with_name(f"{live.name}.diverged-{epoch}-{number}")
-        return target
-
-    def _report(self, what: Diverged) -> None:
+    def report(self, what: Diverged) -> None:
+        """Tell the audit log, once."""
         count = f"{what.transactions}" if what.exact else f"at least {what.transactions}"
         self._database.report(
             "database-diverged",
@@ -217,8 +241,8 @@ class Settlements:
     def report_left(self) -> None:
         """Report what an earlier life of this node set aside and could not report any more."""
         for what in self.diverged():
-            if not what.reported and Path(what.file).exists():
-                self._report(what)
+            if not what.reported:
+                self.report(what)
 
     def diverged(self) -> list[Diverged]:
         """What was set aside on this node, oldest first."""
@@ -229,4 +253,5 @@ class Settlements:
                 found.append(msgspec.json.decode(path.read_bytes(), type=Diverged))
             except (OSError, msgspec.DecodeError) as error:
                 log.warning("%s is unreadable: %s", path, error)
-        return sorted(found, key=lambda each: each.time)
+        # A note whose file was never made is what a crash left before anything had happened.
+        return sorted((each for each in found if Path(each.file).exists()), key=lambda each: each.time)

@@ -123,9 +123,11 @@ class DbDifference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SnapshotRequest(msgspec.Struct, frozen=True):
-    """Make a snapshot now. ``by``: who asks, for the audit log."""
+    """Make a snapshot now. ``by``: who asks, for the audit log. ``quiet``: only the last answer is wanted."""
 
     by: str = ""
+    kind: str = "manual"
+    quiet: bool = False
 
 
 class SnapshotProgress(msgspec.Struct, frozen=True, kw_only=True):
