@@ -39,6 +39,9 @@ CHUNK_SECONDS = 15.0
 """For one chunk or page: a stream with replicas may have to elect a leader first."""
 
 ENTRY_SECONDS = 15.0
+SETTLE_SECONDS = 2.0
+"""How long a put that has failed waits for the chunks that are under way, before it removes them."""
+
 LAGGING_SECONDS = 10.0
 """How long chunks that the entry names may be missing: the replica that answers can be a little behind."""
 
@@ -63,13 +66,13 @@ class _Options(msgspec.Struct, omit_defaults=True):
 
 
 class _Entry(msgspec.Struct, omit_defaults=True):
-    """The JSON of an entry message (ADR-20: ObjectInfo)."""
+    """The JSON of an entry message (ADR-20: ObjectInfo). Some clients need size and chunks, be they 0."""
 
     name: str
     bucket: str = ""
     nuid: str = ""
-    size: int = 0
-    chunks: int = 0
+    size: int | None = None
+    chunks: int | None = None
     mtime: str = ""
     digest: str = ""
     deleted: bool = False
@@ -153,6 +156,9 @@ class ObjectStore:
             while window:
                 await acknowledged()
         finally:
+            if window:
+                # What is under way has to be stored, or lost, before it can be removed.
+                await asyncio.wait(window, timeout=SETTLE_SECONDS)
             for task in window:
                 task.cancel()
             await asyncio.gather(*window, return_exceptions=True)
@@ -179,9 +185,7 @@ class ObjectStore:
         found = await self.info(name)
         if found is None:
             return False
-        gone = _Entry(
-            name, self._bucket, found.nuid, mtime=datetime.now(UTC).isoformat(), digest="", deleted=True
-        )
+        gone = _Entry(name, self._bucket, found.nuid, 0, 0, datetime.now(UTC).isoformat(), deleted=True)
         await self._write_entry(gone)
         await self._purge(found.nuid)
         return True
@@ -292,13 +296,17 @@ class ObjectStore:
                 )
                 if page:
                     return page
+                now = await self.info(info.name)
+                if now is None or now.nuid != info.nuid:
+                    raise DatabaseError(
+                        f"object {info.name!r} of app {self._app!r} was replaced or deleted meanwhile"
+                    )
             except (BusTimeout, BusUnavailable):
                 if system.now() >= deadline:
                     raise
             if system.now() >= deadline:
                 raise DatabaseError(
-                    f"object {info.name!r} of app {self._app!r}: {left} of {info.chunks} chunks are missing "
-                    "(it was replaced or deleted meanwhile, or the store is damaged)"
+                    f"object {info.name!r} of app {self._app!r}: {left} of {info.chunks} chunks are missing"
                 )
             await asyncio.sleep(0.05)
 
@@ -321,7 +329,8 @@ class ObjectStore:
 
 def _info(entry: _Entry, time: float) -> ObjectInfo:
     metadata = entry.metadata or {}
-    return ObjectInfo(entry.name, entry.size, entry.digest, entry.chunks, entry.nuid, metadata, time)
+    size, chunks = entry.size or 0, entry.chunks or 0
+    return ObjectInfo(entry.name, size, entry.digest, chunks, entry.nuid, metadata, time)
 
 
 async def _resized(pieces: AsyncIterable[bytes], size: int) -> AsyncIterator[bytes]:
