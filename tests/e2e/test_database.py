@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
+import signal
 import sqlite3
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from phalanx import system
+from phalanx.bus.connection import NatsBus
+from phalanx.config import NatsOptions
+from phalanx.names import Names
+from phalanx.observe.audit import AuditEntry, read_audit
 from phalanx.testing.nats import NatsServer
+from phalanx.testing.nodes import NodeProcess
 from phalanx.testing.stage import Stage, since_now, stage
 
 
@@ -18,6 +28,32 @@ def database_stage(tmp_path: Path, nats: NatsServer, **settings: Any) -> Generat
     settings = {"database": str(tmp_path / "{node}" / "wiki.db"), "tick_seconds": 0.01, **settings}
     with stage(tmp_path, nats, **settings) as running:
         yield running
+
+
+def kill_all_of(node: NodeProcess) -> None:
+    """SIGKILL the node and all its processes at one moment, as a loss of power would end them."""
+    children = Path(f"/proc/{node.pid}/task/{node.pid}/children").read_text().split()
+    victims = [node.keeper_pid, node.pid, *(int(child) for child in children)]
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    node.wait(10)
+
+
+async def audited(nats: NatsServer, *actions: str) -> list[AuditEntry]:
+    """The audit entries with one of *actions*; waits until there is one."""
+    bus = await NatsBus.connect(NatsOptions(urls=(nats.url(0),)))
+    try:
+        deadline = system.now() + 20
+        while True:
+            entries = await read_audit(bus, Names("test"), limit=10_000)
+            found = [entry for entry in entries if entry.action in actions]
+            if found or system.now() > deadline:
+                return found
+            await asyncio.sleep(0.02)
+    finally:
+        await bus.close()
 
 
 def rows(path: Path) -> list[tuple[int, int, str]]:
@@ -43,4 +79,46 @@ async def test_three_nodes_sigkill_of_the_active_one_the_next_has_every_confirme
         confirmed = [e.data["number"] for e in running.history.events("confirmed") if e.at < since]
         assert opened.data["number"] >= max(confirmed)
         await running.wait_for("confirmed", opened.at)
+        running.check()
+
+
+async def test_three_nodes_planned_hand_over_loses_no_row(tmp_path: Path, nats_server: NatsServer) -> None:
+    """All rows, confirmed or not, are on the next node; the old one becomes a standby with the same file."""
+    with database_stage(tmp_path, nats_server, sync_every=0) as running:
+        active = await running.settled()
+        await running.wait_for("committed", 0.0, node=active)
+        since = since_now()
+        running.nodes[active].terminate()
+        opened = await running.wait_for("opened", since)
+        assert opened.node != active
+        written = [e.data["number"] for e in running.history.events("committed") if e.node == active]
+        assert opened.data["number"] == max(written)
+        running.nodes[active].wait(20)
+        running.nodes[active].start()
+        await running.nodes.wait_for_standbys(running.app, 2)
+        assert not list((tmp_path / active).glob("*.diverged-*"))
+        running.check()
+
+
+async def test_two_nodes_node_keeper_and_litestream_killed_what_was_lost_is_kept_and_counted_G3(
+    tmp_path: Path, nats_server: NatsServer
+) -> None:
+    """What the old node had beyond the log lies beside its database, with the very number of transactions."""
+    with database_stage(tmp_path, nats_server, count=2, sync_every=0, commit_seconds=0.001) as running:
+        active = await running.settled()
+        await running.wait_for("committed", 0.0, node=active)
+        await running.nodes.wait_until(
+            lambda: len(running.history.events("committed")) > 200, 20, "too few commits"
+        )
+        since = since_now()
+        kill_all_of(running.nodes[active])
+        opened = await running.wait_for("opened", since)
+        written = max(e.data["number"] for e in running.history.events("committed") if e.node == active)
+        lost = written - opened.data["number"]
+        running.nodes[active].start()
+        await running.nodes.wait_for_standbys(running.app, 1)
+        entries = await audited(nats_server, "database-diverged", "database-returned")
+        said = next(e for e in entries if e.node == active)
+        assert (int(said.details["transactions"]), said.details.get("exact", "true")) == (lost, "true")
+        assert bool(list((tmp_path / active).glob("*.diverged-*.json"))) == (lost > 0)
         running.check()
