@@ -369,6 +369,26 @@ async def test_snapshot_create_fails_with_the_reason(
             await client.databases.create_snapshot("wiki", "n2")
 
 
+async def test_snapshot_that_takes_long_is_waited_for_while_it_goes_on(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only silence is given up: every step that is told begins the wait anew."""
+    monkeypatch.setattr("phalanx.client_db.SILENT_SECONDS", 0.5)
+
+    async def on_message(message: Message) -> None:
+        for number in range(6):
+            await asyncio.sleep(0.2)
+            step = SnapshotProgress(done_bytes=number, name="s-3" if number == 5 else "")
+            await platform.bus.publish(message.reply, msgspec.json.encode(step))
+
+    subscription = await platform.bus.subscribe(NAMES.database_subject("wiki", "snapshot", "n2"), on_message)
+    try:
+        async with PlatformClient("prod", NatsOptions(urls=(platform.server.url(),))) as client:
+            assert await client.databases.create_snapshot("wiki", "n2") == "s-3"
+    finally:
+        await subscription.unsubscribe()
+
+
 # --- restore in place
 
 
