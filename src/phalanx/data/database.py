@@ -30,7 +30,7 @@ from phalanx.data.image_process import ImageSource, check
 from phalanx.data.log import LogEnd, WalLog
 from phalanx.data.objects import ObjectStore
 from phalanx.data.reading import Readers
-from phalanx.data.reign import DataReign
+from phalanx.data.reign import ADOPTS, DataReign
 from phalanx.data.replica_client import ReplicaProcess
 from phalanx.data.settlement import Settlements
 from phalanx.data.snapshots import Progress, Snapshot, Snapshots, no_progress
@@ -51,7 +51,10 @@ UNKNOWN_DATA_SECONDS = 0.5
 """How much longer a node without a file waits while the log is empty: another may have one to adopt."""
 
 KEPT_LOOK_SECONDS = 1.0
-"""How often a kept live database is compared with the log, besides at each change of the leader."""
+"""How often it is looked again whether a kept database, or what holds this node back, is still so."""
+
+LAG_LOOK_SECONDS = 5.0
+"""How often it is looked whether the replica is too far behind."""
 
 LAG_HANDICAP_SECONDS = (0.05, 0.5)
 """Least and most that a candidate waits longer because its replica is behind."""
@@ -132,6 +135,7 @@ class AppDatabase:
         self._log_is_empty: bool | None = None
         self._readable = self.replica.path
         self._failures = 0
+        self._told = ""
         self._tender: asyncio.Task[None] | None = None
 
     # --- life
@@ -212,13 +216,23 @@ class AppDatabase:
                 try:
                     await self._prepare()
                     self._failures = 0
-                    if self._phase is Phase.KEPT:
+                    if self._phase is Phase.KEPT or self._reason:
                         again = KEPT_LOOK_SECONDS
                 except (PhalanxError, OSError) as error:
                     self._failures += 1
                     again = RETRY.delay(self._failures)
                     self._fail(error)
-            await wait_at_most(self._wake, again)
+            await self._wait(again)
+
+    async def _wait(self, seconds: float | None) -> None:
+        """Until there is something to tend; meanwhile it is told when the replica falls too far behind."""
+        deadline = system.now() + seconds if seconds is not None else float("inf")
+        while not await wait_at_most(self._wake, min(LAG_LOOK_SECONDS, deadline - system.now())):
+            if (reason := self.ineligible_because()) != self._told:
+                self._told = reason
+                self._on_change()
+            if system.now() >= deadline:
+                return
 
     def _fail(self, error: Exception) -> None:
         reason = str(error)
@@ -242,7 +256,7 @@ class AppDatabase:
             state = await self.replica.state()
         await self.release_guard()
         if self.follower is not None and self.follower.trouble is None:
-            self._set_phase(Phase.FOLLOWING, self._foreign_file(end))
+            self._set_phase(Phase.FOLLOWING, self._held_back(end))
             return
         trouble = self.follower.trouble if self.follower is not None else None
         await self._stop_follower()
@@ -252,13 +266,22 @@ class AppDatabase:
             await self.bootstrap.run(state, end_state, trouble or state.reason or "its position left the log")
             self.readers.revoke("the replica was made anew")
         await self._start_follower()
-        self._set_phase(Phase.FOLLOWING, self._foreign_file(end))
+        self._set_phase(Phase.FOLLOWING, self._held_back(end))
 
-    def _foreign_file(self, end: LogEnd) -> str:
-        """A database at the user's path that is not Phalanx's, while the platform has one already."""
-        if end.last_record is None or not self.live.exists():
+    def _held_back(self, end: LogEnd) -> str:
+        """Why this node must not lead although its replica follows; empty if it may.
+
+        A file at the user's path that is not Phalanx's, while the platform has a database already; or another
+        node that has adopted its own file and has the only copy of it until its first record is in the log.
+        """
+        if end.last_record is not None:
+            if self.live.exists():
+                return f"{self.live} exists, but the platform has another database: move it away"
             return ""
-        return f"{self.live} exists, but the platform has another database: move it away"
+        seal = end.last_seal
+        if seal is not None and seal.reason == ADOPTS and seal.node != self.node:
+            return f"node {seal.node} has the only copy of the database until it has replicated it"
+        return ""
 
     def look(self) -> None:
         """Something outside has changed, such as the leader."""

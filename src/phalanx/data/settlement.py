@@ -94,7 +94,9 @@ class Settlements:
         database = self._database
         if not database.live.exists():
             await database.replica.reset()
-            database.report("database-vanished", f"{database.live} is gone", level=logging.ERROR)
+            if self._captured():
+                reason = f"{database.live} is gone; it is made anew from the log"
+                database.report("database-vanished", reason, level=logging.ERROR)
             return True
         logged = await self._logged(state.epoch, state.sealed, end)
         local = LocalDatabase(state.epoch, self._captured(), await self._unlogged(logged.last_txid))
