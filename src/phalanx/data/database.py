@@ -26,7 +26,7 @@ from phalanx.aio import wait_at_most
 from phalanx.config import SQLite
 from phalanx.data.bootstrap import Bootstrap
 from phalanx.data.following import Follower
-from phalanx.data.image_process import ImageSource, check
+from phalanx.data.image_process import ImageSource, check, fingerprint
 from phalanx.data.log import LogEnd, WalLog
 from phalanx.data.objects import ObjectStore
 from phalanx.data.reading import Readers
@@ -437,12 +437,7 @@ class AppDatabase:
         self, *, kind: str = "manual", note: str = "", progress: Progress = no_progress
     ) -> Snapshot:
         """Store a snapshot of this node's database as it is now. Raises DatabaseError, BusError, OSError."""
-        if self.reign is not None and self._phase is Phase.LIVE:
-            source = ImageSource(self.live, capture=self.folder / "capture" / "ltx" / "0")
-            epoch = self.reign.epoch
-        else:
-            path = self.readable_path()
-            source, epoch = ImageSource(path, journal=path.with_name("journal")), 0
+        source, epoch = self._image_source()
         made = await self.snapshots.create(source, epoch=epoch, kind=kind, note=note, progress=progress)
         self.report(
             "snapshot-made", f"{made.name}, {made.size_bytes} bytes of {made.raw_bytes}", snapshot=made.name
@@ -452,25 +447,20 @@ class AppDatabase:
     async def verify(self) -> DbVerified:
         """Read the whole database of this node: is it sound, and what is its fingerprint?"""
         try:
-            if self._phase is not Phase.FOLLOWING:
-                await check(self.readable_path())
-                return DbVerified(
-                    node=self.node, ok=True, position=self.position, problem="live: it has no fingerprint"
-                )
-            problems = await self.replica.verify()
-            before = self.replica.position
-            fingerprint = await self.replica.fingerprint()
-            # Requests are served in order, so this is the position that was read.
-            position = self.replica.position if self.replica.position == before else before
-            return DbVerified(
-                node=self.node,
-                ok=not problems,
-                position=position,
-                fingerprint=fingerprint,
-                problem="; ".join(problems),
-            )
+            await check(self.readable_path())
+            source, epoch = self._image_source()
+            head, digest = await fingerprint(source)
+            sequence = head.sequence or await self.snapshots.sequence_of(head.txid, epoch)
         except (PhalanxError, OSError) as error:
             return DbVerified(node=self.node, ok=False, position=self.position, problem=str(error))
+        return DbVerified(node=self.node, ok=True, position=Position(sequence, head.txid), fingerprint=digest)
+
+    def _image_source(self) -> tuple[ImageSource, int]:
+        """What an image of this node's database is made of, and the epoch under which it is written here."""
+        if self.reign is not None and self._phase is Phase.LIVE:
+            return ImageSource(self.live, capture=self.folder / "capture" / "ltx" / "0"), self.reign.epoch
+        path = self.readable_path()
+        return ImageSource(path, journal=path.with_name("journal")), 0
 
     def say(self, reason: str) -> None:
         """What it is busy with, for those who look."""

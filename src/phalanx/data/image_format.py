@@ -81,6 +81,15 @@ def parse_head(data: bytes) -> tuple[ImageHead, int] | None:
     return head, end
 
 
+def parse_tail(end: bytes) -> ImageTail:
+    """The tail of a packed image, of which *end* are the last bytes (1 KB is enough). Raises DatabaseError."""
+    begin = end.rfind(_TAIL_MAGIC.to_bytes(4, "little"))
+    try:
+        return msgspec.json.decode(end[begin + _SKIPPABLE.size :], type=ImageTail)
+    except msgspec.MsgspecError as error:
+        raise DatabaseError(f"the tail of the image is damaged: {error}") from None
+
+
 def packed(head: ImageHead, blocks: Iterable[bytes]) -> Iterator[bytes]:
     """The stream of an image whose content comes in *blocks* of up to BLOCK_BYTES.
 

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from phalanx import child
-from phalanx.data.image_format import ImageHead, parse_head
+from phalanx.data.image_format import ImageHead, parse_head, parse_tail
 from phalanx.data.images import RECORD, Applied
 from phalanx.errors import DatabaseError
 
@@ -25,6 +25,7 @@ STALL_SECONDS = 300.0
 
 _PIECE_BYTES = 256 << 10
 _LINE_BYTES = 4096
+_TAIL_BYTES = 1024
 
 T = TypeVar("T")
 OnBytes = Callable[[int], None]
@@ -207,6 +208,15 @@ async def pack(source: ImageSource, on_bytes: OnBytes = _ignore) -> AsyncGenerat
                 raise DatabaseError("the image ends within its head")
             begin += piece
         yield Packing(process, found[0], begin)
+
+
+async def fingerprint(source: ImageSource) -> tuple[ImageHead, str]:
+    """What *source* is now, and the SHA-256 of all its pages in hex. Raises DatabaseError, OSError."""
+    async with pack(source) as packing, contextlib.aclosing(packing.chunks()) as chunks:
+        end = b""
+        async for chunk in chunks:
+            end = (end + chunk)[-_TAIL_BYTES:]
+    return packing.head, parse_tail(end).sha256
 
 
 async def unpack(chunks: AsyncIterable[bytes], target: Path, on_bytes: OnBytes = _ignore) -> ImageHead:

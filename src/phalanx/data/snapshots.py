@@ -19,7 +19,7 @@ import msgspec
 
 from phalanx import system
 from phalanx.data import image_process
-from phalanx.data.entries import LogRecord
+from phalanx.data.entries import LogEntry, LogRecord
 from phalanx.data.image_format import FORMAT, ImageHead
 from phalanx.data.image_process import ImageSource
 from phalanx.data.log import WalLog
@@ -49,7 +49,8 @@ def no_progress(_done: int, _total: int) -> None:
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """What a snapshot is of. ``time``: how new its data is, ``created``: when it was finished (Unix seconds).
 
-    ``raw_bytes`` and ``size_bytes``: of the database, and of what is stored.
+    ``raw_bytes`` and ``size_bytes``: of the database, and of what is stored. ``nonce``: of the log's entry at
+    ``sequence``, empty where that was purged.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     kind: str = "scheduled"
     note: str = ""
+    nonce: str = ""
 
     @property
     def position(self) -> Position:
@@ -103,9 +105,18 @@ class Snapshots:
         return sorted((one for one in found if one is not None), key=lambda one: one.sequence)
 
     async def newest(self) -> Snapshot | None:
-        """The one with the highest position; None if there is none."""
-        found = await self.list_snapshots()
-        return found[-1] if found else None
+        """The one with the highest position that the log goes on from; None if there is none."""
+        end = (await self.log.state()).last
+        for one in reversed(await self.list_snapshots()):
+            if one.sequence <= end and await self.is_of_this_log(one):
+                return one
+        return None
+
+    async def is_of_this_log(self, snapshot: Snapshot) -> bool:
+        """False for a snapshot of what is not in the log any more: NATS had lost acknowledged writes, and
+        their places were taken by others."""
+        entry = await self._entry(snapshot.sequence)
+        return entry is None or not snapshot.nonce or entry.nonce == snapshot.nonce
 
     async def find(self, name: str) -> Snapshot:
         """The one with that name. Raises DatabaseError if there is none."""
@@ -136,20 +147,25 @@ class Snapshots:
 
         async with image_process.pack(source, on_bytes) as packing:
             head, total = packing.head, packing.head.raw_bytes
-            sequence = head.sequence or await self._sequence_of(head.txid, epoch)
+            sequence = head.sequence or await self.sequence_of(head.txid, epoch)
             name = snapshot_name(sequence)
             before = await self.objects.info(name)
             if before is not None and kind == "scheduled" and (known := _parse(before)) is not None:
                 return known
-            data_time = await self._time_of(sequence) or head.time_ms / 1000
-            metadata = _metadata(head, sequence, epoch, self._node, data_time, kind, note)
+            entry = await self._entry(sequence)
+            metadata = _metadata(head, sequence, entry) | {
+                "epoch": str(epoch),
+                "node": self._node,
+                "kind": kind,
+                "note": note,
+            }
             async with contextlib.aclosing(packing.chunks()) as chunks:
                 await self.objects.put(name, chunks, metadata)
         progress(total, total)
         return await self.find(name)
 
-    async def _sequence_of(self, txid: int, epoch: int) -> int:
-        """Where the log has *txid* of the reign *epoch*; waits until it is there."""
+    async def sequence_of(self, txid: int, epoch: int) -> int:
+        """Where the log has *txid* of the reign *epoch*; waits until it is there. Raises DatabaseError."""
         deadline = system.now() + SHIPPED_SECONDS
         start = max(1, (await self.log.state()).last - _LOOK_BACK)
         while True:
@@ -165,9 +181,10 @@ class Snapshots:
             if not entries:
                 await asyncio.sleep(0.05)
 
-    async def _time_of(self, sequence: int) -> float | None:
+    async def _entry(self, sequence: int) -> LogEntry | None:
+        """The log's entry at *sequence*, None where that was purged."""
         entries = await self.log.read(sequence, limit=1, max_bytes=1)
-        return entries[0].time if entries and entries[0].sequence == sequence else None
+        return entries[0] if entries and entries[0].sequence == sequence else None
 
     # --- reading one
 
@@ -241,22 +258,17 @@ class Snapshots:
         return Tidied(plan.delete, entries)
 
 
-def _metadata(
-    head: ImageHead, sequence: int, epoch: int, node: str, time: float, kind: str, note: str
-) -> dict[str, str]:
+def _metadata(head: ImageHead, sequence: int, entry: LogEntry | None) -> dict[str, str]:
     """Of the object; all values are texts. The time is Unix milliseconds."""
     return {
         "format": str(FORMAT),
         "sequence": str(sequence),
         "txid": str(head.txid),
-        "epoch": str(epoch),
-        "node": node,
         "page_size": str(head.page_size),
         "commit": str(head.commit),
         "raw_bytes": str(head.raw_bytes),
-        "time": str(round(time * 1000)),
-        "kind": kind,
-        "note": note,
+        "time": str(round(entry.time * 1000) if entry is not None else head.time_ms),
+        "nonce": entry.nonce if entry is not None else "",
     }
 
 
@@ -279,6 +291,7 @@ def _parse(info: ObjectInfo) -> Snapshot | None:
             size_bytes=info.size,
             kind=data["kind"],
             note=data["note"],
+            nonce=data["nonce"],
         )
     except (KeyError, ValueError) as error:
         log.warning("%s is no snapshot that this version can use: %s", info.name, error)
