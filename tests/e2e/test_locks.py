@@ -546,3 +546,69 @@ async def test_acquire_rides_out_a_server_restart(nats_server: NatsServer) -> No
         nats_server.start()
         held = await task
         await held.release()
+
+
+# --- who holds them, who waits
+
+
+async def test_holder_and_waiters_are_visible(a: Node, b: Node) -> None:
+    """Every node sees who holds a lock and who has waited for a second; both are gone when it is over."""
+    assert await a.locks.holder("jobs.x") is None
+    assert await a.locks.held() == []
+    async with a.locks.lock("jobs.x") as held:
+        waiting = [asyncio.create_task(b.locks.acquire("jobs.x")) for _ in range(2)]
+        mine = asyncio.create_task(a.locks.acquire("jobs.x"))
+        async with a.locks.lock("other"):
+            async with asyncio.timeout(10):
+                while True:
+                    seen = await b.locks.holder("jobs.x")
+                    assert seen is not None
+                    if len(seen.waiters) == 2:
+                        break
+                    await asyncio.sleep(0.05)
+            assert (seen.name, seen.node, seen.session) == ("jobs.x", "a", str(a.session.id))
+            assert (seen.token, seen.epoch) == (held.token, 0)
+            assert abs(seen.time - system.wall()) < 60
+            assert sorted((waiter.node, waiter.tasks) for waiter in seen.waiters) == [("a", 1), ("b", 2)]
+            found = await a.locks.held()
+            assert [each.name for each in found] == ["jobs.x", "other"]
+            assert len(found[0].waiters) == 2
+            assert found[1].waiters == ()
+    for task in [mine, *waiting]:
+        task.cancel()
+    for lock in await asyncio.gather(mine, *waiting, return_exceptions=True):
+        if isinstance(lock, Lock):
+            await lock.release()
+    await a.locks.close()
+    await b.locks.close()
+    assert await a.locks.held() == []
+    left = await a.bus.snapshot(NAMES.bucket_stream(BUCKET), NAMES.key_subject(BUCKET, "waiter.>"))
+    assert all(record.removed for record in left)
+
+
+async def test_short_waits_write_nothing(a: Node, b: Node) -> None:
+    """A lock that changes hands at once leaves no trace of who waited."""
+    tokens: list[int] = []
+    await asyncio.gather(count_under_lock(a, a.locks, 5, tokens), count_under_lock(b, b.locks, 5, tokens))
+    assert not await a.bus.read_log(NAMES.bucket_stream(BUCKET), NAMES.key_subject(BUCKET, "waiter.>"))
+
+
+async def test_dead_and_deposed_holders_are_not_shown(a: Node, b: Node) -> None:
+    """A lock whose holder's session is over, or whose epoch is, counts as free for those who look, too."""
+    fence = await lead(a)
+    await a.locks.under(fence, fence.revision).acquire("led")
+    await a.locks.acquire("plain")
+    led = await b.locks.holder("led")
+    assert led is not None
+    assert led.epoch == fence.revision
+    assert [each.name for each in await b.locks.held()] == ["led", "plain"]
+    await lead(b)
+    assert await b.locks.holder("led") is None
+    assert [each.name for each in await b.locks.held()] == ["plain"]
+    await a.session.die()
+    async with asyncio.timeout(10):
+        while await b.locks.holder("plain") is not None:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert await b.locks.held() == []
+    with pytest.raises(ConfigError, match="lock"):
+        await b.locks.holder("a b")

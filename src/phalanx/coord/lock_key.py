@@ -128,7 +128,7 @@ class LockKey:
         record = await self._parts.bus.read(self._parts.stream, self.subject)
         # None: never written, or gone with its TTL. Also a bucket that lost its data: so the leader's
         # word counts, whatever was known before.
-        self.revision, self.holder = (record.revision, _decode(record)) if record else (0, Holder())
+        self.revision, self.holder = (record.revision, decode_holder(record)) if record else (0, Holder())
         self._note()
         if self.holder.epoch:
             await self.read_leader()
@@ -190,7 +190,7 @@ class LockKey:
             self.holder = Holder()
             self.changed()
             return
-        self.learn(record.revision, _decode(record))
+        self.learn(record.revision, decode_holder(record))
 
     def _on_leader(self, record: Record) -> None:
         if record.revision > self.leader_revision:
@@ -205,7 +205,8 @@ class LockKey:
         self.changed()
 
 
-def _decode(record: Record) -> Holder:
+def decode_holder(record: Record) -> Holder:
+    """What a lock's key says; what can't be read says that nobody holds it."""
     if record.removed or not record.data:
         return Holder()
     try:

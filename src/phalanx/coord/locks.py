@@ -32,6 +32,7 @@ from phalanx import system
 from phalanx.aio import Background
 from phalanx.coord.codec import check_key
 from phalanx.coord.lock_key import Holder, HoldingSession, LockKey, Parts, Sessions
+from phalanx.coord.lock_status import LockStatus, LockWaiter, Waiting, all_statuses, status_of
 from phalanx.errors import (
     BusError,
     BusTimeout,
@@ -46,7 +47,7 @@ from phalanx.errors import (
 from phalanx.names import Names
 from phalanx.ports import Bus, Fence
 
-__all__ = ["HoldingSession", "Lock", "Locks", "Sessions"]
+__all__ = ["HoldingSession", "Lock", "LockStatus", "LockWaiter", "Locks", "Sessions"]
 
 log = logging.getLogger("phalanx.locks")
 
@@ -79,6 +80,7 @@ class _Turn:
 
     def __init__(self, family: _Family, name: str) -> None:
         self._turns, self._name = family.turns, name
+        self.waiting = Waiting(family.parts, name, family.settling)
         self._lock = asyncio.Lock()
         self._users = 0
 
@@ -215,17 +217,32 @@ class Locks:
         turn = self._family.turns.get(name)
         if turn is None:
             turn = self._family.turns[name] = _Turn(self._family, name)
-        try:
-            async with asyncio.timeout(timeout if timeout < float("inf") else None):
-                await turn.take()
-        except TimeoutError:
-            raise LockTimeout(name, timeout, f"{self._family.parts.session.id} (this node)") from None
-        claim = _Claim(self._family, turn, name, self._fence, self._epoch)
-        try:
-            return await claim.run(deadline, timeout)
-        except BaseException:
-            claim.give_up()
-            raise
+        with turn.waiting:
+            try:
+                async with asyncio.timeout(timeout if timeout < float("inf") else None):
+                    await turn.take()
+            except TimeoutError:
+                raise LockTimeout(name, timeout, f"{self._family.parts.session.id} (this node)") from None
+            claim = _Claim(self._family, turn, name, self._fence, self._epoch)
+            try:
+                return await claim.run(deadline, timeout)
+            except BaseException:
+                claim.give_up()
+                raise
+
+    async def holder(self, name: str) -> LockStatus | None:
+        """Who holds the lock, and which nodes have waited for it for a second or more; None if it is free.
+
+        The stream's leader is asked; it is for people and monitoring: what it tells may be over when it
+        arrives. A holder that has died is shown until its session is known to be over. Raises ConfigError,
+        BusError.
+        """
+        return await status_of(self._family.parts, check_key(name, what="lock"))
+
+    async def held(self) -> list[LockStatus]:
+        """All of the app's locks that are held, by name; may be some milliseconds behind. See :meth:`holder`.
+        Raises BusError."""
+        return await all_statuses(self._family.parts)
 
     async def close(self) -> None:
         """Wait until what was released or given up is settled: at most a few seconds, then leave it."""
