@@ -82,7 +82,7 @@ def parse_head(data: bytes) -> tuple[ImageHead, int] | None:
 
 
 def parse_tail(end: bytes) -> ImageTail:
-    """The tail of a packed image, of which *end* are the last bytes (1 KB is enough). Raises DatabaseError."""
+    """The tail of a packed image, whose last bytes are *end* (1 KB is enough). Raises DatabaseError."""
     begin = end.rfind(_TAIL_MAGIC.to_bytes(4, "little"))
     try:
         return msgspec.json.decode(end[begin + _SKIPPABLE.size :], type=ImageTail)

@@ -172,7 +172,8 @@ class Snapshots:
             entries = await self.log.read(start)
             for entry in entries:
                 start = entry.sequence + 1
-                if isinstance(entry, LogRecord) and (entry.txid, entry.epoch) == (txid, epoch):
+                # The seal, where nothing was written in that reign yet.
+                if isinstance(entry, LogRecord | Seal) and (entry.txid, entry.epoch) == (txid, epoch):
                     return entry.sequence
             if system.now() >= deadline:
                 raise DatabaseError(
