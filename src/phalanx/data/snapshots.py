@@ -19,7 +19,7 @@ import msgspec
 
 from phalanx import system
 from phalanx.data import image_process
-from phalanx.data.entries import LogEntry, LogRecord
+from phalanx.data.entries import LogEntry, LogRecord, Seal
 from phalanx.data.image_format import FORMAT, ImageHead
 from phalanx.data.image_process import ImageSource
 from phalanx.data.log import WalLog
