@@ -140,7 +140,7 @@ async def test_oversized_record_comes_from_the_object_store(
         await follower.wait_for(writer.sequence, 5)
     assert live.data == late.data
     assert [live.data[2], live.data[4]] == big
-    assert list(tmp_path.iterdir()) == []  # noqa: ASYNC240
+    assert [path.name for path in tmp_path.iterdir()] == ["followed.json"]  # noqa: ASYNC240
 
 
 async def test_connection_that_breaks_again_and_again(
@@ -256,6 +256,29 @@ async def test_rolled_back_log_that_has_grown_again_is_noticed_at_the_start(
         await eventually(lambda: troubles)
     assert "lost acknowledged writes" in troubles[0]
     assert replica.position == Position(6, 5)
+
+
+async def test_rolled_back_log_whose_positions_are_as_before_is_noticed_at_the_start(
+    bus: NatsBus, writer: Writer, tmp_path: Path
+) -> None:
+    """The log went back to before a seal and grew again, another seal at its place: the nonce tells."""
+    replica, troubles = MemoryReplica(), list[str]()
+    async with following(bus, replica, spool=tmp_path) as follower:
+        await writer.write(2)
+        await follower.wait_for(3, 5)
+    async with following(bus, replica, spool=tmp_path, troubles=troubles) as follower:
+        await follower.wait_for(3, 5)  # the same log
+    await bus.api(f"STREAM.DELETE.{STREAM}", {})
+    other = Writer(await make_log(bus), 4)
+    await other.open()
+    await other.write(3)
+    async with following(bus, replica, spool=tmp_path, troubles=troubles):
+        await eventually(lambda: troubles)
+    assert "than the seal at 1" in troubles[0]
+    replica.path = Path("gen-1/replica.db")  # it was made anew: what is remembered says nothing of it
+    async with following(bus, replica, spool=tmp_path, troubles=troubles) as follower:
+        await follower.wait_for(4, 5)
+    assert len(troubles) == 1
 
 
 # --- confirmations

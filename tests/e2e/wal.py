@@ -80,6 +80,7 @@ class MemoryReplica:
         self.data: dict[int, bytes] = {}
         self.calls: list[tuple[str, int]] = []
         self.synced = Position()
+        self.path = Path("gen-0/replica.db")
         self._turn = asyncio.Lock()
 
     @property
@@ -129,6 +130,12 @@ class Folder:
         temporary.write_bytes(data)
         temporary.rename(self.path / ltx.file_name(self.last, self.last))
         return self.last
+
+    def forget(self, up_to_txid: int) -> None:
+        """See ``Capture.forget``."""
+        for file in self.files(0)[:-1]:
+            if file.txid <= up_to_txid:
+                file.path.unlink()
 
     def files(self, after: int) -> Sequence[Captured]:
         """See ``shipping.Source``."""

@@ -14,7 +14,6 @@ import contextlib
 import logging
 import random
 import tempfile
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -22,9 +21,10 @@ from typing import Protocol
 from phalanx import system
 from phalanx.aio import wait_at_most
 from phalanx.data.confirming import Confirmation, Confirmer, confirmed
-from phalanx.data.entries import Claim, Foreign, LogEntry, LogRecord, Seal, parse
+from phalanx.data.entries import Foreign, LogEntry, LogRecord, Seal, parse
+from phalanx.data.history import History
 from phalanx.data.log import PAGE_BYTES, WalLog
-from phalanx.errors import BusError, DatabaseError, PhalanxError, ReplicaUnavailable
+from phalanx.errors import BusError, BusTimeout, DatabaseError, PhalanxError, ReplicaUnavailable
 from phalanx.names import Names
 from phalanx.ports import Bus, Connection, Message, Record, Subscription
 from phalanx.types import Position
@@ -43,8 +43,8 @@ BATCH = 32
 """Entries that are given to the replica at once, in order."""
 
 BATCH_BYTES = 8 << 20
-REMEMBERED = 4096
-"""Nonces of entries that were taken, to know them again."""
+MIN_PAGE_BYTES = 1 << 16
+HISTORY_FILE = "followed.json"
 
 
 class Replica(Protocol):
@@ -53,6 +53,11 @@ class Replica(Protocol):
     @property
     def position(self) -> Position:
         """How far it is."""
+        ...
+
+    @property
+    def path(self) -> Path:
+        """Its file; another one once it was made anew."""
         ...
 
     async def apply(self, sequence: int, txid: int, data: bytes | Path) -> object:
@@ -73,7 +78,8 @@ class Follower:
 
     *on_trouble*: it has ended, since the replica cannot follow any more (the log begins later, holds
     something else than what was applied, or the replica failed): it has to be made anew. *on_applied* and
-    *on_seal* are called after each step. *spool*: a folder for records too large for memory.
+    *on_seal* are called after each step. *spool*: a folder for records too large for memory, and for the
+    little that has to be remembered between two starts.
     """
 
     def __init__(
@@ -101,9 +107,10 @@ class Follower:
         """The next entry to take; those between it and ``_applied`` are under way."""
         self._pushed: dict[int, tuple[LogEntry, float]] = {}
         self._pushed_bytes = 0
-        self._nonces: OrderedDict[int, str] = OrderedDict()
+        self._history = History(wal_log, None if spool is None else spool / HISTORY_FILE)
         self._under_way_bytes = 0
         self._oldest: float | None = None
+        self._page_bytes = PAGE_BYTES
         self._wake = asyncio.Event()
         self._retry = asyncio.Event()
         self._progress = asyncio.Event()
@@ -123,6 +130,7 @@ class Follower:
         A replica that cannot follow is no error: see :attr:`trouble`.
         """
         self._applied = self._replica.position
+        self._history.open(str(self._replica.path))
         self._next, self._end = self._applied.sequence + 1, self._applied.sequence
         self._log.saw(self._applied.sequence)
         try:
@@ -225,7 +233,7 @@ class Follower:
             return  # not republished by a stream: somebody published by hand
         entry = parse(Record(headers.get("Nats-Subject", ""), message.data, sequence, headers))
         if sequence < self._next:
-            if self._nonces.get(sequence) != entry.nonce:
+            if not self._history.knows(entry):
                 self._ask()  # not what was taken there, or so long ago that nobody knows
             return
         if sequence > max(self._end, self._next - 1) + 1:
@@ -259,6 +267,8 @@ class Follower:
                 await self._follow()
                 delay = RETRY_SECONDS[0]
             except BusError as error:
+                if isinstance(error, BusTimeout):
+                    self._page_bytes = max(MIN_PAGE_BYTES, self._page_bytes // 4)  # a slow link
                 log.debug("following app %s: %s", self._app, error)
                 self._retry.clear()
                 await wait_at_most(self._retry, delay * random.uniform(0.8, 1.2))
@@ -301,9 +311,7 @@ class Follower:
 
     def _is_taken(self, entry: LogEntry) -> None:
         self._next = entry.sequence + 1
-        self._nonces[entry.sequence] = entry.nonce
-        if len(self._nonces) > REMEMBERED:
-            self._nonces.popitem(last=False)
+        self._history.take(entry)
 
     async def _verify(self) -> None:
         """Learn the end of the log, and that it still is the log that was applied here.
@@ -319,30 +327,13 @@ class Follower:
             raise DatabaseError(
                 f"the log begins at {state.first}, the replica is at {self._applied.sequence}"
             )
-        if 0 < state.first <= self._applied.sequence:
-            await self._verify_applied()
+        if state.first:  # else nothing was ever in it
+            self._epoch = await self._history.verify(self._applied, state.first) or self._epoch
         if end >= self._next:
             self._heard_of(end)
         if asked == self._asked:
             self._unverified = False
         self._confirmer.progress()
-
-    async def _verify_applied(self) -> None:
-        """Servers that have lost writes store others there. Each begins with a seal, so txids differ."""
-        applied = self._applied
-        page = await self._log.read(applied.sequence, limit=1, max_bytes=1)
-        if not page:
-            raise BusError("verify the log", "the replica that answers is behind")
-        entry = page[0]
-        if entry.sequence != applied.sequence or isinstance(entry, Claim | Foreign):
-            return  # purged just now: then the end of the log tells enough
-        nonce = self._nonces.get(entry.sequence, entry.nonce)
-        if entry.txid != applied.txid or entry.nonce != nonce:
-            raise DatabaseError(
-                f"the log holds transaction {entry.txid} of epoch {entry.epoch} at {entry.sequence}, but "
-                f"{applied} was applied: NATS has lost acknowledged writes"
-            )
-        self._epoch = entry.epoch
 
     # --- catching up
 
@@ -367,6 +358,7 @@ class Follower:
                     reading = self._read()
                 self._oldest = _stored_at(page[0])
                 await self._apply(page)
+                self._page_bytes = min(PAGE_BYTES, 2 * self._page_bytes)
                 if is_last:
                     return
         finally:
@@ -376,7 +368,7 @@ class Follower:
     def _read(self) -> asyncio.Task[list[LogEntry]]:
         limit = min(1024, max(1, self._end - self._next + 1))
         return asyncio.create_task(
-            self._log.read(self._next, limit=limit, max_bytes=PAGE_BYTES), name=f"{self._app} log page"
+            self._log.read(self._next, limit=limit, max_bytes=self._page_bytes), name=f"{self._app} log page"
         )
 
     # --- applying
@@ -429,6 +421,7 @@ class Follower:
         if isinstance(entry, Seal | LogRecord):
             self._epoch, txid = entry.epoch, entry.txid
         self._applied = Position(entry.sequence, txid)
+        self._history.applied(entry, str(self._replica.path))
         if isinstance(entry, Seal) and self._on_seal is not None:
             self._call(self._on_seal, entry)
         self._report_progress()

@@ -57,6 +57,9 @@ HEADER_BYTES = 4096
 """Left for headers, ours and those that the server adds, in each message."""
 
 WRITE_SECONDS = 2.0
+SLOW_BYTES_PER_SECOND = 100_000
+"""A link is given at least the time that it would need at this speed."""
+
 REFUSALS = 3
 """After so many refusals in a row a seal is preceded by a claim."""
 
@@ -301,8 +304,9 @@ class WalLog:
         )
 
     async def _write(self, subject: str, data: bytes, headers: dict[str, str], expected: int) -> int:
+        timeout = WRITE_SECONDS + len(data) / SLOW_BYTES_PER_SECOND
         return await self._bus.write(
-            subject, data, headers={**headers, EXPECTED: str(expected)}, timeout=WRITE_SECONDS
+            subject, data, headers={**headers, EXPECTED: str(expected)}, timeout=timeout
         )
 
     async def _put(self, expected: int, draft: Draft) -> ObjectPointer:

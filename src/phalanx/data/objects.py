@@ -42,8 +42,9 @@ ENTRY_SECONDS = 15.0
 SETTLE_SECONDS = 2.0
 """How long a put that has failed waits for the chunks that are under way, before it removes them."""
 
-LAGGING_SECONDS = 10.0
-"""How long chunks that the entry names may be missing: the replica that answers can be a little behind."""
+LAGGING_SECONDS = 45.0
+"""How long chunks that the entry names may fail to come: the replica that answers can be a little behind,
+the link slow."""
 
 ORPHAN_SECONDS = 3600.0
 _DIGEST = "SHA-256="
@@ -301,9 +302,11 @@ class ObjectStore:
                     raise DatabaseError(
                         f"object {info.name!r} of app {self._app!r} was replaced or deleted meanwhile"
                     )
-            except (BusTimeout, BusUnavailable):
+            except (BusTimeout, BusUnavailable) as error:
                 if system.now() >= deadline:
                     raise
+                if isinstance(error, BusTimeout):
+                    page_bytes = max(1, page_bytes // 4)  # a slow link
             if system.now() >= deadline:
                 raise DatabaseError(
                     f"object {info.name!r} of app {self._app!r}: {left} of {info.chunks} chunks are missing"

@@ -14,7 +14,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -42,7 +42,7 @@ _FRAME_HEADER_BYTES = 24
 _FRAMES_AT_ONCE = 256
 
 
-class Captured(msgspec.Struct, frozen=True):
+class Captured(NamedTuple):
     """A file with one transaction of the capture."""
 
     txid: int
@@ -52,8 +52,8 @@ class Captured(msgspec.Struct, frozen=True):
 class Source(Protocol):
     """Where captured files come from."""
 
-    def files(self, after: int) -> Sequence[Captured]:
-        """Those with a transaction after *after*, in order."""
+    def files(self, after_txid: int, /) -> Sequence[tuple[int, Path]]:
+        """Transaction and path of those after *after_txid*, in order."""
         ...
 
 
@@ -69,7 +69,8 @@ class Shipper:
 
     *base*: this epoch's seal, and the last transaction before it. *wal*: the ``-wal`` file of the live
     database, to count transactions in. *on_fenced*: it has ended for good, with the reason: Fenced, or a
-    DatabaseError where captured files or log are not what they should be. *on_backlog* gets bytes.
+    DatabaseError where captured files or log are not what they should be. *on_backlog* gets bytes. *forget*:
+    how to remove files up to a transaction; without it they are unlinked.
     """
 
     def __init__(
@@ -84,9 +85,11 @@ class Shipper:
         on_backlog: Callable[[int], None] | None = None,
         on_shipped: Callable[[Position], None] | None = None,
         wal: Path | None = None,
+        forget: Callable[[int], None] | None = None,
     ) -> None:
         self._log, self._source = wal_log, source
-        self._epoch, self._node, self._wal = epoch, node, wal
+        self._epoch, self._node, self._wal, self._forget = epoch, node, wal, forget
+        self._newest: Captured | None = None
         self._on_fenced, self._on_backlog, self._on_shipped = on_fenced, on_backlog, on_shipped
         self._shipped = base
         self._backlog = Backlog()
@@ -164,7 +167,7 @@ class Shipper:
 
     async def _run(self) -> None:
         try:
-            self._remove_shipped(self._source.files(0))
+            self._remove_earlier()
             while True:
                 await wait_at_most(self._captured, LOOK_SECONDS)
                 self._captured.clear()
@@ -179,15 +182,11 @@ class Shipper:
             self._on_fenced(self._trouble)
 
     async def _ship_all(self) -> None:
-        previous: Captured | None = None
         while files := self._source.files(self._shipped.txid):
-            for file in files:
+            for txid, path in files:
+                file = Captured(txid, path)
                 await self._ship(file)
-                if previous is not None:
-                    previous.path.unlink(missing_ok=True)
-                previous = file
-        if previous is not None:
-            self._remove_shipped(self._source.files(0))
+                self._remove_before(file)
 
     async def _ship(self, file: Captured) -> None:
         expected = self._shipped.txid + 1
@@ -232,11 +231,19 @@ class Shipper:
             await wait_at_most(self._connected, delay)
             delay = min(longest, 2 * delay)
 
-    def _remove_shipped(self, files: Sequence[Captured]) -> None:
-        """Files that are in the log go, but never the newest of all: Litestream goes on from it."""
-        for file in files[:-1]:
-            if file.txid < self._shipped.txid:
-                file.path.unlink(missing_ok=True)
+    def _remove_earlier(self) -> None:
+        """What an earlier reign has shipped and could not remove any more."""
+        shipped = [Captured(*file) for file in self._source.files(0) if file[0] <= self._shipped.txid]
+        for file in shipped:
+            self._remove_before(file)
+
+    def _remove_before(self, file: Captured) -> None:
+        """*file* is in the log and stays until a newer one is, too; the one before it goes."""
+        newest, self._newest = self._newest, file
+        if self._forget is not None:
+            self._forget(file.txid - 1)
+        elif newest is not None:
+            newest.path.unlink(missing_ok=True)
 
     def _report_progress(self) -> None:
         progress, self._progress = self._progress, asyncio.Event()
@@ -275,9 +282,9 @@ class Shipper:
 
     def _look(self) -> Backlog:
         sizes: list[int] = []
-        for file in self._source.files(self._shipped.txid):
+        for _, path in self._source.files(self._shipped.txid):
             with contextlib.suppress(FileNotFoundError):
-                sizes.append(file.path.stat().st_size)
+                sizes.append(path.stat().st_size)
         return Backlog(len(sizes), sum(sizes))
 
 
