@@ -36,7 +36,7 @@ from phalanx.data.settlement import Settlements
 from phalanx.data.snapshots import Progress, Snapshot, Snapshots, no_progress
 from phalanx.data.status import DbStatus, DbVerified
 from phalanx.decide.backoff import Backoff
-from phalanx.errors import DatabaseError, NotActive, PhalanxError, ReplicaUnavailable
+from phalanx.errors import BusError, DatabaseError, NotActive, PhalanxError, ReplicaUnavailable
 from phalanx.names import Names
 from phalanx.ports import Bus, SectionContext
 from phalanx.types import Position
@@ -410,6 +410,7 @@ class AppDatabase:
             txid=self.position.txid,
             diverged=len(self.settlements.diverged()),
             size_bytes=self._size(),
+            snapshot=await self._newest_snapshot(),
         )
         if follower is not None:
             return replace(
@@ -465,6 +466,14 @@ class AppDatabase:
     def say(self, reason: str) -> None:
         """What it is busy with, for those who look."""
         self._reason = reason
+
+    async def _newest_snapshot(self) -> str:
+        try:
+            newest = await self.snapshots.newest()
+        except BusError as error:
+            log.debug("app %s: snapshots can't be listed: %s", self.app, error)
+            return ""
+        return newest.name if newest is not None else ""
 
     def _size(self) -> int:
         with contextlib.suppress(ReplicaUnavailable, OSError):
