@@ -133,7 +133,7 @@ class Restoring:
             raise DatabaseError(
                 f"the log of app {self._app!r} ends at {state.last}: there is no position {sequence}"
             )
-        snapshot = next((one for one in reversed(found) if one.sequence <= sequence), None)
+        snapshot = await self._newest_up_to(sequence, found)
         if snapshot is None:
             raise DatabaseError(
                 f"position {sequence} of app {self._app!r} is before its oldest snapshot, {found[0].name}",
@@ -147,6 +147,12 @@ class Restoring:
             )
         share = (sequence - snapshot.sequence) / max(1, state.messages)
         return _Plan(snapshot, sequence, round(state.bytes * min(1.0, share)))
+
+    async def _newest_up_to(self, sequence: int, found: list[Snapshot]) -> Snapshot | None:
+        for one in reversed(found):
+            if one.sequence <= sequence and await self._snapshots.is_of_this_log(one):
+                return one
+        return None
 
     async def _sequence_at(self, time: float, found: list[Snapshot]) -> int:
         if time > system.wall() + _CLOCK_SECONDS:
