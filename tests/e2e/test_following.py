@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import statistics
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -11,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.e2e.origin import Origin
 from tests.e2e.wal import APP, NAMES, STREAM, MemoryReplica, connected, draft, eventually, ltx_file, make_log
 
 from phalanx.bus.connection import NatsBus
 from phalanx.data import following as following_module
 from phalanx.data import log as log_module
 from phalanx.data.entries import Seal, SealKind
-from phalanx.data.following import Follower, confirmed
+from phalanx.data.following import Follower, Replica, confirmed
 from phalanx.data.log import WalLog
+from phalanx.data.replica_client import ReplicaProcess
 from phalanx.errors import ReplicaUnavailable
 from phalanx.testing.faults import TcpProxy
 from phalanx.testing.nats import NatsCluster, NatsServer
@@ -62,7 +66,7 @@ async def writer(log: WalLog) -> Writer:
 
 
 @asynccontextmanager
-async def following(bus: NatsBus, replica: MemoryReplica, **more: Any) -> AsyncGenerator[Follower]:
+async def following(bus: NatsBus, replica: Replica, **more: Any) -> AsyncGenerator[Follower]:
     """A follower that is stopped at the end; its troubles are in ``more['troubles']``."""
     troubles: list[str] = more.pop("troubles", [])
     follower = Follower(
@@ -341,6 +345,40 @@ async def test_confirmations_of_many_askers_share_a_sync(bus: NatsBus, writer: W
         await follower.wait_for(2, 5)
         await asyncio.gather(*(confirmed(bus, NAMES, APP, 2, 5) for _ in range(100)))
     assert syncs <= 5
+
+
+# --- the real replica
+
+
+async def test_g8_real_replica_that_is_killed_again_and_again_ends_up_identical(
+    bus: NatsBus, writer: Writer, tmp_path: Path
+) -> None:
+    """The replica's process is killed while records come: a new one goes on, and ends byte for byte equal."""
+    origin = Origin(tmp_path)
+    replica = ReplicaProcess(tmp_path / "folder", lambda reason: None)
+    troubles: list[str] = []
+    try:
+        for round_ in range(4):
+            await replica.start()
+            async with following(bus, replica, spool=tmp_path / "folder", troubles=troubles) as follower:
+                for number in range(40):
+                    rows = 1500 if (round_, number) == (1, 20) else 1
+                    entry = origin.round(rows=rows)
+                    await writer.write(1, entry.data)
+                    if number == 25 and round_ < 3:
+                        os.kill(replica.pid, signal.SIGKILL)
+                if round_ < 3:
+                    await eventually(lambda: follower.trouble)
+                else:
+                    await follower.wait_for(writer.sequence, 20)
+                    answer = await confirmed(bus, NAMES, APP, writer.sequence, 10, epoch=3)
+                    assert answer.sequence == writer.sequence
+        assert len(troubles) == 3
+        assert replica.position == Position(writer.sequence, origin.txid)
+        assert await replica.fingerprint() == origin.fingerprint(origin.txid)
+    finally:
+        await replica.close()
+        origin.close()
 
 
 # --- speed

@@ -38,7 +38,7 @@ class _LastSeal(msgspec.Struct, frozen=True):
 
 
 class History:
-    """What was taken from the log for one replica. *file*: where its last seal is remembered across starts."""
+    """What was taken from the log for one replica. *file* keeps its last seal across starts."""
 
     def __init__(self, wal_log: WalLog, file: Path | None) -> None:
         self._log, self._file = wal_log, file
