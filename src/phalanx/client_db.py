@@ -366,7 +366,7 @@ def _judge(app: str, nodes: Sequence[str], answers: Sequence[DbVerified]) -> Ver
     problems += [
         f"node {answer.node}: {answer.problem or 'its database is damaged'}"
         for answer in answers
-        if not answer.ok or answer.problem
+        if not answer.ok
     ]
     groups = _by_position(answers)
     for group in groups:

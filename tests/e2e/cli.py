@@ -13,14 +13,14 @@ CLI = (sys.executable, "-m", "phalanx.cli.main")
 
 
 class Cli:
-    """``phalanx`` for the platform ``prod`` on the NATS server at *url*, called in *folder*."""
+    """``phalanx`` for *platform* on the NATS server at *url*, called in *folder*."""
 
-    def __init__(self, url: str, folder: Path) -> None:
+    def __init__(self, url: str, folder: Path, platform: str = "prod") -> None:
         self.folder = folder
         self.environment = {
             name: value for name, value in os.environ.items() if not name.startswith("PHALANX_")
         }
-        self.environment |= {"PHALANX_PLATFORM": "prod", "PHALANX_NATS": url}
+        self.environment |= {"PHALANX_PLATFORM": platform, "PHALANX_NATS": url}
 
     async def call(self, *words: str, code: int = 0, env: dict[str, str] | None = None) -> tuple[str, str]:
         """Run a command, which must end with *code*: what it printed, and its errors."""

@@ -235,7 +235,7 @@ BAD = [
     ("n2: *** in database main ***", (True, 9, "aa", ""), (False, 9, "aa", "*** in database main ***")),
     ("n2: its database is damaged", (True, 9, "aa", ""), (False, 9, "aa", "")),
     ("no two nodes", (True, 9, "aa", ""), (True, 8, "aa", "")),
-    ("n2: no replica yet", (True, 9, "aa", ""), (True, 0, "", "no replica yet")),
+    ("n2: no replica yet", (True, 9, "aa", ""), (False, 0, "", "no replica yet")),
 ]
 
 

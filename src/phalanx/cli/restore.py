@@ -202,7 +202,7 @@ async def _consequences(client: PlatformClient, app: str, what: _What) -> str:
     later = f", {max(0, now.sequence - sequence)} entries of the log later" if now is not None else ""
     return (
         f"{app}: its database (now at {now or '?'}{later}) is replaced by its state at {sequence}. "
-        "What was committed since then is undone. The app stops meanwhile."
+        "What was committed since then is undone (it stays restorable, by position). The app stops meanwhile."
     )
 
 

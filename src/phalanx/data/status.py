@@ -62,7 +62,7 @@ class DbVerified(msgspec.Struct, frozen=True, kw_only=True):
     """What a node found when it read its whole database. ``ok``: ``PRAGMA integrity_check`` said so.
 
     ``fingerprint``: hex digest of all pages at *position*; equal on all nodes at equal positions. Empty
-    where it could not be made, and then ``problem`` says why.
+    where there is none. ``problem``: why not, or what is wrong.
     """
 
     node: str
