@@ -127,6 +127,18 @@ async def test_g8_follower_goes_on_where_its_replica_is(bus: NatsBus, writer: Wr
     assert [sequence for _, sequence in replica.calls] == list(range(1, 252))
 
 
+async def test_follower_that_is_stopped_leaves_nothing_under_way(bus: NatsBus, writer: Writer) -> None:
+    """A follower that is stopped while its replica applies waits for that: the position is known then."""
+    replica = MemoryReplica(delay_seconds=0.05)
+    for _ in range(3):
+        async with following(bus, replica) as follower:
+            await writer.write(3)
+            await eventually(lambda: follower._calls)  # pyright: ignore
+        position, calls = replica.position, len(replica.calls)
+        await asyncio.sleep(0.12)
+        assert (replica.position, len(replica.calls)) == (position, calls)
+
+
 async def test_oversized_record_comes_from_the_object_store(
     bus: NatsBus, writer: Writer, tmp_path: Path
 ) -> None:

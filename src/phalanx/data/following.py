@@ -44,6 +44,7 @@ BATCH = 32
 
 BATCH_BYTES = 8 << 20
 MIN_PAGE_BYTES = 1 << 16
+STOP_SECONDS = 5.0
 HISTORY_FILE = "followed.json"
 
 
@@ -116,6 +117,7 @@ class Follower:
         self._progress = asyncio.Event()
         self._unverified = True
         self._asked = 0
+        self._calls: set[asyncio.Task[None]] = set()
         self._failure: str | None = None
         self._subscription: Subscription | None = None
         self._task: asyncio.Task[None] | None = None
@@ -145,7 +147,8 @@ class Follower:
             raise
 
     async def stop(self) -> None:
-        """Follow no more; harmless when done twice. What the replica was just given, it may yet apply."""
+        """Follow no more; harmless when done twice. The replica finishes what it was given, unless that takes
+        longer than some seconds: then its position is told only by itself."""
         if self._stop_listening is not None:
             self._stop_listening()
         await self._confirmer.stop()
@@ -156,6 +159,11 @@ class Follower:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+        if calls := set(self._calls):
+            await asyncio.wait(calls, timeout=STOP_SECONDS)
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
         self._pushed.clear()
         self._pushed_bytes = 0
 
@@ -390,15 +398,19 @@ class Follower:
                 self._oldest = None
 
     async def _apply_batch(self, batch: Sequence[LogEntry]) -> None:
-        if len(batch) == 1:
-            await self._apply_one(batch[0])
-            self._has_applied(batch[0])
-            return
-        results = await asyncio.gather(*(self._apply_one(each) for each in batch), return_exceptions=True)
+        calls = [self._call_replica(each) for each in batch]
+        results = await asyncio.gather(*(asyncio.shield(call) for call in calls), return_exceptions=True)
         for entry, result in zip(batch, results, strict=True):
             if isinstance(result, BaseException):
                 raise result
             self._has_applied(entry)
+
+    def _call_replica(self, entry: LogEntry) -> asyncio.Task[None]:
+        """A task of its own: the replica carries out what it was given, also if this follower is stopped."""
+        call = asyncio.create_task(self._apply_one(entry), name=f"{self._app} apply {entry.sequence}")
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        return call
 
     async def _apply_one(self, entry: LogEntry) -> None:
         if isinstance(entry, LogRecord):
