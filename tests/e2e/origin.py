@@ -236,12 +236,12 @@ class Killed(BaseException):
 class Steps:
     """Counts the steps on the disk, and ends everything at one of them: nothing is done after it."""
 
-    def __init__(self, die_at: int = 0) -> None:
-        self.die_at, self.labels = die_at, list[str]()
+    def __init__(self, die_at: int = 0, die_on: str = "") -> None:
+        self.die_at, self.die_on, self.labels = die_at, die_on, list[str]()
 
     def __call__(self, label: str) -> None:
         self.labels.append(label)
-        if self.die_at and len(self.labels) >= self.die_at:
+        if self.die_on in self.labels or (self.die_at and len(self.labels) >= self.die_at):
             raise Killed(label)
 
     def __enter__(self) -> Steps:

@@ -37,8 +37,13 @@ _CHECK = """
 import sqlite3, sys
 from urllib.parse import quote
 connection = sqlite3.connect(f"file:{quote(sys.argv[1])}?mode=ro", uri=True, timeout=10)
-for (line,) in connection.execute("PRAGMA integrity_check(20)"):
-    print(line)
+try:
+    for (line,) in connection.execute("PRAGMA integrity_check(20)"):
+        print(line)
+except sqlite3.OperationalError:
+    raise
+except sqlite3.DatabaseError as error:  # so damaged that it cannot even be checked
+    print(error)
 """
 
 

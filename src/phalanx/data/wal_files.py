@@ -130,14 +130,14 @@ class WalFiles:
         self._log_header: WalHeader | None = None
 
     @classmethod
-    def open(cls, path: Path, *, timeout: float = LOCK_SECONDS) -> WalFiles:
+    def open(cls, path: Path) -> WalFiles:
         """Open it, recover its log, take the write lock.
 
-        Raises DatabaseError: it is no database, or in use by a writer until *timeout*; OSError.
+        Raises DatabaseError: it is no database, or others write to it all the time; OSError.
         """
         files = cls(path)
         try:
-            files._attach(time.monotonic() + timeout)
+            files._attach(time.monotonic() + LOCK_SECONDS)
         except BaseException:
             files.close()
             raise
