@@ -49,9 +49,10 @@ class ImageHead(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ImageTail(msgspec.Struct, frozen=True):
-    """The SHA-256 of the database, in hexadecimal digits."""
+    """The SHA-256 of the database, and that of the JSON of the head, in hexadecimal digits."""
 
     sha256: str
+    head_sha256: str
 
 
 def skippable(magic: int, content: msgspec.Struct) -> bytes:
@@ -72,7 +73,7 @@ def parse_head(data: bytes) -> tuple[ImageHead, int] | None:
         return None
     try:
         head = msgspec.json.decode(data[_SKIPPABLE.size : end], type=ImageHead)
-    except msgspec.MsgspecError as error:
+    except ValueError as error:  # msgspec's errors are ValueErrors, too
         raise DatabaseError(f"the head of the image is damaged: {error}") from None
     if head.format != FORMAT:
         raise DatabaseError(f"the image has format {head.format}", "use the version of Phalanx that wrote it")
@@ -86,7 +87,7 @@ def parse_tail(end: bytes) -> ImageTail:
     begin = end.rfind(_TAIL_MAGIC.to_bytes(4, "little"))
     try:
         return msgspec.json.decode(end[begin + _SKIPPABLE.size :], type=ImageTail)
-    except msgspec.MsgspecError as error:
+    except ValueError as error:  # msgspec's errors are ValueErrors, too
         raise DatabaseError(f"the tail of the image is damaged: {error}") from None
 
 
@@ -95,7 +96,8 @@ def packed(head: ImageHead, blocks: Iterable[bytes]) -> Iterator[bytes]:
 
     Compressed by one thread while another one reads and sums the next block.
     """
-    yield skippable(_HEAD_MAGIC, head)
+    begin = skippable(_HEAD_MAGIC, head)
+    yield begin
     digest, pending = hashlib.sha256(), None
     with ThreadPoolExecutor(1) as pool:
         for block in blocks:
@@ -106,7 +108,11 @@ def packed(head: ImageHead, blocks: Iterable[bytes]) -> Iterator[bytes]:
             pending = following
         if pending is not None:
             yield pending.result()
-    yield skippable(_TAIL_MAGIC, ImageTail(digest.hexdigest()))
+    yield skippable(_TAIL_MAGIC, ImageTail(digest.hexdigest(), _head_sum(begin)))
+
+
+def _head_sum(frame: bytes) -> str:
+    return hashlib.sha256(frame[_SKIPPABLE.size :]).hexdigest()
 
 
 def _compress(block: bytes) -> bytes:
@@ -122,10 +128,11 @@ class Unpacker:
         self.head = self._read_head()
 
     def _read_head(self) -> ImageHead:
-        start = self._read(_SKIPPABLE.size)
-        size = _SKIPPABLE.unpack(start)[1]
-        found = parse_head(start + self._read(min(size, _MAX_JSON_BYTES)))
+        frame = self._read(_SKIPPABLE.size)
+        frame += self._read(min(_SKIPPABLE.unpack(frame)[1], _MAX_JSON_BYTES))
+        found = parse_head(frame)
         assert found is not None
+        self._head_sum = _head_sum(frame)
         return found[0]
 
     def _read(self, size: int) -> bytes:
@@ -173,8 +180,10 @@ class Unpacker:
             raise DatabaseError("the image goes on after its tail")
         try:
             tail = msgspec.json.decode(rest, type=ImageTail)
-        except msgspec.MsgspecError as error:
+        except ValueError as error:  # msgspec's errors are ValueErrors, too
             raise DatabaseError(f"the tail of the image is damaged: {error}") from None
+        if tail.head_sha256 != self._head_sum:
+            raise DatabaseError("the head of the image is damaged")
         if self._size != self.head.raw_bytes or tail.sha256 != self._digest.hexdigest():
             raise DatabaseError(
                 f"the image is damaged: {self._size} bytes with SHA-256 {self._digest.hexdigest()}, "

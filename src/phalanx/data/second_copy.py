@@ -211,7 +211,7 @@ class SecondCopy:
             return note
         try:
             note = msgspec.json.decode(data, type=Note)
-        except msgspec.MsgspecError as error:
+        except ValueError as error:  # msgspec's errors are ValueErrors, too
             raise DatabaseError(
                 f"{_NOTE} of the second copy is damaged: {error}", "empty the folder"
             ) from None
