@@ -48,7 +48,7 @@ LOCK_SECONDS = 5.0
 MONITOR_SECONDS = 10.0
 """How often Litestream looks by itself. We tell it of every change: this is for the time when we cannot."""
 CHECKPOINT_PAGES = 1000
-"""From how many pages on Litestream has the WAL checkpointed, when nobody is in the way. SQLite's own default."""
+"""From how many pages on Litestream checkpoints the WAL, if nobody is in the way. SQLite's own default."""
 LAST_WORDS = 5
 MAX_SOCKET_PATH = 100
 """A unix socket's path has at most 107 bytes on Linux, 103 on macOS."""
@@ -72,6 +72,11 @@ class Paths(msgspec.Struct, frozen=True):
 
     live: Path
     folder: Path
+
+    @property
+    def wal(self) -> Path:
+        """The live database's WAL."""
+        return self.live.with_name(self.live.name + "-wal")
 
     @property
     def capture(self) -> Path:
@@ -192,9 +197,16 @@ def _end_leftovers(paths: Paths) -> None:
 class Litestream:
     """One process, from :meth:`start` to :meth:`kill`."""
 
-    def __init__(self, paths: Paths, resource: Resource, register: Register, monitor_seconds: float) -> None:
+    def __init__(
+        self,
+        paths: Paths,
+        resource: Resource,
+        register: Register,
+        monitor_seconds: float,
+        on_exit: Callable[[], None],
+    ) -> None:
         self._paths, self._resource, self._register = paths, resource, register
-        self._monitor_seconds = monitor_seconds
+        self._monitor_seconds, self._on_exit = monitor_seconds, on_exit
         self._child: child.Child | None = None
         self._socket_folder: Path | None = None
         self._socket: ControlSocket | None = None
@@ -202,9 +214,9 @@ class Litestream:
         self._messages = Messages()
 
     @property
-    def pid(self) -> int:
-        """Its process id, 0 before the start."""
-        return self._child.pid if self._child else 0
+    def pid(self) -> int | None:
+        """Its process id, None before the start."""
+        return self._child.pid if self._child else None
 
     @property
     def exited(self) -> bool:
@@ -235,7 +247,7 @@ class Litestream:
 
     async def _spawn(self) -> None:
         process = await child.in_thread(self._spawn_blocking)
-        self._child = child.Child(process, self._on_line)
+        self._child = child.Child(process, self._on_line, self._on_exit)
 
     def _spawn_blocking(self) -> subprocess.Popen[bytes]:
         binary = litestream_binary()

@@ -1,10 +1,10 @@
 """The LTX files that Litestream has written, and whether one follows from the other.
 
-Litestream takes for granted that nobody but itself lets the WAL be overwritten while it is down. Not so after a
-crash: until our guard has its read transaction, a program's checkpoint may have emptied the WAL and begun it
-anew, with commits in between that Litestream never saw; and it would go on as if nothing was missing. So the
-first file after each start must either go on in the very WAL, at the very place where the one before ended, or
-hold every page. Anything else is a gap: the file is thrown away, and Litestream is made to write a full one.
+Litestream takes for granted that the WAL was not begun anew while it was down. Not so after a crash: until
+our guard has its read transaction, a program's checkpoint may have emptied the WAL, with commits in between
+that Litestream never saw; and it would go on as if nothing was missing. So the first file after each start
+must either go on in the very WAL, at the very place where the one before ended, or hold every page. Anything
+else is a gap: the file is thrown away, and Litestream is made to write a full one.
 
 How it is made to: it looks only into its newest file, for the place in the WAL. So that one is put aside
 (``capture/held/``, where we still find it) and another one with its number takes its place, which says that
@@ -25,7 +25,6 @@ from phalanx.errors import DatabaseError, LtxError
 _FAR_FRAMES = 1 << 40
 _WAL_HEADER_BYTES = 32
 _FRAME_HEADER_BYTES = 24
-_DEFAULT_PAGE_BYTES = 4096
 
 
 class Records:
@@ -42,6 +41,8 @@ class Records:
         """The last one before this start of Litestream; the next one is verified against it."""
         self._verified = True
         self._end: WalPlace | None = None
+        self._forced = 0
+        """The transaction whose file says nothing but that a full one has to follow."""
 
     # --- before Litestream starts
 
@@ -63,16 +64,26 @@ class Records:
                 self._discard_after(base)
             else:
                 self.newest = max([last_txid, *found])
-        oldest = self.newest
-        while oldest in found and oldest - 1 in found:
-            oldest -= 1
-        self._oldest = oldest if oldest in found else self.newest + 1
+        found = self._list()
+        self._oldest = self.newest + 1
+        while self._oldest - 1 in found:
+            self._oldest -= 1
+        for txid in found:
+            if txid < self._oldest:
+                self._path(txid).unlink()
+        for name in os.listdir(self._held):
+            txids = ltx.parse_file_name(name)
+            if txids is None or not self._oldest <= txids[1] <= self.newest:
+                (self._held / name).unlink()
 
-    def prepare(self, *, full: bool) -> None:
-        """Before every start of Litestream; *full*: it has to write all pages first. Blocks; OSError."""
+    def prepare(self, page_size: int, *, full: bool) -> None:
+        """Before every start of Litestream; *full*: it has to write all pages first. Blocks; OSError.
+
+        *page_size*: of the database as it is now.
+        """
         self._discard_after(self.newest)
         if self.newest and (full or not self._path(self.newest).exists()):
-            self._force_full()
+            self._force_full(page_size)
         self._base, self._verified = self.newest, False
         fresh = self._unverified.with_suffix(".new")
         fresh.write_text(str(self._base))
@@ -97,13 +108,11 @@ class Records:
             if later > txid:
                 self._path(later).unlink(missing_ok=True)
 
-    def _force_full(self) -> None:
+    def _force_full(self, page_size: int) -> None:
         path, held = self._path(self.newest), self._held_path(self.newest)
-        page_size = _DEFAULT_PAGE_BYTES
-        if path.exists():
-            page_size = _read_header(path).page_size
-            if not held.exists():
-                os.link(path, held)
+        if self._oldest <= self.newest and path.exists() and not held.exists():
+            os.link(path, held)
+        # A multiple of the size of a frame, or Litestream refuses it.
         far = _FAR_FRAMES * (page_size + _FRAME_HEADER_BYTES)
         header = ltx.Header(
             page_size=page_size,
@@ -118,6 +127,7 @@ class Records:
         fresh = path.with_suffix(".tmp")  # Litestream removes it if it is left over
         fresh.write_bytes(ltx.encode(header, pages))
         fresh.replace(path)
+        self._forced = self.newest
 
     # --- while it runs
 
@@ -136,6 +146,13 @@ class Records:
         self.newest = txid
         self._end = None
         return True
+
+    def adopt(self) -> bool:
+        """Litestream has ended; accept what it wrote last, of which it came to no answer. See accept()."""
+        try:
+            return self.accept(max(self._list(), default=0))
+        except (OSError, DatabaseError):
+            return False
 
     def _follows(self, txid: int) -> bool:
         path = self._path(txid)
@@ -164,9 +181,13 @@ class Records:
     # --- for the shipper
 
     def files(self, after_txid: int) -> list[tuple[int, Path]]:
-        """The files after *after_txid* that are there, in order."""
+        """The files after *after_txid*, in order.
+
+        One that somebody has removed is left out. A full one follows then, if it was the newest.
+        """
         first = max(after_txid + 1, self._oldest)
-        return [(txid, self._readable(txid)) for txid in range(first, self.newest + 1)]
+        paths = ((txid, self._readable(txid)) for txid in range(first, self.newest + 1))
+        return [(txid, path) for txid, path in paths if path is not None]
 
     def forget(self, up_to_txid: int) -> None:
         """Remove the files up to *up_to_txid*, but not the newest, in which Litestream looks."""
@@ -176,9 +197,13 @@ class Records:
             self._held_path(self._oldest).unlink(missing_ok=True)
             self._oldest += 1
 
-    def _readable(self, txid: int) -> Path:
-        held = self._held_path(txid)
-        return held if held.exists() else self._path(txid)
+    def _readable(self, txid: int) -> Path | None:
+        if (held := self._held_path(txid)).exists():
+            return held
+        if txid == self._forced:
+            return None
+        path = self._path(txid)
+        return path if path.exists() else None
 
     def _path(self, txid: int) -> Path:
         return self._paths.level0 / ltx.file_name(txid, txid)

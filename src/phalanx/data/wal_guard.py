@@ -1,8 +1,8 @@
 """A connection of our own to the live database, so that nobody's last connection removes the WAL.
 
 SQLite checkpoints and deletes the WAL when the last connection to a database closes, and restarts it once all
-of it has been checkpointed and nobody reads. Either one would hide commits from Litestream while it is down. So
-there is this connection while the node is active; and while Litestream is not ready it holds a read
+of it has been checkpointed and nobody reads. Either one would hide commits from Litestream while it is down.
+So there is this connection while the node is active; and while Litestream is not ready it holds a read
 transaction as well, behind which no checkpoint can go.
 
 It is stdlib sqlite3, as user code in this process may have the same file open: POSIX locks belong to a
@@ -96,6 +96,10 @@ class WalGuard:
                 connection.rollback()
             raise _unreadable(self._live, error) from None
 
+    def hold_soon(self) -> None:
+        """The same at once, without waiting for it: each moment counts. Errors come with the next hold()."""
+        self._thread.submit(self._hold)
+
     async def release(self) -> None:
         """Let checkpoints pass again: Litestream looks after the WAL now. The connection stays."""
         await self._call(self._release)
@@ -107,6 +111,17 @@ class WalGuard:
             self._connection.rollback()
             # Also where the database came to WAL mode only now: one read, and this connection counts.
             self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
+
+    async def page_size(self) -> int:
+        """The database's, in bytes. Raises DatabaseError."""
+        return await self._call(self._page_size)
+
+    def _page_size(self) -> int:
+        assert self._connection is not None
+        try:
+            return int(self._connection.execute("PRAGMA page_size").fetchone()[0])
+        except sqlite3.Error as error:
+            raise _unreadable(self._live, error) from None
 
     async def page_of(self, table: str) -> int:
         """The number of *table*'s first page, 0 if it cannot be told."""
@@ -144,6 +159,7 @@ class WalGuard:
                 self._connection.rollback()
             _stranded.append(self._connection)
             self._connection = None
+        self._thread.shutdown(wait=False)
 
     def give(self) -> sqlite3.Connection | None:
         """The connection, which is the caller's from now on (usable in any thread). This guard is over."""

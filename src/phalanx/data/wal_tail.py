@@ -1,7 +1,7 @@
 """What a WAL holds beyond the place up to which it was captured (sqlite.org/fileformat2, section 4).
 
-Only the ``-wal`` file is read by hand: no lock of SQLite is on that one, so opening and closing it in a process
-that also has connections does no harm.
+Only the ``-wal`` file is read by hand: no lock of SQLite is on that one, so opening and closing it in a
+process that also has connections does no harm.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class WalTail:
         self._sequence_page = 0
 
     def learn(self, sequence_page: int) -> None:
-        """Which page Litestream writes after each checkpoint; 0: unknown. Also: the WAL may be another file."""
+        """Which page Litestream writes after each checkpoint; 0: unknown. The WAL may be another file now."""
         self._sequence_page = sequence_page
         self.close()
 

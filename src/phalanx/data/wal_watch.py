@@ -39,6 +39,7 @@ class WalWatch:
             self._inotify = Inotify(cache_size=4, sync_timeout=0)
             os.set_blocking(self._inotify.fd, False)
             self._wal_watch: Watch | None = None
+            self._file_watch: Watch | None = None
             try:
                 self._add(self._live.parent, Mask.CREATE | Mask.MOVE | Mask.DELETE | Mask.ONLYDIR)
                 self._watch_wal()
@@ -59,9 +60,16 @@ class WalWatch:
                 self._wal_watch = self._add(self._wal, Mask.MODIFY)
 
         def watch_file(self) -> None:
-            """Also tell of changes of the database file itself, which may be empty yet. Once is enough."""
+            """Also tell of changes of the database file itself: a program makes it empty first."""
             with contextlib.suppress(FileNotFoundError):
-                self._add(self._live, Mask.MODIFY)
+                self._file_watch = self._add(self._live, Mask.MODIFY)
+
+        def unwatch_file(self) -> None:
+            """Do not any more: every checkpoint changes it."""
+            if self._file_watch is not None:
+                with contextlib.suppress(OSError):
+                    self._inotify.rm_watch(self._file_watch)
+                self._file_watch = None
 
         def take(self) -> bool:
             """Whether something has changed since the last time."""
@@ -113,6 +121,8 @@ class WalWatch:
             return found
 
         def watch_file(self) -> None: ...
+
+        def unwatch_file(self) -> None: ...
 
         def take(self) -> bool:
             before, self._seen = self._seen, self._look()
