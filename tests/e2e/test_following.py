@@ -297,6 +297,15 @@ async def test_rolled_back_log_whose_positions_are_as_before_is_noticed_at_the_s
     assert len(troubles) == 1
 
 
+async def test_who_waits_for_a_follower_that_is_stopped_is_told_at_once(bus: NatsBus, writer: Writer) -> None:
+    """Nobody waits until a deadline for a follower that has been stopped."""
+    async with following(bus, MemoryReplica()) as follower:
+        waiting = asyncio.create_task(follower.wait_for(100, 60))
+        await follower.wait_for(1, 5)
+    with pytest.raises(TimeoutError, match="stopped"):
+        await waiting
+
+
 # --- confirmations
 
 

@@ -119,6 +119,7 @@ class Follower:
         self._asked = 0
         self._calls: set[asyncio.Task[None]] = set()
         self._failure: str | None = None
+        self._is_stopped = False
         self._subscription: Subscription | None = None
         self._task: asyncio.Task[None] | None = None
         self._stop_listening: Callable[[], None] | None = None
@@ -149,6 +150,7 @@ class Follower:
     async def stop(self) -> None:
         """Follow no more; harmless when done twice. The replica finishes what it was given, unless that takes
         longer than some seconds: then its position is told only by itself."""
+        self._is_stopped = True
         if self._stop_listening is not None:
             self._stop_listening()
         await self._confirmer.stop()
@@ -166,6 +168,7 @@ class Follower:
             await asyncio.gather(*calls, return_exceptions=True)
         self._pushed.clear()
         self._pushed_bytes = 0
+        self._report_progress()
 
     # --- what is so
 
@@ -208,13 +211,16 @@ class Follower:
         return max(0.0, system.now() - self._oldest)
 
     async def wait_for(self, sequence: int, timeout: float) -> None:
-        """Wait until *sequence* is applied. Raises TimeoutError, ReplicaUnavailable when it has ended."""
+        """Wait until *sequence* is applied. Raises TimeoutError, at once when it is stopped meanwhile, and
+        ReplicaUnavailable when it has ended by itself."""
         if sequence > self._end:
             self._ask()
         async with asyncio.timeout(timeout):
             while self._applied.sequence < sequence:
                 if self._failure is not None:
                     raise ReplicaUnavailable(self._app, self._failure)
+                if self._is_stopped:
+                    raise TimeoutError("following was stopped")
                 await self._progress.wait()
 
     def _certain(self) -> tuple[int, int] | None:

@@ -69,6 +69,9 @@ DECIDE_SECONDS = 10.0
 """How long an old leader of the stream may go on answering from its own, shorter copy (raft's lost-quorum
 limit): only when the end of the log is behind what was seen for that long, writes are really lost."""
 
+NO_LEADER = (10008, 10009)
+"""JSClusterNotAvailErr, JSClusterNotLeaderErr: an election is under way."""
+
 _FILE_CHUNK = 1 << 18
 
 
@@ -330,7 +333,9 @@ class WalLog:
             try:
                 if (result := await attempt()) is not None:
                     return result
-            except (BusUnavailable, BusTimeout) as error:
+            except BusError as error:
+                if not isinstance(error, BusUnavailable | BusTimeout) and error.code not in NO_LEADER:
+                    raise
                 failure = error
             if system.now() + delay >= deadline:
                 raise failure or BusTimeout(f"WAL log of {self._app}", f"not settled within {timeout:g} s")
