@@ -23,7 +23,7 @@ from phalanx.data.entries import Seal, SealKind
 from phalanx.data.following import Follower, Replica, confirmed
 from phalanx.data.log import WalLog
 from phalanx.data.replica_client import ReplicaProcess
-from phalanx.errors import ReplicaUnavailable
+from phalanx.errors import BusTimeout, ReplicaUnavailable
 from phalanx.testing.faults import TcpProxy
 from phalanx.testing.nats import NatsCluster, NatsServer
 from phalanx.types import Position
@@ -159,6 +159,29 @@ async def test_oversized_record_comes_from_the_object_store(
     assert [path.name for path in tmp_path.iterdir()] == ["followed.json"]  # noqa: ASYNC240
 
 
+async def test_object_that_cannot_be_read_at_first_is_tried_again(
+    bus: NatsBus, writer: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NATS does not answer while an oversized record is fetched: it and what follows are taken again."""
+    download, failures = WalLog.download, 3
+
+    async def failing(self: WalLog, record: LogRecord, target: Path) -> None:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise BusTimeout("read", "no answer")
+        await download(self, record, target)
+
+    monkeypatch.setattr(WalLog, "download", failing)
+    replica = MemoryReplica()
+    async with following(bus, replica, spool=tmp_path) as follower:
+        await writer.write(1)
+        await writer.write(1, ltx_file(2, 2_000_000))
+        await writer.write(3)
+        await follower.wait_for(writer.sequence, 10)
+    assert [sequence for _, sequence in replica.calls] == list(range(1, 7))
+
+
 async def test_connection_that_breaks_again_and_again(
     bus: NatsBus, writer: Writer, nats_server: NatsServer
 ) -> None:
@@ -177,6 +200,23 @@ async def test_connection_that_breaks_again_and_again(
             await writer.write(20)
             await follower.wait_for(writer.sequence, 20)
     assert [sequence for _, sequence in replica.calls] == list(range(1, writer.sequence + 1))
+
+
+async def test_what_was_written_while_cut_off_is_applied_although_nothing_comes_after(
+    bus: NatsBus, writer: Writer, nats_server: NatsServer
+) -> None:
+    """After a reconnection the follower looks by itself: it does not wait for the next record."""
+    async with (
+        TcpProxy("127.0.0.1", nats_server.port()) as link,
+        connected(link.url, ping_interval=0.2) as far,
+        following(far, MemoryReplica()) as follower,
+    ):
+        await eventually(lambda: follower.applied.sequence == writer.sequence)
+        link.cut()
+        await eventually(lambda: not far.is_connected)
+        await writer.write(5)
+        link.heal()
+        await eventually(lambda: follower.applied.sequence == writer.sequence)
 
 
 async def test_slow_replica_keeps_the_queue_within_bounds(

@@ -102,7 +102,7 @@ async def test_g2_leader_paused_between_look_and_seal_cannot_seal_over_a_newer_o
 
 
 async def test_g2_two_leaders_fight_and_the_log_keeps_reigns_apart(bus: NatsBus, log: WalLog) -> None:
-    """Many leaders of growing epochs at once: no entry of an epoch follows on one of a newer epoch."""
+    """Many leaders of growing epochs at once: no seal or record follows on one of a newer epoch."""
     fenced = 0
 
     async def reign(epoch: int) -> None:
@@ -121,7 +121,8 @@ async def test_g2_two_leaders_fight_and_the_log_keeps_reigns_apart(bus: NatsBus,
         for epoch in range(1, 9):
             group.create_task(reign(epoch))
             await asyncio.sleep(0.01)
-    entries = await log.read(1, limit=1000)
+    # A claim may have come in between, and means nothing.
+    entries = [e for e in await log.read(1, limit=5000) if isinstance(e, Seal | LogRecord)]
     assert [entry.epoch for entry in entries] == sorted(entry.epoch for entry in entries)
     assert [e.txid for e in entries if isinstance(e, LogRecord)] == list(
         range(1, 1 + sum(isinstance(e, LogRecord) for e in entries))
