@@ -19,7 +19,7 @@ from tests.e2e.wal import APP, NAMES, STREAM, MemoryReplica, connected, draft, e
 from phalanx.bus.connection import NatsBus
 from phalanx.data import following as following_module
 from phalanx.data import log as log_module
-from phalanx.data.entries import Seal, SealKind
+from phalanx.data.entries import LogRecord, Seal, SealKind
 from phalanx.data.following import Follower, Replica, confirmed
 from phalanx.data.log import WalLog
 from phalanx.data.replica_client import ReplicaProcess
