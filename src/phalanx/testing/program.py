@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import sqlite3
 import time
+from collections.abc import Coroutine
 from typing import Any, Literal
 
 import msgspec
@@ -22,11 +22,11 @@ from phalanx import (
     EmbeddedNats,
     Logging,
     NatsOptions,
-    PhalanxError,
     Platform,
     Process,
     SQLite,
 )
+from phalanx.testing.committing import Committer
 from phalanx.testing.history import History
 
 
@@ -36,7 +36,8 @@ class Settings(msgspec.Struct, kw_only=True):
     ``writes``: fenced writes while active, each ``write_seconds`` after the last, to one key or
     (``distinct_keys``) each to its own. ``database``: where each node's SQLite database lies, with
     ``{node}`` in it; while active a row is committed every ``commit_seconds``, and every ``sync_every``
-    rows ``db.sync()`` is awaited; ``database_options`` are more fields of its declaration."""
+    rows ``db.sync()`` is awaited; ``database_options`` are more fields of its declaration; ``storms`` and
+    ``stop_file``: see ``committing.Committer``."""
 
     history: str
     platform: str = "test"
@@ -61,6 +62,8 @@ class Settings(msgspec.Struct, kw_only=True):
     database_options: dict[str, Any] = {}
     commit_seconds: float = 0.02
     sync_every: int = 10
+    storms: bool = False
+    stop_file: str = ""
     log_level: str = "info"
 
 
@@ -71,7 +74,7 @@ async def _work(settings: Settings, history: History, app: App, ctx: ActiveConte
         raise RuntimeError("told to fail")
     history.record("active", ctx.node, app.name, ctx.epoch)
     ctx.ready()
-    committer = asyncio.create_task(_commit(settings, history, app, ctx)) if settings.database else None
+    committer = asyncio.create_task(_committer(settings, history, app, ctx)) if settings.database else None
     writer = asyncio.create_task(_write(settings, history, app, ctx)) if settings.writes else None
     try:
         while True:
@@ -113,39 +116,18 @@ async def _write(settings: Settings, history: History, app: App, ctx: ActiveCont
         await asyncio.sleep(settings.write_seconds)
 
 
-async def _commit(settings: Settings, history: History, app: App, ctx: ActiveContext) -> None:
-    """Commits rows to the app's database, and notes each commit and each barrier that was confirmed.
-
-    Rows go on counting where the last reign's rows ended, so that a lost one leaves a gap or is written anew.
-    """
-    connection = sqlite3.connect(ctx.db.path, isolation_level=None, timeout=10)
-    connection.execute("PRAGMA synchronous = NORMAL")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute(
-        "CREATE TABLE IF NOT EXISTS entries (number INTEGER PRIMARY KEY, epoch INTEGER, node TEXT, text TEXT)"
-    )
-    number = connection.execute("SELECT coalesce(max(number), 0) FROM entries").fetchone()[0]
-    history.record("opened", ctx.node, app.name, ctx.epoch, number=number)
-    try:
-        while True:
-            number += 1
-            row = (number, ctx.epoch, ctx.node, "x" * (number % 200))
-            connection.execute("INSERT INTO entries VALUES (?, ?, ?, ?)", row)
-            history.record("committed", ctx.node, app.name, ctx.epoch, number=number)
-            if settings.sync_every and number % settings.sync_every == 0:
-                await _barrier(history, app, ctx, number)
-            await asyncio.sleep(settings.commit_seconds)
-    finally:
-        connection.close()
-
-
-async def _barrier(history: History, app: App, ctx: ActiveContext, number: int) -> None:
-    try:
-        position = await ctx.db.sync()
-    except PhalanxError as error:
-        history.record("sync-failed", ctx.node, app.name, ctx.epoch, number=number, error=str(error))
-    else:
-        history.record("confirmed", ctx.node, app.name, ctx.epoch, number=number, sequence=position.sequence)
+def _committer(
+    settings: Settings, history: History, app: App, ctx: ActiveContext
+) -> Coroutine[Any, Any, None]:
+    return Committer(
+        history,
+        app.name,
+        ctx,
+        commit_seconds=settings.commit_seconds,
+        sync_every=settings.sync_every,
+        storms=settings.storms,
+        stop_file=settings.stop_file,
+    ).run()
 
 
 def build(settings: Settings) -> Platform:
