@@ -529,7 +529,8 @@ async def test_litestream_that_hangs(bench: Bench) -> None:
 
 
 async def test_newest_file_that_is_removed(bench: Bench) -> None:
-    """If somebody removes Litestream's newest file, transactions go on with a full record."""
+    """If somebody removes the newest file, which may not be in the log, that is a failure; the next capture
+    goes on from the log with a full record."""
     db = bench.connect()
     one = bench.capture()
     await one.start()
@@ -537,9 +538,38 @@ async def test_newest_file_that_is_removed(bench: Bench) -> None:
     before = await one.sync(5)
     bench.level0()[-1].unlink()
     kill(one)
+    error = await asyncio.wait_for(asyncio.shield(one.failed), 5)
+    assert "was removed" in str(error)
+    await bench.stop(one, 0)
     db.execute("INSERT INTO t (x) VALUES (2)")
-    await until(lambda: one.is_running and one.captured > before)
-    assert is_full(dict(one.files(before))[before + 1])
+    two = bench.capture()
+    await two.start(before)
+    files = two.files(before)
+    assert [txid for txid, _ in files] == [before + 1]
+    assert is_full(files[0][1])
+
+
+async def test_full_record_leaves_the_one_before_as_it_was(bench: Bench) -> None:
+    """A file that is not in the log yet keeps its pages when a full one has to follow."""
+    db = bench.connect()
+    one = bench.capture()
+    await one.start()
+    db.execute("INSERT INTO t (x) VALUES (?)", (os.urandom(200_000),))
+    before = await one.sync(5)
+    pages = ltx.decode(one.files(before - 1)[0][1].read_bytes()).pages
+    guard = await one.stop()
+    assert guard is not None
+    guard.close()
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    db.execute("INSERT INTO t (x) VALUES (2)")
+    two = bench.capture()
+    await two.start()
+    assert two.captured > before
+    files = two.files(before - 1)
+    assert ltx.decode(files[0][1].read_bytes()).pages == pages
+    assert is_full(files[1][1])
+    await bench.stop(two)
+    bench.assert_rebuilds(two.files(0))
 
 
 @pytest.fixture

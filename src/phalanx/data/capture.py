@@ -26,7 +26,7 @@ from pathlib import Path
 
 from phalanx import child, system
 from phalanx.data.litestream import MONITOR_SECONDS, Litestream, Paths, check_path
-from phalanx.data.records import Records
+from phalanx.data.records import FilesLost, Records
 from phalanx.data.syncing import RunEnded, Syncing, is_disk_full
 from phalanx.data.wal_guard import WalGuard
 from phalanx.data.wal_tail import WalTail
@@ -55,7 +55,7 @@ SETTLED_SECONDS = 30.0
 REPLACED_SECONDS = 0.25
 """Who replaces a database with care removes its WAL first; so long it may take until the new one is there."""
 REPEAT_SECONDS = 60.0
-"""An event that says the same as the one before is reported again only after that time."""
+"""What fails in the same way again and again is reported again only after that time."""
 
 _REPLACED_POLL_SECONDS = 0.01
 
@@ -106,7 +106,7 @@ class Capture:
         self._wal: FileId | None = None
         self._ready, self._full = False, False
         self._announced, self._restarts = 0, 0
-        self._last_event: tuple[str, str, float] = ("", "", 0.0)
+        self._last_failing = ("", 0.0)
         self.failed: asyncio.Future[DatabaseError] = asyncio.get_running_loop().create_future()
         """Done when nothing more can be captured until the program has been stopped: why."""
 
@@ -203,6 +203,9 @@ class Capture:
             case RunEnded():
                 self._full = self._full or error.full
                 self._event(error.kind, error.detail)
+            case FilesLost():
+                self._fail(error)
+                return False
             case PhalanxError() | OSError():
                 if is_disk_full(str(error)):
                     self._syncing.note_full_disk(str(error))
@@ -225,9 +228,10 @@ class Capture:
 
     def _event(self, kind: str, detail: str) -> None:
         now = system.now()
-        if self._last_event[:2] == (kind, detail) and now - self._last_event[2] < REPEAT_SECONDS:
-            return
-        self._last_event = (kind, detail, now)
+        if kind == "failing":
+            if self._last_failing[0] == detail and now - self._last_failing[1] < REPEAT_SECONDS:
+                return
+            self._last_failing = (detail, now)
         log.log(logging.INFO if kind == "started" else logging.WARNING, "capture %s: %s", kind, detail)
         self._on_event(kind, detail)
 
@@ -255,7 +259,10 @@ class Capture:
         self._litestream = litestream = Litestream(
             self._paths, self._resource, self._register, self._monitor_seconds, self._on_exit
         )
-        await litestream.start()
+        try:
+            await litestream.start()
+        except DatabaseError as error:
+            raise RunEnded("exited" if litestream.exited else "failing", str(error)) from None
         timer = asyncio.get_running_loop().call_later(FIRST_SYNC_SECONDS, _set, first)
         try:
             while not self._ready:

@@ -6,9 +6,9 @@ that Litestream never saw; and it would go on as if nothing was missing. So the 
 must either go on in the very WAL, at the very place where the one before ended, or hold every page. Anything
 else is a gap: the file is thrown away, and Litestream is made to write a full one.
 
-How it is made to: it looks only into its newest file, for the place in the WAL. So that one is put aside
-(``capture/held/``, where we still find it) and another one with its number takes its place, which says that
-the WAL was longer than any WAL can be (db.go, verifyWithExecutor: "wal truncated by another process").
+How it is made to: it looks only into its newest file, for the place in the WAL. So that one is written anew,
+with the same pages, but saying that it ended where no WAL ever ends (db.go, verifyWithExecutor: "wal
+truncated by another process"). It may be shipped then as well as before.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ _WAL_HEADER_BYTES = 32
 _FRAME_HEADER_BYTES = 24
 
 
+class FilesLost(DatabaseError):
+    """Files that nobody else has are gone: only a new reign, with a full record, helps."""
+
+
 class Records:
     """The files of one database. Not thread-safe; what blocks says so."""
 
     def __init__(self, paths: Paths) -> None:
         self._paths = paths
-        self._held = paths.capture / "held"
         self._unverified = paths.capture / "unverified"
         self._oldest = 1
         self.newest = 0
@@ -41,8 +44,8 @@ class Records:
         """The last one before this start of Litestream; the next one is verified against it."""
         self._verified = True
         self._end: WalPlace | None = None
-        self._forced = 0
-        """The transaction whose file says nothing but that a full one has to follow."""
+        self._logged = 0
+        """The log's last transaction as we began: no file of ours is needed up to it."""
 
     # --- before Litestream starts
 
@@ -52,8 +55,8 @@ class Records:
         *last_txid*: the log's. If there are no files up to it, the next one will be a full one.
         """
         self._paths.level0.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._held.mkdir(mode=0o700, exist_ok=True)
         found = self._list()
+        self._logged = last_txid
         self.newest = max([last_txid, *found])
         base = self._read_unverified()
         if base is not None and base < self.newest:
@@ -71,19 +74,19 @@ class Records:
         for txid in found:
             if txid < self._oldest:
                 self._path(txid).unlink()
-        for name in os.listdir(self._held):
-            txids = ltx.parse_file_name(name)
-            if txids is None or not self._oldest <= txids[1] <= self.newest:
-                (self._held / name).unlink()
 
     def prepare(self, page_size: int, *, full: bool) -> None:
         """Before every start of Litestream; *full*: it has to write all pages first. Blocks; OSError.
 
-        *page_size*: of the database as it is now.
+        *page_size*: of the database as it is now. Raises FilesLost, LtxError.
         """
         self._discard_after(self.newest)
-        if self.newest and (full or not self._path(self.newest).exists()):
-            self._force_full(page_size)
+        if self.newest:
+            exists = self._path(self.newest).exists()
+            if not exists and self.newest != self._logged:
+                raise FilesLost(f"{self._path(self.newest)} was removed by somebody else than this node")
+            if full or not exists:
+                self._force_full(page_size, exists=exists)
         self._base, self._verified = self.newest, False
         fresh = self._unverified.with_suffix(".new")
         fresh.write_text(str(self._base))
@@ -108,26 +111,28 @@ class Records:
             if later > txid:
                 self._path(later).unlink(missing_ok=True)
 
-    def _force_full(self, page_size: int) -> None:
-        path, held = self._path(self.newest), self._held_path(self.newest)
-        if self._oldest <= self.newest and path.exists() and not held.exists():
-            os.link(path, held)
-        # A multiple of the size of a frame, or Litestream refuses it.
-        far = _FAR_FRAMES * (page_size + _FRAME_HEADER_BYTES)
-        header = ltx.Header(
-            page_size=page_size,
-            commit=2,
-            min_txid=self.newest,
-            max_txid=self.newest,
-            wal_offset=_WAL_HEADER_BYTES,
-            wal_size=far,
-        )
-        # The first transaction has to be a snapshot, by the rules of the format.
-        pages = [ltx.Page(number, bytes(page_size)) for number in (1, 2)]
+    def _force_full(self, page_size: int, *, exists: bool) -> None:
+        path = self._path(self.newest)
+        # A multiple of the size of the frames that are there now, or Litestream refuses it.
+        far = {
+            "wal_offset": _WAL_HEADER_BYTES,
+            "wal_size": _FAR_FRAMES * (page_size + _FRAME_HEADER_BYTES),
+            "wal_salt1": 0,
+            "wal_salt2": 0,
+        }
         fresh = path.with_suffix(".tmp")  # Litestream removes it if it is left over
-        fresh.write_bytes(ltx.encode(header, pages))
+        if exists:
+            with open(path, "rb") as old, open(fresh, "wb") as new:
+                header, pages = ltx.open_pages(old)
+                new.writelines(ltx.encoded(msgspec.structs.replace(header, **far), pages))
+        else:
+            # In the log already, so nobody but Litestream reads this. Two pages: a first one must be whole.
+            header = ltx.Header(
+                page_size=page_size, commit=2, min_txid=self.newest, max_txid=self.newest, **far
+            )
+            fresh.write_bytes(ltx.encode(header, [ltx.Page(number, bytes(page_size)) for number in (1, 2)]))
         fresh.replace(path)
-        self._forced = self.newest
+        self._end = None
 
     # --- while it runs
 
@@ -181,35 +186,19 @@ class Records:
     # --- for the shipper
 
     def files(self, after_txid: int) -> list[tuple[int, Path]]:
-        """The files after *after_txid*, in order.
-
-        One that somebody has removed is left out. A full one follows then, if it was the newest.
-        """
+        """The files after *after_txid*, in order."""
         first = max(after_txid + 1, self._oldest)
-        paths = ((txid, self._readable(txid)) for txid in range(first, self.newest + 1))
-        return [(txid, path) for txid, path in paths if path is not None]
+        return [(txid, self._path(txid)) for txid in range(first, self.newest + 1)]
 
     def forget(self, up_to_txid: int) -> None:
         """Remove the files up to *up_to_txid*, but not the newest, in which Litestream looks."""
         last = min(up_to_txid, self.newest - 1)
         while self._oldest <= last:
             self._path(self._oldest).unlink(missing_ok=True)
-            self._held_path(self._oldest).unlink(missing_ok=True)
             self._oldest += 1
-
-    def _readable(self, txid: int) -> Path | None:
-        if (held := self._held_path(txid)).exists():
-            return held
-        if txid == self._forced:
-            return None
-        path = self._path(txid)
-        return path if path.exists() else None
 
     def _path(self, txid: int) -> Path:
         return self._paths.level0 / ltx.file_name(txid, txid)
-
-    def _held_path(self, txid: int) -> Path:
-        return self._held / ltx.file_name(txid, txid)
 
 
 class WalPlace(msgspec.Struct, frozen=True):
