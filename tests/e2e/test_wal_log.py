@@ -257,19 +257,14 @@ async def test_append_without_nats_gives_up_in_time_and_stores_nothing_twice(
 async def test_g3_leader_of_the_log_dies_in_the_middle_of_appends_on_three_servers(
     nats_cluster: NatsCluster, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The server that leads the log is killed, twice: nothing is lost, doubled or out of order."""
+    """The server that leads the log is killed: nothing is lost, doubled or out of order."""
     async with connected(*nats_cluster.urls) as bus:
         log = await make_log(bus, replicas=3)
         sequence = (await log.seal(3, "n1", SealKind.OPEN)).sequence
         delays: list[float] = []
-        killed: int | None = None
-        for txid in range(1, 401):
-            if txid in (100, 250):
-                if killed is not None:
-                    nats_cluster.start(killed)
-                    await nats_cluster.ready()
-                killed = nats_cluster.index(nats_cluster.stream_leader(STREAM))
-                nats_cluster.kill(killed)
+        for txid in range(1, 301):
+            if txid == 100:
+                nats_cluster.kill(nats_cluster.index(nats_cluster.stream_leader(STREAM)))
             began = time.perf_counter()
             sequence = await log.append(sequence, draft(3, txid), timeout=30)
             delays.append(time.perf_counter() - began)
@@ -278,7 +273,7 @@ async def test_g3_leader_of_the_log_dies_in_the_middle_of_appends_on_three_serve
         while page := await log.read(start):
             found += page
             start = page[-1].sequence + 1
-        assert [entry.txid for entry in found] == list(range(401))
+        assert [entry.txid for entry in found] == list(range(301))
         with capsys.disabled():
             median = statistics.median(delays)
             print(f"\n    append, three servers: median {1e3 * median:.2f} ms, longest {max(delays):.1f} s")

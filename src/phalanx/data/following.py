@@ -24,6 +24,7 @@ from phalanx.data.confirming import Confirmation, Confirmer, confirmed
 from phalanx.data.entries import Foreign, LogEntry, LogRecord, Seal, parse
 from phalanx.data.history import History
 from phalanx.data.log import PAGE_BYTES, WalLog
+from phalanx.data.pushed import Pushed, entry_size
 from phalanx.errors import BusError, BusTimeout, DatabaseError, PhalanxError, ReplicaUnavailable
 from phalanx.names import Names
 from phalanx.ports import Bus, Connection, Message, Record, Subscription
@@ -37,8 +38,6 @@ RESYNC_SECONDS = 30.0
 """Between looks at the end of the log that nothing asked for."""
 
 RETRY_SECONDS = (0.02, 1.0)
-MAX_PUSHED = 4096
-MAX_PUSHED_BYTES = 16 << 20
 BATCH = 32
 """Entries that are given to the replica at once, in order."""
 
@@ -106,8 +105,7 @@ class Follower:
         self._end = 0
         self._next = 1
         """The next entry to take; those between it and ``_applied`` are under way."""
-        self._pushed: dict[int, tuple[LogEntry, float]] = {}
-        self._pushed_bytes = 0
+        self._pushed = Pushed()
         self._history = History(wal_log, None if spool is None else spool / HISTORY_FILE)
         self._under_way_bytes = 0
         self._oldest: float | None = None
@@ -167,7 +165,6 @@ class Follower:
                 call.cancel()
             await asyncio.gather(*calls, return_exceptions=True)
         self._pushed.clear()
-        self._pushed_bytes = 0
         self._report_progress()
 
     # --- what is so
@@ -200,7 +197,7 @@ class Follower:
     @property
     def lag_bytes(self) -> int:
         """Their size, as far as they have arrived here."""
-        return self._pushed_bytes + self._under_way_bytes
+        return self._pushed.bytes + self._under_way_bytes
 
     @property
     def lag_seconds(self) -> float:
@@ -252,11 +249,7 @@ class Follower:
             return
         if sequence > max(self._end, self._next - 1) + 1:
             self._bus.missed()
-        size = len(message.data)
-        if len(self._pushed) < MAX_PUSHED and self._pushed_bytes + size <= MAX_PUSHED_BYTES:
-            self._forget(sequence)
-            self._pushed[sequence] = (entry, system.now())
-            self._pushed_bytes += size
+        self._pushed.add(entry)
         self._heard_of(sequence)
 
     def _heard_of(self, sequence: int) -> None:
@@ -265,12 +258,6 @@ class Follower:
         self._end = max(self._end, sequence)
         self._log.saw(sequence)
         self._wake.set()
-
-    def _forget(self, sequence: int) -> tuple[LogEntry, float] | None:
-        found = self._pushed.pop(sequence, None)
-        if found is not None:
-            self._pushed_bytes -= _size(found[0])
-        return found
 
     # --- following
 
@@ -312,13 +299,13 @@ class Follower:
         entries: list[LogEntry] = []
         size = 0
         while len(entries) < BATCH and size < BATCH_BYTES:
-            found = self._forget(self._next)
+            found = self._pushed.take(self._next)
             if found is None:
                 break
             if not entries:
                 self._oldest = found[1]
             entries.append(found[0])
-            size += _size(found[0])
+            size += entry_size(found[0])
             self._is_taken(found[0])
         self._under_way_bytes = size
         return entries
@@ -365,7 +352,7 @@ class Follower:
                     )
                 page = [each for at, each in enumerate(page) if each.sequence == self._next + at]
                 for each in page:
-                    self._forget(each.sequence)
+                    self._pushed.take(each.sequence)
                     self._is_taken(each)
                 is_last = self._next > self._end or self._next in self._pushed or self._unverified
                 if not is_last:
@@ -465,10 +452,6 @@ class Follower:
         self._call(self._on_trouble, reason)
 
 
-def _size(entry: LogEntry) -> int:
-    return len(entry.data) if isinstance(entry, LogRecord) else 0
-
-
 def _batch(entries: Sequence[LogEntry], at: int) -> Sequence[LogEntry]:
     """The next entries to apply at once; one that has to be fetched from the object store is alone."""
     size, end = 0, at
@@ -476,7 +459,7 @@ def _batch(entries: Sequence[LogEntry], at: int) -> Sequence[LogEntry]:
         entry = entries[end]
         if isinstance(entry, LogRecord) and entry.pointer is not None:
             break
-        size += _size(entry)
+        size += entry_size(entry)
         end += 1
     return entries[at : max(end, at + 1)]
 
