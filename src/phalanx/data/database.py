@@ -25,6 +25,7 @@ from phalanx import system
 from phalanx.aio import wait_at_most
 from phalanx.config import SQLite
 from phalanx.data.bootstrap import Bootstrap
+from phalanx.data.entries import Seal
 from phalanx.data.following import Follower
 from phalanx.data.image_process import ImageSource, check, fingerprint
 from phalanx.data.log import LogEnd, WalLog
@@ -298,6 +299,7 @@ class AppDatabase:
             node=self.node,
             on_trouble=self._on_trouble,
             on_applied=self._on_applied,
+            on_seal=self._on_seal,
             spool=self.folder,
         )
         self._readable = self.replica.path
@@ -315,11 +317,17 @@ class AppDatabase:
 
     def _on_applied(self, position: Position) -> None:
         if self._log_is_empty and position.txid:
+            # The platform has a database now: that may hold this node back, or let it go.
             self._log_is_empty = False
+            self._wake.set()
         if self.replica.path != self._readable:
             # A record that was too large for the WAL made the replica anew, beside the old one.
             self._readable = self.replica.path
             self.readers.revoke("the replica was made anew")
+
+    def _on_seal(self, seal: Seal) -> None:
+        if seal.reason == ADOPTS:
+            self._wake.set()
 
     def _on_process_exit(self, reason: str) -> None:
         if self._phase is not Phase.STOPPED:

@@ -152,7 +152,9 @@ class DataReign:
             position = self._base
             if promoted.txid != position.txid:
                 raise DatabaseError(f"the replica was promoted at {promoted.txid}, the log is at {position}")
-            how = "promoted its replica" if promoted.exists else "begins without a database"
+            how = "promoted its replica"
+            if not promoted.txid:
+                how = "adopts the database that was there" if promoted.exists else "begins without a database"
         database.report(
             "database-promoted",
             f"{how} at {position}; missing: {self._missing or 'nothing'}",

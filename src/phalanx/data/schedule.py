@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from phalanx import system
 from phalanx.aio import wait_at_most
+from phalanx.data.second_copy import FolderDestination, SecondCopy
 from phalanx.data.status import SnapshotProgress, SnapshotRequest
 from phalanx.decide.retention import Limits
 from phalanx.errors import BusError, DatabaseError, PhalanxError
@@ -40,6 +42,11 @@ class SnapshotSchedule:
         self._task: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
         self._bytes_at_last: int | None = None
+        self._copy: SecondCopy | None = None
+        self._copy_waits = False
+        if copy_to := str(database.config.copy_to):
+            destination = FolderDestination(Path(copy_to))
+            self._copy = SecondCopy(destination, database.snapshots, database.names.platform)
 
     async def start(self) -> None:
         """Begin."""
@@ -59,6 +66,7 @@ class SnapshotSchedule:
                 if await self._is_due():
                     await self._make()
                     await self.tidy()
+                await self._update_copy()
                 failed, pause = "", LOOK_SECONDS
             except (PhalanxError, OSError) as error:
                 if str(error) != failed:
@@ -76,9 +84,22 @@ class SnapshotSchedule:
             self._bytes_at_last = state.bytes if newest is not None else 0
         if not database.position.txid or (newest is not None and newest.txid == database.position.txid):
             return False
+        if self._copy_waits:
+            return True
         since = system.wall() - (newest.created if newest is not None else await self._began())
         grown = state.bytes - self._bytes_at_last
         return since >= float(database.config.snapshot_every) or grown >= int(database.config.log_limit)
+
+    async def _update_copy(self) -> None:
+        """Bring the second copy up to now, where there is one; it is a few files a minute at most."""
+        if self._copy is None:
+            return
+        done = await self._copy.update()
+        # It begins with a snapshot, and needs another one where transactions were lost.
+        self._copy_waits = bool(done.waits_for)
+        if done.bases:
+            await self._copy.tidy(int(self._database.config.keep_snapshots))
+            self._database.report("second-copy-based", f"up to {done.position}", position=str(done.position))
 
     async def _began(self) -> float:
         """Since when the log has anything; Unix seconds."""
