@@ -14,7 +14,10 @@ from typing import Any
 
 from phalanx import system
 from phalanx.bus.connection import NatsBus
+from phalanx.client import PlatformClient
 from phalanx.config import NatsOptions
+from phalanx.data.log import WalLog
+from phalanx.data.status import RestoreRequest
 from phalanx.names import Names
 from phalanx.observe.audit import AuditEntry, read_audit
 from phalanx.testing.nats import NatsServer
@@ -56,17 +59,18 @@ async def audited(nats: NatsServer, *actions: str) -> list[AuditEntry]:
         await bus.close()
 
 
-def rows(path: Path) -> list[tuple[int, int, str]]:
-    """Everything in the database at *path*."""
-    connection = sqlite3.connect(path)
-    try:
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-        return connection.execute("SELECT number, epoch, node FROM entries ORDER BY number").fetchall()
-    finally:
-        connection.close()
+def set_aside(folder: Path) -> list[Path]:
+    """What was set aside on any node."""
+    return list(folder.glob("*/*.diverged-*"))
 
 
-async def test_three_nodes_sigkill_of_the_active_one_the_next_has_every_confirmed_row_G3(
+def rows_of(path: Path, query: str) -> list[tuple[Any, ...]]:
+    """What *query* gives in the database at *path*."""
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+        return connection.execute(query).fetchall()
+
+
+async def test_three_nodes_sigkill_of_the_active_one_the_next_has_every_confirmed_row_g3(
     tmp_path: Path, nats_server: NatsServer
 ) -> None:
     """What a barrier has confirmed is there on the node that takes over, and rows go on from there."""
@@ -100,7 +104,7 @@ async def test_three_nodes_planned_hand_over_loses_no_row(tmp_path: Path, nats_s
         running.check()
 
 
-async def test_two_nodes_node_keeper_and_litestream_killed_what_was_lost_is_kept_and_counted_G3(
+async def test_two_nodes_node_keeper_and_litestream_killed_what_was_lost_is_kept_and_counted_g3(
     tmp_path: Path, nats_server: NatsServer
 ) -> None:
     """What the old node had beyond the log lies beside its database, with the very number of transactions."""
@@ -122,3 +126,86 @@ async def test_two_nodes_node_keeper_and_litestream_killed_what_was_lost_is_kept
         assert (int(said.details["transactions"]), said.details.get("exact", "true")) == (lost, "true")
         assert bool(list((tmp_path / active).glob("*.diverged-*.json"))) == (lost > 0)
         running.check()
+
+
+def client(nats: NatsServer) -> PlatformClient:
+    """What the command line uses."""
+    return PlatformClient("test", NatsOptions(urls=(nats.url(0),)))
+
+
+async def test_a_node_that_joins_late_begins_with_a_snapshot_when_the_log_does_not_reach_back(
+    tmp_path: Path, nats_server: NatsServer
+) -> None:
+    """The log was purged behind the snapshot: the newcomer takes that, then follows, and has every row."""
+    with database_stage(tmp_path, nats_server, sync_every=5) as running:
+        late = running.nodes["n3"]
+        late.stop()
+        await running.settled(standbys=1)
+        await running.wait_for("confirmed", 0.0)
+        async with client(nats_server) as platform:
+            name = await platform.databases.create_snapshot("wiki")
+            assert name
+            wal = WalLog(platform.bus, Names("test"), "wiki")
+            assert await wal.purge(int(name.removeprefix("snapshot-"))) > 0
+        late.start()
+        await running.nodes.wait_for_standbys(running.app, 2)
+        entries = await audited(nats_server, "replica-bootstrapped")
+        assert [e.details["snapshot"] for e in entries if e.node == "n3"] == [name]
+        running.nodes["n1"].stop()
+        running.nodes["n2"].stop()
+        since = since_now()
+        opened = await running.wait_for("opened", since, node="n3")
+        confirmed = [e.data["number"] for e in running.history.events("confirmed") if e.at < since]
+        assert opened.data["number"] >= max(confirmed)
+        running.check()
+
+
+async def test_restored_in_place_all_nodes_go_back_and_go_on(tmp_path: Path, nats_server: NatsServer) -> None:
+    """The state of a snapshot becomes one more record, which every node follows; rows go on from there."""
+    with database_stage(tmp_path, nats_server, sync_every=5) as running:
+        await running.settled()
+        await running.wait_for("confirmed", 0.0)
+        async with client(nats_server) as platform:
+            name = await platform.databases.create_snapshot("wiki")
+            later = await running.wait_for("confirmed", since_now())
+            since = since_now()
+            await platform.databases.restore_in_place("wiki", RestoreRequest(snapshot=name))
+        opened = await running.wait_for("opened", since)
+        assert 0 < opened.data["number"] < later.data["number"]
+        await running.settled()
+        assert await audited(nats_server, "database-restored")
+        assert not set_aside(tmp_path)
+        running.check()
+
+
+async def test_an_existing_database_is_adopted_and_a_second_one_keeps_its_node_from_leading(
+    tmp_path: Path, nats_server: NatsServer
+) -> None:
+    """The first node's file becomes everybody's; a file in the same place elsewhere is never overwritten."""
+    for node, text in (("n1", "kept"), ("n2", "foreign")):
+        (tmp_path / node).mkdir()
+        connection = sqlite3.connect(tmp_path / node / "wiki.db")
+        connection.execute("CREATE TABLE old (text)")
+        connection.execute("INSERT INTO old VALUES (?)", (text,))
+        connection.commit()
+        connection.close()
+    with database_stage(tmp_path, nats_server) as running:
+        await running.nodes.wait_until(lambda: running.nodes.actives("wiki"), 30, "nobody is active")
+        first = running.nodes.actives("wiki")[0]
+        assert first in ("n1", "n2")
+        other = "n2" if first == "n1" else "n1"
+        await running.nodes.wait_for_standbys("wiki", 1)
+        await running.nodes.wait_until(
+            lambda: "move it away" in str(running.nodes[other].status()), 20, "the file is not reported"
+        )
+        kept = rows_of(tmp_path / other / "wiki.db", "SELECT text FROM old")
+        assert kept == [("foreign" if other == "n2" else "kept",)]
+        running.nodes[first].kill()
+        opened = await running.wait_for("opened", since_now() - 0.5, node="n3")
+        assert rows_of(tmp_path / opened.node / "wiki.db", "SELECT text FROM old") != kept
+        (tmp_path / other / "wiki.db").rename(tmp_path / other / "moved.db")
+        await running.nodes.wait_until(
+            lambda: running.nodes[other].is_standby("wiki"),
+            20,
+            "it is no candidate although the file is gone",
+        )
