@@ -114,6 +114,19 @@ async def test_pushed_records_need_no_read(bus: NatsBus, writer: Writer) -> None
         assert calls == 0
 
 
+async def test_record_whose_push_was_lost_is_looked_for_when_somebody_waits(
+    bus: NatsBus, writer: Writer
+) -> None:
+    """A push that never came: who waits for that record gets it long before the next look at the log."""
+    async with following(bus, MemoryReplica()) as follower:
+        await follower.wait_for(1, 5)
+        assert follower._subscription is not None  # pyright: ignore
+        await follower._subscription.unsubscribe()  # pyright: ignore
+        await writer.write(3)
+        assert follower.applied.sequence == 1
+        await follower.wait_for(4, 5)
+
+
 async def test_g8_follower_goes_on_where_its_replica_is(bus: NatsBus, writer: Writer) -> None:
     """A follower that is stopped while records come goes on later without a gap and without a repetition."""
     replica = MemoryReplica()

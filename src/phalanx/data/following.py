@@ -42,6 +42,9 @@ BATCH = 32
 """Entries that are given to the replica at once, in order."""
 
 BATCH_BYTES = 8 << 20
+PUSH_SECONDS = 0.05
+"""An entry of which somebody has heard should be pushed within this time, else it is looked for."""
+
 MIN_PAGE_BYTES = 1 << 16
 STOP_SECONDS = 5.0
 HISTORY_FILE = "followed.json"
@@ -210,15 +213,17 @@ class Follower:
     async def wait_for(self, sequence: int, timeout: float) -> None:
         """Wait until *sequence* is applied. Raises TimeoutError, at once when it is stopped meanwhile, and
         ReplicaUnavailable when it has ended by itself."""
-        if sequence > self._end:
-            self._ask()
         async with asyncio.timeout(timeout):
+            has_asked = False
             while self._applied.sequence < sequence:
                 if self._failure is not None:
                     raise ReplicaUnavailable(self._app, self._failure)
                 if self._is_stopped:
                     raise TimeoutError("following was stopped")
-                await self._progress.wait()
+                is_unheard_of = sequence > self._end and not has_asked
+                if not await wait_at_most(self._progress, PUSH_SECONDS if is_unheard_of else None):
+                    has_asked = True
+                    self._ask()
 
     def _certain(self) -> tuple[int, int] | None:
         """What may be confirmed: nothing while it is not known that the log is still the one applied."""
