@@ -305,7 +305,7 @@ class Capture:
             return
         if not same:
             self._guard = None
-            await guard.strand()
+            await guard.close()
         elif self._wal_is_gone():
             # Whoever opens the database next must find nobody: only then does SQLite begin a new WAL.
             self._guard = None

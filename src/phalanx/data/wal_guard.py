@@ -31,10 +31,6 @@ BUSY_SECONDS = 2.0
 
 T = TypeVar("T")
 
-# Connections to files that are no longer at their path: closing one would remove the WAL that is at that path
-# now, somebody else's. They are kept to the end of the process.
-_stranded: list[sqlite3.Connection] = []
-
 
 class WalGuard:
     """The connection to one live database, in a thread of its own."""
@@ -149,18 +145,6 @@ class WalGuard:
             self._connection.rollback()
             self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
-    async def strand(self) -> None:
-        """Leave the connection: its file is no longer at its path."""
-        await self._call(self._strand)
-
-    def _strand(self) -> None:
-        if self._connection is not None:
-            with contextlib.suppress(sqlite3.Error):
-                self._connection.rollback()
-            _stranded.append(self._connection)
-            self._connection = None
-        self._thread.shutdown(wait=False)
-
     def give(self) -> sqlite3.Connection | None:
         """The connection, which is the caller's from now on (usable in any thread). This guard is over."""
         connection, self._connection = self._connection, None
@@ -168,7 +152,10 @@ class WalGuard:
         return connection
 
     async def close(self) -> None:
-        """Close the connection; if it is the last one, SQLite empties and removes the WAL."""
+        """Close the connection; if it is the last one, SQLite empties and removes the WAL.
+
+        Not so if another file is at the path by now: SQLite looks (pager.c, databaseIsUnmoved).
+        """
         await self._call(self._close)
         self._thread.shutdown(wait=False)
 
