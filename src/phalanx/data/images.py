@@ -34,6 +34,7 @@ from phalanx.data.image_format import BLOCK_BYTES, ImageHead, Unpacker, packed
 from phalanx.data.pinning import PinnedDatabase
 from phalanx.data.replica_store import Journal
 from phalanx.data.sqlite_wal import IndexHeader, frame_offset
+from phalanx.data.wal_files import LogState
 from phalanx.errors import DatabaseError, LtxError
 from phalanx.types import Position
 
@@ -70,8 +71,9 @@ class JournalPositions:
 
     def find(self, state: IndexHeader) -> Position | None:
         """See PositionFinder."""
+        wanted = LogState(state.salts, state.frames, state.checksum if state.frames else (0, 0))
         with contextlib.closing(Journal(self._path)) as journal:
-            return journal.find(state.salts, state.frames)
+            return journal.find(wanted)
 
 
 class CapturedPositions:

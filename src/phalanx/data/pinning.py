@@ -15,6 +15,7 @@ import os
 import sqlite3
 import struct
 import sys
+import time
 from array import array
 from pathlib import Path
 from types import TracebackType
@@ -36,8 +37,9 @@ _BACKFILLED_AT = 2 * INDEX_HEADER_BYTES
 _FRAME_BEGIN = struct.Struct(">II8s")
 """Of a frame's header: page number, size of the database, salts."""
 
-_ATTEMPTS = 200
-"""Looks until nobody has committed between two of them: each takes some 20 µs."""
+_ATTEMPTS = 500
+_PAUSE_SECONDS = 0.002
+"""The index is being written for microseconds, a loaded machine may make that longer."""
 
 
 class PinnedDatabase:
@@ -84,18 +86,18 @@ class PinnedDatabase:
         shm = self._open(Path(f"{path}-shm"))
         if not os.path.samestat(os.stat(path), os.fstat(self._main)):
             raise DatabaseError(f"{path} was replaced meanwhile")
+        execute("BEGIN")
+        execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        # What the index says now holds for as long as the transaction does, also if others have committed
+        # since it began. Either it has a mark in the WAL: then no frame after the mark is moved into the main
+        # file, and the WAL is not begun anew. Or all of the WAL was in the main file: then nothing at all is
+        # moved there, and so the WAL, even if it is begun anew, is so only once.
         for _ in range(_ATTEMPTS):
-            before = _read_index(shm)
-            execute("BEGIN")
-            execute("SELECT count(*) FROM sqlite_schema").fetchone()
-            after = _read_index(shm)
-            # Nobody has committed in between: the transaction sees exactly this. What was in the main file
-            # entirely *after* it had begun allows the WAL to begin anew; else it stays as long as we read.
-            if before is not None and after is not None and before[0] == after[0]:
-                header, backfilled = after
+            if (found := _read_index(shm)) is not None:
+                header, backfilled = found
                 return self._completed(header), backfilled
-            execute("ROLLBACK")
-        raise DatabaseError(f"{path}: no moment between two commits was found")
+            time.sleep(_PAUSE_SECONDS)
+        raise DatabaseError(f"the index of the WAL of {path} is not valid")
 
     def _completed(self, header: IndexHeader) -> IndexHeader:
         """The index of a WAL that has never had a frame says nothing of it: the files themselves do."""
