@@ -312,7 +312,8 @@ def test_g8_wal_that_was_cut_anywhere_is_an_earlier_position_with_its_content(
     whole, seen = log.read_bytes(), set[int]()
     for end in sorted({*range(WAL_HEADER_BYTES, len(whole), 5003), frame_offset(2, 4096), len(whole)}):
         log.write_bytes(whole[:end])
-        index.unlink(missing_ok=True)
+        if end % 2:  # the other half: an index that nobody has in use says nothing
+            index.unlink(missing_ok=True)
         replica = Replica.open(folder, 10_000)
         check_equal(replica, origin)
         seen.add(replica.position.txid)

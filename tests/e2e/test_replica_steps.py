@@ -43,8 +43,9 @@ class Case:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records are big from 30 pages on."""
+    """Records are big from 30 pages on, journals from 4 entries on."""
     monkeypatch.setattr(replica_module, "BIG_RECORD_PAGES", 30)
+    monkeypatch.setattr(replica_module, "COMPACT_BYTES", 200)
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,8 @@ def prime_capture(folder: Path, files: WalFiles, page: ltx.Page, txid: int, now:
     of its snapshot level that is newer than the interval keeps it from writing a whole snapshot (store.go).
     """
     clear_capture(folder)
-    assert files.salts is not None
+    state = files.log_state
+    assert state is not None
     frame_bytes = files.page_size + 24
     header = ltx.Header(
         page_size=files.page_size,
@@ -75,8 +76,8 @@ def prime_capture(folder: Path, files: WalFiles, page: ltx.Page, txid: int, now:
         time_ms=int(now * 1000),
         wal_offset=files.log_end - frame_bytes,
         wal_size=frame_bytes,
-        wal_salt1=int.from_bytes(files.salts[:4], "big"),
-        wal_salt2=int.from_bytes(files.salts[4:], "big"),
+        wal_salt1=int.from_bytes(state.salts[:4], "big"),
+        wal_salt2=int.from_bytes(state.salts[4:], "big"),
     )
     # A file of the first transaction has every page.
     pages = _all_pages(files) if txid == 1 else [page]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -24,7 +24,7 @@ from phalanx.data import disk, handover, ltx
 from phalanx.data.replica_record import Record, open_record
 from phalanx.data.replica_state import CHECKPOINT_PAGES, Aside, Promoted, ReplicaState
 from phalanx.data.replica_store import COMPACT_BYTES, Folder, Journal, State
-from phalanx.data.wal_files import WalFiles, is_wal_database, page_size_of
+from phalanx.data.wal_files import LogState, WalFiles, is_wal_database, page_size_of
 from phalanx.errors import DatabaseError, LtxError
 from phalanx.types import Position
 
@@ -142,8 +142,7 @@ class Replica:
                 raise DatabaseError(f"{path} is no database in WAL mode")
             self._files = files = WalFiles.open(path)
             self._journal = journal = Journal(path.with_name("journal"))
-            salts = files.salts
-            found = journal.find(salts, files.frames) if salts is not None else None
+            found = journal.find(files.log_state)
             if found is None:
                 raise DatabaseError(f"the position of {path} is not known: its WAL is not what was written")
             self._position = found
@@ -215,35 +214,43 @@ class Replica:
         )
 
     def _append(self, position: Position, record: Record) -> None:
-        files, _ = self._ready()
-        pages, commit = list(record.pages()), record.header.commit
-        if not pages and commit != files.commit:
-            raise LtxError(f"no page, and {commit} pages instead of {files.commit}")
-        self._transact(position, pages, commit)
+        commit = record.header.commit
+        if record.count:
+            self._transact(position, record.pages(), commit)
+            return
+        if [*record.pages()] or commit != self.commit:
+            raise LtxError(f"no page, and {commit} pages instead of {self.commit}")
+        self._note(position)
 
-    def _transact(self, position: Position, pages: list[ltx.Page], commit: int) -> None:
+    def _transact(self, position: Position, pages: Iterable[ltx.Page], commit: int) -> None:
         """Write one transaction, after the entry that explains it."""
         files, journal = self._ready()
         if files.frames >= self._checkpoint_pages:
             self._try_restart()
-        assert files.salts is not None
-        journal.append(position, files.salts, files.frames + len(pages))
+        transaction = files.prepare(pages, commit)
         self._is_synced = False
-        if pages:
-            files.append(pages, commit)
+        journal.append(position, transaction.after)
+        files.append(transaction)
+
+    def _note(self, position: Position) -> None:
+        """The database is at *position* as it is."""
+        files, journal = self._ready()
+        assert files.log_state is not None
+        self._is_synced = False
+        journal.append(position, files.log_state)
 
     def _try_restart(self) -> bool:
         files, journal = self._ready()
 
-        def note(salts: bytes) -> None:
-            journal.append(self._position, salts, 0)
+        def note(state: LogState) -> None:
+            journal.append(self._position, state)
             journal.sync()
 
         if not files.try_restart(note):
             return False
         self._retry_checkpoint_at = 0
-        if journal.size > COMPACT_BYTES and files.salts is not None:
-            journal.compact(self._position, files.salts, 0)
+        if journal.size > COMPACT_BYTES and files.log_state is not None:
+            journal.compact(self._position, files.log_state)
         return True
 
     def skip(self, sequence: int) -> Position:
@@ -253,7 +260,7 @@ class Replica:
         if self.role == "empty":
             self._folder.save(msgspec.structs.replace(self._folder.state, sequence=sequence))
         else:
-            self._transact(position, [], self.commit)
+            self._note(position)
         self._position = position
         return position
 
@@ -330,8 +337,7 @@ class Replica:
         path = self._folder.database_path(state.generation)
         self._files, self._journal = WalFiles.open(path), Journal(path.with_name("journal"))
         self._retry_checkpoint_at, self._is_synced = 0, True
-        salts = self._files.salts
-        found = self._journal.find(salts, 0) if salts is not None else None
+        found = self._journal.find(self._files.log_state)
         if found is None:
             raise DatabaseError(f"the position of {path} is not known")
         self._position = found

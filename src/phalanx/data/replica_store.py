@@ -20,7 +20,7 @@ import msgspec
 
 from phalanx.data import disk
 from phalanx.data.sqlite_wal import encode_wal_header
-from phalanx.data.wal_files import new_salts, wal_path
+from phalanx.data.wal_files import LogState, new_salts, wal_path
 from phalanx.errors import DatabaseError
 from phalanx.types import Position
 
@@ -123,7 +123,7 @@ class Folder:
         path, database = self.generation_path(generation), self.database_path(generation)
         salts = new_salts()
         disk.write_file(wal_path(database), encode_wal_header(page_size, 0, salts), "generation: wal")
-        entry = encode_entry(position, salts, 0)
+        entry = encode_entry(position, LogState(salts, 0, (0, 0)))
         disk.write_file(path / "journal", entry, "generation: journal")
         disk.sync_folder(path, "generation: sync")
         disk.sync_folder(self.path, "generation: sync folder")
@@ -137,14 +137,14 @@ class Folder:
 
 # --- the journal
 
-_ENTRY = struct.Struct(">QQ8sI")
+_ENTRY = struct.Struct(">QQ8sIII")
 ENTRY_BYTES = _ENTRY.size + 4
 COMPACT_BYTES = 64 << 10
 
 
-def encode_entry(position: Position, salts: bytes, frames: int) -> bytes:
-    """The database is at *position* when the log has these salts and this many frames."""
-    data = _ENTRY.pack(position.sequence, position.txid, salts, frames)
+def encode_entry(position: Position, state: LogState) -> bytes:
+    """The database is at *position* when its log is in this state."""
+    data = _ENTRY.pack(position.sequence, position.txid, state.salts, state.frames, *state.checksum)
     return data + zlib.crc32(data).to_bytes(4, "big")
 
 
@@ -164,22 +164,25 @@ class Journal:
             os.close(self._file)
         self._file = -1
 
-    def find(self, salts: bytes, frames: int) -> Position | None:
+    def find(self, state: LogState | None) -> Position | None:
         """The newest position with this log. None: it is not known."""
+        if state is None:
+            return None
+        wanted = [state.salts, state.frames, *state.checksum]
         data = os.pread(self._file, self.size, 0)
         for at in range(self.size - ENTRY_BYTES, -1, -ENTRY_BYTES):
             entry = data[at : at + _ENTRY.size]
             if zlib.crc32(entry) != int.from_bytes(data[at + _ENTRY.size : at + ENTRY_BYTES], "big"):
                 continue
             sequence, txid, *log = _ENTRY.unpack(entry)
-            if log == [salts, frames]:
+            if log == wanted:
                 return Position(sequence, txid)
         return None
 
-    def append(self, position: Position, salts: bytes, frames: int) -> None:
+    def append(self, position: Position, state: LogState) -> None:
         """Raises OSError; the entry may be there in part then, and the next one takes its place."""
         self._is_synced = False
-        disk.write_at(self._file, encode_entry(position, salts, frames), self.size, "journal: append")
+        disk.write_at(self._file, encode_entry(position, state), self.size, "journal: append")
         self.size += ENTRY_BYTES
 
     def sync(self) -> None:
@@ -188,9 +191,9 @@ class Journal:
             disk.sync(self._file, "journal: sync")
             self._is_synced = True
 
-    def compact(self, position: Position, salts: bytes, frames: int) -> None:
+    def compact(self, position: Position, state: LogState) -> None:
         """Keep this one entry only: the log that the others are about is gone."""
-        disk.replace_file(self.path, encode_entry(position, salts, frames), "journal: compact")
+        disk.replace_file(self.path, encode_entry(position, state), "journal: compact")
         os.close(self._file)
         self._file = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         self.size, self._is_synced = ENTRY_BYTES, True

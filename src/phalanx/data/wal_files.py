@@ -19,9 +19,9 @@ import os
 import secrets
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from urllib.parse import quote
 
 from phalanx.data import disk
@@ -62,6 +62,27 @@ _SHARED_FIRST, _SHARED_BYTES = 0x40000002, 510
 _NO_SALTS = bytes(8)
 _FLOCK = struct.Struct("@hhqqi4x")
 _SET_LOCK = getattr(fcntl, "F_OFD_SETLK", None)
+
+
+class LogState(NamedTuple):
+    """The state of a log: its salts, how many frames count, and the checksum over all of them.
+
+    No two different contents have the same. Without frames the checksum is 0, 0.
+    """
+
+    salts: bytes
+    frames: int
+    checksum: tuple[int, int]
+
+
+class Transaction(NamedTuple):
+    """Encoded frames, the page of each, and the state of the log once they are there."""
+
+    data: bytearray
+    pages: list[int]
+    commit: int
+    after: LogState
+    big_endian: bool
 
 
 class NumberedPage(Protocol):
@@ -237,9 +258,12 @@ class WalFiles:
         return self._state.frames
 
     @property
-    def salts(self) -> bytes | None:
-        """Those of the log; None if there is none."""
-        return None if self._state.salts == _NO_SALTS else self._state.salts
+    def log_state(self) -> LogState | None:
+        """What the log is; None if there is none."""
+        state = self._state
+        if state.salts == _NO_SALTS:
+            return None
+        return LogState(state.salts, state.frames, state.checksum if state.frames else (0, 0))
 
     @property
     def backfilled(self) -> int:
@@ -295,10 +319,10 @@ class WalFiles:
 
     # --- writing
 
-    def try_restart(self, note: Callable[[bytes], None]) -> bool:
+    def try_restart(self, note: Callable[[LogState], None]) -> bool:
         """Begin the log anew, if all of it is in the database file and nobody reads from it.
 
-        *note* is called with the new salts before anything changes, and must put them on the disk.
+        *note* is called with its new state before anything changes, and must put that on the disk.
         """
         state = self._state
         if not state.frames or self._marks.backfilled != state.frames:
@@ -308,7 +332,7 @@ class WalFiles:
             return False
         try:
             salts = new_salts(state.salts)
-            note(salts)
+            note(LogState(salts, 0, (0, 0)))
             self._publish(state._replace(frames=0, salts=salts))
             self._marks.restart()
             self._write_log_header()
@@ -329,42 +353,53 @@ class WalFiles:
         self._log_header = header
         return header
 
-    def append(self, pages: Sequence[NumberedPage], commit: int) -> None:
-        """One transaction: *pages* are as given, the database has *commit* pages then.
+    def prepare(self, pages: Iterable[NumberedPage], commit: int) -> Transaction:
+        """A transaction: *pages* are as given, at least one, and the database has *commit* pages then.
 
-        Raises DatabaseError, OSError: nothing of it counts then.
+        Raises DatabaseError if others have written; what *pages* raises.
         """
         self._check_undisturbed()
-        state = self._state
-        if state.frames == 0:
-            header = self._log_header
-            if header is None or header.salts != state.salts:
-                header = self._write_log_header()
-            state = state._replace(checksum=header.checksum, big_endian=header.big_endian)
-        sums = self._write_frames(pages, commit, state)
-        last = state.frames + len(pages)
-        self._index_frames(pages, state.frames)
-        self._publish(state._replace(change=state.change + 1, frames=last, commit=commit, checksum=sums))
-
-    def _write_frames(
-        self, pages: Sequence[NumberedPage], commit: int, state: IndexHeader
-    ) -> tuple[int, int]:
-        (s0, s1), buffer = state.checksum, bytearray()
-        offset = frame_offset(state.frames + 1, state.page_size)
+        state, data, numbers = self._state, bytearray(), list[int]()
+        big_endian, (s0, s1) = self._begin_frames()
+        previous: NumberedPage | None = None
         for page in pages:
-            ends = commit if page is pages[-1] else 0
-            head, s0, s1 = encode_frame(page.number, page.data, ends, state.salts, s0, s1, state.big_endian)
-            buffer += head
-            buffer += page.data
-            if len(buffer) >= _WRITE_BYTES:
-                disk.write_at(self._log, buffer, offset, "wal: frames")
-                offset += len(buffer)
-                buffer.clear()
-        if buffer:
-            disk.write_at(self._log, buffer, offset, "wal: frames")
-        return s0, s1
+            if previous is not None:
+                s0, s1 = _add_frame(data, previous, 0, state.salts, s0, s1, big_endian)
+            numbers.append(page.number)
+            previous = page
+        if previous is None:
+            raise ValueError("a transaction without a page")
+        s0, s1 = _add_frame(data, previous, commit, state.salts, s0, s1, big_endian)
+        after = LogState(state.salts, state.frames + len(numbers), (s0, s1))
+        return Transaction(data, numbers, commit, after, big_endian)
 
-    def _index_frames(self, pages: Sequence[NumberedPage], before: int) -> None:
+    def _begin_frames(self) -> tuple[bool, tuple[int, int]]:
+        """Byte order of the checksums, and the one that the next frame goes on from."""
+        state, header = self._state, self._log_header
+        if state.frames:
+            return state.big_endian, state.checksum
+        if header is None or header.salts != state.salts:
+            header = self._write_log_header()
+        return header.big_endian, header.checksum
+
+    def append(self, transaction: Transaction) -> None:
+        """Write what was prepared, and show it to readers. Raises OSError: nothing of it counts then."""
+        state, after = self._state, transaction.after
+        view, offset = memoryview(transaction.data), frame_offset(state.frames + 1, state.page_size)
+        for at in range(0, len(view), _WRITE_BYTES):
+            disk.write_at(self._log, view[at : at + _WRITE_BYTES], offset + at, "wal: frames")
+        self._index_frames(transaction.pages, state.frames)
+        self._publish(
+            state._replace(
+                change=state.change + 1,
+                big_endian=transaction.big_endian,
+                frames=after.frames,
+                commit=transaction.commit,
+                checksum=after.checksum,
+            )
+        )
+
+    def _index_frames(self, pages: Sequence[int], before: int) -> None:
         disk.on_step("index: tables")
         memory = self._memory(piece_of(before + len(pages)) + 1)
         table: Table | None = None
@@ -372,7 +407,7 @@ class WalFiles:
             if table is None or frame > table.before + table.count:
                 table = Table(memory, piece_of(frame))
                 table.prepare(before)
-            table.add(frame, page.number)
+            table.add(frame, page)
 
     def sync(self) -> None:
         """Have the disk hold the log."""
@@ -484,6 +519,15 @@ class WalFiles:
             disk.sync(self._db, "db: sync")
         disk.on_step("index: backfilled")
         marks.backfilled = safe
+
+
+def _add_frame(
+    data: bytearray, page: NumberedPage, commit: int, salts: bytes, s0: int, s1: int, big_endian: bool
+) -> tuple[int, int]:
+    head, s0, s1 = encode_frame(page.number, page.data, commit, salts, s0, s1, big_endian)
+    data += head
+    data += page.data
+    return s0, s1
 
 
 def _lock(descriptor: int, start: int, count: int, kind: int) -> bool:
