@@ -14,9 +14,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import getpass
+import hashlib
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -53,7 +56,7 @@ ANSWER_SECONDS = 2.0
 SILENT_SECONDS = 30.0
 """How long nothing may be heard of a snapshot that a node makes."""
 
-VERIFY_TRIES = 5
+VERIFY_TRIES = 2
 """How often all nodes are asked until two of them were looked at in the same position."""
 
 _POLL_SECONDS = 0.25
@@ -70,7 +73,8 @@ class DatabaseView(msgspec.Struct, frozen=True, kw_only=True):
 class Verification(msgspec.Struct, frozen=True, kw_only=True):
     """What all nodes found in their databases. ``ok`` unless there are ``problems``.
 
-    ``compared``: the nodes whose databases were seen in one and the same position, at most all of them.
+    ``compared``: the nodes whose databases were compared, with one another where two were seen in the same
+    position, or with what snapshots and log give for it. ``notes``: why some were not.
     """
 
     app: str
@@ -78,6 +82,7 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     compared: tuple[str, ...]
     nodes: tuple[DbVerified, ...]
     problems: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 class Restored(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,8 +121,9 @@ class DatabaseClient:
     async def verify(self, app: str, *, timeout: float = 600.0) -> Verification:
         """Have every node read its whole database: SQLite's integrity check, and a fingerprint.
 
-        Fingerprints are compared where positions are equal; while there are writes that may take a few
-        tries. *timeout*: for one of them, in seconds.
+        Fingerprints are compared where positions are equal. While there are writes they hardly ever are: a
+        node that is alone with its position is compared with what is restored for that here, in the
+        temporary folder. *timeout*: for the answers, in seconds.
         """
         nodes = await self._nodes(app)
         answers: list[DbVerified] = []
@@ -128,7 +134,54 @@ class DatabaseClient:
                 break
             if any(not answer.ok for answer in answers):
                 break
-        return _judge(app, nodes, answers)
+        return await self._judge(app, nodes, answers)
+
+    async def _judge(self, app: str, nodes: Sequence[str], answers: Sequence[DbVerified]) -> Verification:
+        answered = {answer.node for answer in answers}
+        problems = [f"node {node} does not answer" for node in nodes if node not in answered]
+        problems += [
+            f"node {answer.node}: {answer.problem or 'its database is damaged'}"
+            for answer in answers
+            if not answer.ok
+        ]
+        compared: list[str] = []
+        notes: list[str] = []
+        for group in _by_position(answers):
+            if len(group) > 1:
+                compared += [answer.node for answer in group]
+                problems += _differences(group)
+                continue
+            [alone] = group
+            try:
+                expected = await self._restored_fingerprint(app, alone.position.sequence)
+            except (DatabaseError, OSError) as error:
+                notes.append(f"node {alone.node} is not compared: {error}")
+                continue
+            compared.append(alone.node)
+            if expected != alone.fingerprint:
+                problems.append(
+                    f"node {alone.node} differs from what snapshots and log give for {alone.position}"
+                )
+        if len(answers) > 1 and not compared:
+            problems += notes
+        return Verification(
+            app=app,
+            ok=not problems,
+            compared=tuple(sorted(compared)),
+            nodes=tuple(sorted(answers, key=lambda answer: answer.node)),
+            problems=tuple(problems),
+            notes=tuple(notes),
+        )
+
+    async def _restored_fingerprint(self, app: str, sequence: int) -> str:
+        """Of the database at that position, restored into a temporary file. DatabaseError, OSError."""
+        from phalanx.data.restoring import Wanted
+
+        restoring = await self.restoring(app)
+        with tempfile.TemporaryDirectory(prefix="phalanx-verify-") as folder:
+            file = Path(folder) / "database"
+            await restoring.restore(Wanted(sequence=sequence), file, check=False)
+            return await asyncio.to_thread(_sha256, file)
 
     async def diverged(self, app: str, *, timeout: float = ANSWER_SECONDS) -> list[DivergedFile]:
         """The databases that were set aside on all nodes, oldest first."""
@@ -360,29 +413,17 @@ def _by_position(answers: Iterable[DbVerified]) -> list[list[DbVerified]]:
     return list(groups.values())
 
 
-def _judge(app: str, nodes: Sequence[str], answers: Sequence[DbVerified]) -> Verification:
-    answered = {answer.node for answer in answers}
-    problems = [f"node {node} does not answer" for node in nodes if node not in answered]
-    problems += [
-        f"node {answer.node}: {answer.problem or 'its database is damaged'}"
-        for answer in answers
-        if not answer.ok
-    ]
-    groups = _by_position(answers)
-    for group in groups:
-        if len({answer.fingerprint for answer in group}) > 1:
-            names = ", ".join(f"{answer.node} ({answer.fingerprint[:12]})" for answer in group)
-            problems.append(f"different databases at position {group[0].position}: {names}")
-    largest = max(groups, key=len, default=list[DbVerified]())
-    if len(answers) > 1 and len(largest) < 2:
-        problems.append("no two nodes were seen in one position: try again while there are fewer writes")
-    return Verification(
-        app=app,
-        ok=not problems,
-        compared=tuple(sorted(answer.node for answer in largest)) if len(largest) > 1 else (),
-        nodes=tuple(sorted(answers, key=lambda answer: answer.node)),
-        problems=tuple(problems),
-    )
+def _differences(group: Sequence[DbVerified]) -> list[str]:
+    """What is wrong with databases of one position, if they are not all the same."""
+    if len({answer.fingerprint for answer in group}) == 1:
+        return []
+    names = ", ".join(f"{answer.node} ({answer.fingerprint[:12]})" for answer in group)
+    return [f"different databases at position {group[0].position}: {names}"]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def caller() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import sqlite3
 import time
@@ -17,7 +18,12 @@ from tests.e2e.wal import APP, NAMES, connected, eventually, make_log
 
 from phalanx.bus.connection import NatsBus
 from phalanx.bus.provision import bucket_config, create_stream
+from phalanx.client import PlatformClient
+from phalanx.client_db import Verification
+from phalanx.config import NatsOptions
+from phalanx.data.status import DbVerified
 from phalanx.testing.nats import NatsServer
+from phalanx.types import Position
 
 FIRST = 10
 
@@ -101,6 +107,28 @@ async def test_snapshot_verify_finds_the_damaged_one(app: Snapshotted) -> None:
     text, _ = await app.call("snapshot", "verify", APP, app.names[1])
     assert text == f"{app.names[1]}: ok\n"
     assert "no such snapshot" in await app.refused("snapshot", "verify", APP, "snapshot-1")
+
+
+async def test_node_alone_with_its_position_is_compared_with_the_log(
+    app: Snapshotted, nats_server: NatsServer
+) -> None:
+    """Right and wrong fingerprints, and a position that is not to be had, as `db verify` sees them."""
+    position = app.site.positions[1]
+    right = hashlib.sha256(app.site.expected(position.txid)).hexdigest()
+    options = NatsOptions(urls=(nats_server.url(),))
+    async with PlatformClient("prod", options) as client:
+
+        async def judge(sequence: int, fingerprint: str) -> Verification:
+            answer = DbVerified(node="n1", ok=True, position=Position(sequence, 2), fingerprint=fingerprint)
+            return await client.databases._judge(APP, ["n1"], [answer])  # pyright: ignore
+
+        good = await judge(position.sequence, right)
+        assert (good.ok, good.compared, good.notes) == (True, ("n1",), ())
+        bad = await judge(position.sequence, "00" * 32)
+        assert "differs from what snapshots and log give" in bad.problems[0]
+        old = await judge(1, right)
+        assert (old.ok, old.compared) == (True, ())
+        assert "before its oldest snapshot" in old.notes[0]
 
 
 async def test_snapshot_delete_keeps_the_last(app: Snapshotted) -> None:

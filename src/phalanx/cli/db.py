@@ -105,9 +105,9 @@ def verify(
     where: Where = _WHERE,
     json: Annotated[bool, Parameter(help="As JSON.")] = False,
 ) -> int:
-    """Have every node check its whole database, and compare them at equal positions.
+    """Have every node check its whole database, and compare them with one another and with the log.
 
-    Exit code 1 when a database is damaged, when two differ, or when they could not be compared.
+    Exit code 1 when a database is damaged or differs, or when nothing could be compared.
     """
     _check_wait(wait)
     platform, nats = where.find()
@@ -141,8 +141,10 @@ def _show_verification(found: Verification) -> None:
     )
     for problem in found.problems:
         output.say((problem, "red"))
+    for note in found.notes if found.ok else ():
+        output.say((note, "yellow"))
     if found.ok and found.compared:
-        output.say((f"the same on {', '.join(found.compared)}", "green"))
+        output.say((f"as it should be: {', '.join(found.compared)}", "green"))
 
 
 # --- diverged
