@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.cli import CLI, Cli
-from tests.e2e.test_snapshots import Site
+from tests.e2e.site import Site
 from tests.e2e.wal import APP, NAMES, connected, eventually, make_log
 
 from phalanx.bus.connection import NatsBus

@@ -121,7 +121,7 @@ class Restoring:
         """
         found = await self._snapshots.list_snapshots()
         if not found:
-            raise DatabaseError(f"app {self._app!r} has no snapshot", "make one: phalanx db snapshot")
+            raise DatabaseError(f"app {self._app!r} has no snapshot", "make one: phalanx snapshot create")
         if wanted.snapshot:
             snapshot = await self._snapshots.find(wanted.snapshot)
             return _Plan(snapshot, snapshot.sequence, 0)
@@ -137,7 +137,7 @@ class Restoring:
         if snapshot is None:
             raise DatabaseError(
                 f"position {sequence} of app {self._app!r} is before its oldest snapshot, {found[0].name}",
-                "see what there is: phalanx db snapshots",
+                "see what there is: phalanx snapshot list",
             )
         if sequence > snapshot.sequence and state.first > snapshot.sequence + 1:
             raise DatabaseError(
@@ -162,7 +162,7 @@ class Restoring:
             raise DatabaseError(
                 f"{_when(time)} is before the oldest snapshot of app {self._app!r}, which has the "
                 f"data of {_when(oldest.time)}",
-                "see what there is: phalanx db snapshots",
+                "see what there is: phalanx snapshot list",
             )
         # Before all that the log still holds: the snapshot that it goes on from is what was there.
         return max(oldest.sequence, await self._log.record_at_time(time))

@@ -123,7 +123,7 @@ class Snapshots:
         info = await self.objects.info(name) if _NAME.fullmatch(name) else None
         if info is not None and (found := _parse(info)) is not None:
             return found
-        raise DatabaseError(f"app {self.app!r} has no snapshot {name!r}", "see: phalanx db snapshots")
+        raise DatabaseError(f"app {self.app!r} has no snapshot {name!r}", "see: phalanx snapshot list")
 
     # --- making one
 
@@ -238,7 +238,7 @@ class Snapshots:
         if len(await self.list_snapshots()) == 1:
             raise DatabaseError(
                 f"{name} is the last snapshot of app {self.app!r}: new standbys need it",
-                "make another one first: phalanx db snapshot",
+                "make another one first: phalanx snapshot create",
             )
         await self.objects.delete(name)
 
