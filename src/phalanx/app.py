@@ -305,6 +305,7 @@ class App:
             self.leader,
             self._since,
             self._reason,
+            self.database.brief() if self.database is not None else None,
         )
 
     async def wait_for_role(self, *roles: Role, timeout: float) -> Role:

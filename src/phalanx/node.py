@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -575,8 +575,13 @@ class Node:
             self.bus.server_name,
             tuple(app.status() for app in self.apps.values()),
             dict(self.config.labels),
-            tuple(self._problems.values()),
+            (*self._problems.values(), *self._database_problems()),
         )
+
+    def _database_problems(self) -> Iterator[str]:
+        for app in self.apps.values():
+            if app.database is not None and (problem := app.database.brief().problem):
+                yield f"app {app.name}: {problem}"
 
     def live_members(self) -> dict[str, Member]:
         """The members whose session is not over."""

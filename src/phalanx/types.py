@@ -126,8 +126,23 @@ class Member(msgspec.Struct, frozen=True):
     nats_server: str = ""
 
 
+class DatabaseState(msgspec.Struct, frozen=True):
+    """An app's database on one node. ``phase``: ``following``, ``live`` or why it is neither yet.
+
+    ``lag_seconds``: how far a replica is behind the log. ``spool_bytes``: what was captured of a live one and
+    is not in the log yet. ``problem``: what is wrong with it, empty if nothing.
+    """
+
+    phase: str
+    position: Position = Position()
+    lag_seconds: float = 0.0
+    spool_bytes: int = 0
+    problem: str = ""
+
+
 class AppStatus(msgspec.Struct, frozen=True):
-    """One app on one node. ``since`` is Unix seconds: when the role was taken up."""
+    """One app on one node. ``since`` is Unix seconds: when the role was taken up. ``database``: its database
+    there, None for an app without one."""
 
     name: str
     role: Role
@@ -136,6 +151,7 @@ class AppStatus(msgspec.Struct, frozen=True):
     leader: str | None = None
     since: float = 0.0
     reason: str = ""
+    database: DatabaseState | None = None
 
 
 class NodeStatus(msgspec.Struct, frozen=True):

@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 from phalanx.observe.metrics import CONTENT_TYPE, Metrics
-from phalanx.types import AppStatus, Health, NodeStatus, Role
+from phalanx.types import AppStatus, DatabaseState, Health, NodeStatus, Position, Role
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -66,6 +66,24 @@ def test_gauges_say_what_the_status_says(metrics: Metrics) -> None:
     assert got["phalanx_nats_connected", ()] == 1
     assert got["phalanx_node_ready", ()] == 1
     assert got["phalanx_build_info", (("version", "1.2.3"),)] == 1
+
+
+def test_databases_say_how_far_they_are(metrics: Metrics) -> None:
+    """Only apps with a database have these series; one that is live but does not get into the log is not ok."""
+    following = DatabaseState("following", Position(40, 12), 0.5)
+    stuck = DatabaseState("live", Position(7, 3), spool_bytes=99, problem="no NATS")
+    of = status(
+        AppStatus("wiki", Role.STANDBY, database=following),
+        AppStatus("shop", Role.ACTIVE, database=stuck),
+        AppStatus("blog", Role.ACTIVE),
+    )
+    got = scrape(metrics, of)
+    wiki, shop, blog = ((("app", name),) for name in ("wiki", "shop", "blog"))
+    assert (got["phalanx_database_ok", wiki], got["phalanx_database_ok", shop]) == (1, 0)
+    assert got["phalanx_database_sequence", wiki] == 40
+    assert got["phalanx_database_lag_seconds", wiki] == 0.5
+    assert got["phalanx_database_spool_bytes", shop] == 99
+    assert ("phalanx_database_ok", blog) not in got
 
 
 def test_counters_start_at_zero_and_count(metrics: Metrics) -> None:
@@ -154,7 +172,7 @@ def test_every_series_follows_the_naming_rules(metrics: Metrics) -> None:
     assert "version=0.0.4" in CONTENT_TYPE
     metrics.declare_app("wiki")
     for family in text_string_to_metric_families(
-        metrics.render(status(AppStatus("wiki", Role.ACTIVE))).decode()
+        metrics.render(status(AppStatus("wiki", Role.ACTIVE, database=DatabaseState("live")))).decode()
     ):
         assert family.name.startswith("phalanx_")
         assert family.documentation.endswith(".")

@@ -40,7 +40,7 @@ from phalanx.decide.backoff import Backoff
 from phalanx.errors import BusError, DatabaseError, NotActive, PhalanxError, ReplicaUnavailable
 from phalanx.names import Names
 from phalanx.ports import Bus, SectionContext
-from phalanx.types import Position
+from phalanx.types import DatabaseState, Position
 
 log = logging.getLogger("phalanx.data")
 
@@ -397,6 +397,17 @@ class AppDatabase:
         return self.reign
 
     # --- for operators
+
+    def brief(self) -> DatabaseState:
+        """What the node's status and metrics say of it."""
+        reign, follower = self.reign, self.follower
+        return DatabaseState(
+            str(self._phase),
+            self.position,
+            follower.lag_seconds if follower is not None else 0.0,
+            reign.shipper.backlog().bytes if reign is not None and reign.shipper is not None else 0,
+            reign.problem() if reign is not None else self._reason if self._phase is Phase.BROKEN else "",
+        )
 
     def readable_path(self) -> Path:
         """Where this node's database lies at present. Raises ReplicaUnavailable."""

@@ -196,6 +196,15 @@ class DataReign:
 
     # --- while active
 
+    def problem(self) -> str:
+        """Why commits do not get into the log at present; empty if they do."""
+        if self._capture is None or self._shipper is None:
+            return ""
+        if self._capture.failed.done():
+            return f"its database is not captured: {self._capture.failed.result()}"
+        trouble = self._shipper.trouble or self._shipper.failing
+        return f"its database does not get into the log: {trouble}" if trouble else ""
+
     def _on_captured(self, txid: int) -> None:
         if self._shipper is not None:
             self._shipper.captured(txid)

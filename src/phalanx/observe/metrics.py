@@ -16,7 +16,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 
-from phalanx.types import AppStatus, Health, NodeStatus, Role
+from phalanx.types import AppStatus, DatabaseState, Health, NodeStatus, Role
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """The content type of what :meth:`Metrics.render` returns: the text format that every scraper reads."""
@@ -126,6 +126,10 @@ class Metrics:
         yield from self._simple("phalanx_app_role", "gauge", about, roles)
         for name, about, value in _APP_GAUGES:
             yield from self._simple(name, "gauge", about, [(label, value(app)) for label, app in apps])
+        with_database = [(label, app.database) for label, app in apps if app.database is not None]
+        for name, about, value_of in _DATABASE_GAUGES if with_database else ():
+            values = [(label, value_of(database)) for label, database in with_database]
+            yield from self._simple(name, "gauge", about, values)
         about = "Leaderships that this node acquired."
         yield from self._simple("phalanx_failovers_total", "counter", about, self._failovers.items())
 
@@ -157,6 +161,30 @@ _APP_GAUGES: tuple[tuple[str, str, Callable[[AppStatus], float]], ...] = (
         "phalanx_app_healthy",
         "0 when health checks fail; 1 when they pass, or there is no verdict (yet).",
         lambda app: app.health is not Health.UNHEALTHY,
+    ),
+)
+
+
+_DATABASE_GAUGES: tuple[tuple[str, str, Callable[[DatabaseState], float]], ...] = (
+    (
+        "phalanx_database_ok",
+        "1 while the app's database follows, or is live and gets into the log.",
+        lambda database: database.phase in ("following", "live") and not database.problem,
+    ),
+    (
+        "phalanx_database_sequence",
+        "How far the database is in the app's log.",
+        lambda database: database.position.sequence,
+    ),
+    (
+        "phalanx_database_lag_seconds",
+        "How far the replica is behind the log.",
+        lambda database: database.lag_seconds,
+    ),
+    (
+        "phalanx_database_spool_bytes",
+        "What was captured of the live database and is not in the log yet.",
+        lambda database: database.spool_bytes,
     ),
 )
 
