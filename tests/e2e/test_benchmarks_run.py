@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from benchmarks.checker import Waking, judge
-from benchmarks.figures import Benchmark, Peer, Run, figures, percentile
+from benchmarks.figures import Benchmark, Peer, Run, bar_text, figures, percentile
+from benchmarks.replication_programs import CELLS, cell, torn
+from benchmarks.replication_stage import Program, lags
 
 from phalanx.testing.history import Event
 
@@ -81,6 +84,53 @@ def test_ratio_is_median_to_peer_and_can_be_what_the_bar_is_for() -> None:
     assert (found.ratio, found.met, found.peer) == (1.0, True, 4)
     assert not _figures([5], bar=1.15, bar_of="ratio", peer=Peer("raw", 4)).met
     assert _figures([5]).ratio is None
+
+
+def test_bars_of_percentile_and_ratio_have_to_be_met_besides() -> None:
+    """A percentile can be what the bar is for, or a second bar like the ratio; one missed misses all."""
+    values = [1.0] * 18 + [30.0, 40.0]
+    assert _figures(values, bar_of="p95", bar=30).met
+    assert not _figures(values, bar_of="p95", bar=29).met
+    assert not _figures(values, p95_bar=29).met
+    assert _figures(values, p95_bar=30, ratio_bar=0.02, peer=Peer("other", 50)).met
+    assert not _figures(values, ratio_bar=0.02, peer=Peer("other", 49)).met
+    assert not _figures(values, ratio_bar=0.02).met
+    assert bar_text(_benchmark(p95_bar=20, ratio_bar=0.02)) == "<= 10, p95 <= 20, <= 0.02x"
+
+
+def test_torn_read_is_seen_as_one() -> None:
+    """Rows of two transactions, too few rows, or another content than the transaction's are found."""
+    rows = [(place, 7, cell(7, place)) for place in range(CELLS)]
+    assert torn(rows) == torn([]) == ""
+    assert "[7, 8]" in torn([*rows[1:], (0, 8, cell(8, 0))])
+    assert torn(rows[1:]) != ""
+    assert "cells [0]" in torn([(0, 7, cell(6, 0)), *rows[1:]])
+
+
+def test_lag_of_a_commit_ends_with_the_first_look_that_shows_it() -> None:
+    """A look may show several commits at once; one that no look has shown has no lag."""
+    written, read = _Noted((0, 0.0, "begin"), (1, 1.0, ""), (2, 1.1, ""), (3, 1.2, "")), _Noted((2, 1.5, ""))
+    assert lags(written, read) == [(1, 500.0), (2, pytest.approx(400.0))]
+
+
+class _Noted(Program):
+    """The notes of a program that has ended."""
+
+    def __init__(self, *notes: tuple[int, float, str]) -> None:
+        self._noted = list(notes)
+
+    def notes(self) -> list[tuple[int, float, str]]:
+        return self._noted
+
+
+def test_replica_process_killed_under_load_measured_by_the_script() -> None:
+    """A real pair of nodes: the kill leaves a consistent replica, and in the end both have equal pages."""
+    done = _run("scripts/benchmark-replication.sh", "replication.torn", "--runs", "1", "--json")
+    found = json.loads(done.stdout)
+    assert (found["name"], found["n"], found["max"]) == ("replication.torn", 1, 0), done.stderr
+    listed = _run("scripts/benchmark-replication.sh", "--list").stdout
+    assert "replication.lag" in listed
+    assert _run("scripts/benchmark-replication.sh", "replication.nothing").returncode == 2
 
 
 def test_no_values_or_a_problem_miss_the_bar() -> None:
