@@ -39,6 +39,7 @@ class Origin:
         connection.execute(f"PRAGMA page_size = {page_size}")
         connection.execute("PRAGMA journal_mode = wal")
         connection.execute("PRAGMA wal_autocheckpoint = 0")
+        connection.execute("PRAGMA synchronous = off")
         connection.executescript(
             """BEGIN;
             CREATE TABLE t (id INTEGER PRIMARY KEY, x BLOB);

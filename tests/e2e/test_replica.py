@@ -19,6 +19,12 @@ from phalanx.errors import DatabaseError, LtxError
 from phalanx.types import Position
 
 
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests have no loss of power, and many steps that wait for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def origin(tmp_path: Path) -> Iterator[Origin]:
     """A database with pages of 4 KiB."""

@@ -27,6 +27,12 @@ from phalanx.types import Position
 LITESTREAM = str(Path(sys.executable).parent / "litestream")
 
 
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests have no loss of power, and many steps that wait for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def origin(tmp_path: Path) -> Iterator[Origin]:
     """A database with pages of 4 KiB."""

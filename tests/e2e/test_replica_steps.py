@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -39,6 +40,12 @@ class Case:
                 replica.apply(entry.txid, entry.txid, entry.data)
         if replica.position.sequence < len(self.entries) + 1:
             replica.skip(len(self.entries) + 1)
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests have no loss of power, and many steps that wait for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(autouse=True)
