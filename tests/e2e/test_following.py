@@ -156,6 +156,7 @@ async def test_oversized_record_comes_from_the_object_store(
     bus: NatsBus, writer: Writer, tmp_path: Path
 ) -> None:
     """Records with a pointer are fetched, between others, pushed or read later."""
+    (tmp_path / "record-left.ltx").write_bytes(b"of a node that died")
     big = [ltx_file(2, 3_000_000), ltx_file(4, 2_000_000)]
     live, late = MemoryReplica(), MemoryReplica()
     async with following(bus, live, spool=tmp_path) as follower:

@@ -120,6 +120,20 @@ async def test_file_that_nobody_tells_of_is_found(
         await shipper.wait_shipped(1, 5)
 
 
+async def test_file_that_cannot_be_removed_holds_nothing_up(log: WalLog, folder: Folder) -> None:
+    """Files that stay although they are in the log (a disk became read-only) are not shipped again."""
+
+    def refuse(txid: int) -> None:
+        raise PermissionError(f"{txid} stays")
+
+    async with shipping(log, folder, forget=refuse) as shipper:
+        for _ in range(3):
+            shipper.captured(folder.add())
+        await shipper.wait_shipped(3, 5)
+    assert await stored(log) == [1, 2, 3]
+    assert len(folder.files(0)) == 3
+
+
 async def test_wait_for_what_is_not_captured_times_out(log: WalLog, folder: Folder) -> None:
     """Who waits for a transaction that never comes is told at the deadline."""
     async with shipping(log, folder) as shipper:

@@ -238,6 +238,15 @@ async def test_log_that_went_back_is_reported(
         await log.seal(6, "n1", SealKind.OPEN)
 
 
+async def test_limit_that_somebody_has_set_on_the_log_is_taken_back(log: WalLog, bus: NatsBus) -> None:
+    """A log that keeps one message of each subject would lose records: the next node mends it."""
+    info = await bus.api(f"STREAM.INFO.{STREAM}", {})
+    await bus.api(f"STREAM.UPDATE.{STREAM}", {**info["config"], "max_msgs_per_subject": 1})
+    await make_log(bus)
+    await fill(log, 3, 3)
+    assert (await log.state()).messages == 4
+
+
 async def test_append_without_nats_gives_up_in_time_and_stores_nothing_twice(
     log: WalLog, bus: NatsBus, nats_server: NatsServer
 ) -> None:

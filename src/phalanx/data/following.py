@@ -47,6 +47,7 @@ PUSH_SECONDS = 0.05
 
 MIN_PAGE_BYTES = 1 << 16
 STOP_SECONDS = 5.0
+RECORD_PREFIX = "record-"
 HISTORY_FILE = "followed.json"
 
 
@@ -135,6 +136,7 @@ class Follower:
         """
         self._applied = self._replica.position
         self._history.open(str(self._replica.path))
+        self._remove_leftovers()
         self._next, self._end = self._applied.sequence + 1, self._applied.sequence
         self._log.saw(self._applied.sequence)
         try:
@@ -421,8 +423,13 @@ class Follower:
             log.error("app %s: the log holds something foreign at %d: %s", self._app, entry.sequence, entry)
         await self._replica.skip(entry.sequence)
 
+    def _remove_leftovers(self) -> None:
+        """Downloads of a node that died."""
+        for path in () if self._spool is None else self._spool.glob(f"{RECORD_PREFIX}*"):
+            path.unlink(missing_ok=True)
+
     async def _apply_object(self, record: LogRecord) -> None:
-        with tempfile.NamedTemporaryFile(prefix="record-", suffix=".ltx", dir=self._spool) as file:
+        with tempfile.NamedTemporaryFile(prefix=RECORD_PREFIX, suffix=".ltx", dir=self._spool) as file:
             await self._log.download(record, Path(file.name))
             await self._replica.apply(record.sequence, record.txid, Path(file.name))
 

@@ -240,10 +240,13 @@ class Shipper:
     def _remove_before(self, file: Captured) -> None:
         """*file* is in the log and stays until a newer one is, too; the one before it goes."""
         newest, self._newest = self._newest, file
-        if self._forget is not None:
-            self._forget(file.txid - 1)
-        elif newest is not None:
-            newest.path.unlink(missing_ok=True)
+        try:
+            if self._forget is not None:
+                self._forget(file.txid - 1)
+            elif newest is not None:
+                newest.path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("a file that is in the log cannot be removed: %s", error)
 
     def _report_progress(self) -> None:
         progress, self._progress = self._progress, asyncio.Event()
@@ -271,12 +274,12 @@ class Shipper:
             await self._to_measure.wait()
             self._to_measure.clear()
             began = system.now()
-            self._backlog = self._look()
-            if self._on_backlog is not None:
-                try:
+            try:
+                self._backlog = self._look()
+                if self._on_backlog is not None:
                     self._on_backlog(self._backlog.bytes)
-                except Exception:
-                    log.exception("the backlog could not be reported")
+            except Exception:
+                log.exception("the backlog could not be measured")
             # Very many files: looking at them must not become what this node does.
             await asyncio.sleep(max(MEASURE_SECONDS, 20 * (system.now() - began)))
 
