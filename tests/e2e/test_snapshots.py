@@ -461,3 +461,58 @@ async def test_old_snapshots_and_their_part_of_the_log_go(site: Site) -> None:
     assert [one.name for one in await site.snapshots.list_snapshots()] == [one.name for one in kept[1:]]
     for position in site.positions[1:]:
         assert await site.restore(sequence=position.sequence) == site.expected(position.txid)
+
+
+async def test_snapshot_of_what_the_log_has_lost_counts_for_nothing(site: Site) -> None:
+    """Its place in the log is taken by another entry, or beyond the end: not restored unless by its name, no
+    reason to delete others or to purge the log, and it goes with its age."""
+    await site.commit()
+    good = await site.snapshots.create(site.source)
+    await site.commit()
+    lost = await site.snapshots.create(site.source)
+    info = await site.snapshots.objects.info(lost.name)
+    assert info is not None
+    stream = b"".join([chunk async for chunk in site.snapshots.image(lost)])
+    changed = {**info.metadata, "nonce": "another"}
+    await site.snapshots.objects.put(lost.name, pieces(stream), changed)
+    beyond = {**info.metadata, "sequence": "999"}
+    await site.snapshots.objects.put(snapshot_name(999), pieces(stream), beyond)
+    await site.commit()
+    assert await site.snapshots.newest() == good
+    assert await site.restore() == site.expected(3)
+    assert await site.restore(snapshot=lost.name) == site.expected(2)
+    with pytest.raises(DatabaseError, match="is the last snapshot"):
+        await site.snapshots.delete(good.name)
+    tidied = await site.snapshots.tidy(Limits(1, 3600.0, grace_seconds=0.0))
+    assert (tidied.snapshots, tidied.entries) == ((), good.sequence)
+    assert await site.restore() == site.expected(3)
+    tidied = await site.snapshots.tidy(Limits(1, 0.0, grace_seconds=0.0))
+    assert tidied.snapshots == (lost.name, snapshot_name(999))
+    assert await site.restore() == site.expected(3)
+
+
+async def test_restore_without_a_snapshot_of_this_log_says_so(site: Site) -> None:
+    """The only snapshot is of what the log has lost."""
+    await site.commit()
+    lost = await site.snapshots.create(site.source)
+    info = await site.snapshots.objects.info(lost.name)
+    assert info is not None
+    stream = b"".join([chunk async for chunk in site.snapshots.image(lost)])
+    await site.snapshots.objects.put(lost.name, pieces(stream), {**info.metadata, "nonce": "another"})
+    with pytest.raises(DatabaseError, match="does not go on from any snapshot up to 2"):
+        await site.restore()
+
+
+async def test_g8_snapshot_that_is_cancelled_leaves_nothing(site: Site) -> None:
+    """Cancelled at many moments: no object or a whole one, and no process."""
+    await site.commit(rows=100, size=60_000)
+    for milliseconds in (1, 30, 60, 90, 120, 150, 200):
+        task = asyncio.create_task(site.snapshots.create(site.source, kind="manual"))
+        await asyncio.wait({task}, timeout=milliseconds / 1000)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert not children("phalanx.data.images")
+        for one in await site.snapshots.list_snapshots():
+            assert await site.restore(snapshot=one.name) == site.expected(one.txid)
+    await site.snapshots.create(site.source)
+    assert await site.restore() == site.expected(site.txid)

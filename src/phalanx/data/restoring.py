@@ -134,6 +134,12 @@ class Restoring:
                 f"the log of app {self._app!r} ends at {state.last}: there is no position {sequence}"
             )
         snapshot = await self._newest_up_to(sequence, found)
+        if snapshot is None and found[0].sequence <= sequence:
+            raise DatabaseError(
+                f"the log of app {self._app!r} does not go on from any snapshot up to {sequence}: NATS has "
+                "lost acknowledged writes since",
+                f"restore one of them by its name, such as {found[0].name}",
+            )
         if snapshot is None:
             raise DatabaseError(
                 f"position {sequence} of app {self._app!r} is before its oldest snapshot, {found[0].name}",

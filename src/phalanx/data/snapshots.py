@@ -106,11 +106,14 @@ class Snapshots:
 
     async def newest(self) -> Snapshot | None:
         """The one with the highest position that the log goes on from; None if there is none."""
+        found = await self.list_usable()
+        return found[-1] if found else None
+
+    async def list_usable(self) -> list[Snapshot]:
+        """Those that the log goes on from, or went on from until it was purged; the oldest first."""
         end = (await self.log.state()).last
-        for one in reversed(await self.list_snapshots()):
-            if one.sequence <= end and await self.is_of_this_log(one):
-                return one
-        return None
+        found = [one for one in await self.list_snapshots() if one.sequence <= end]
+        return [one for one in found if await self.is_of_this_log(one)]
 
     async def is_of_this_log(self, snapshot: Snapshot) -> bool:
         """False for a snapshot of what is not in the log any more: NATS had lost acknowledged writes, and
@@ -233,9 +236,9 @@ class Snapshots:
     # --- removing
 
     async def delete(self, name: str) -> None:
-        """Remove a snapshot. Raises DatabaseError: there is none of that name, or it is the last one."""
+        """Remove a snapshot. Raises DatabaseError: there is none of that name, or it is the last usable one."""
         await self.find(name)
-        if len(await self.list_snapshots()) == 1:
+        if [one.name for one in await self.list_usable()] == [name]:
             raise DatabaseError(
                 f"{name} is the last snapshot of app {self.app!r}: new standbys need it",
                 "make another one first: phalanx snapshot create",
@@ -243,20 +246,25 @@ class Snapshots:
         await self.objects.delete(name)
 
     async def tidy(self, limits: retention.Limits) -> Tidied:
-        """Remove the snapshots that may go, then the part of the log that nothing needs any more."""
-        found = await self.list_snapshots()
-        kept = [retention.Kept(one.name, one.sequence, one.created) for one in found]
-        plan = retention.plan(kept, limits, system.wall())
-        for name in plan.delete:
+        """Remove the snapshots that may go, then the part of the log that nothing needs any more.
+
+        Snapshots of what the log has lost count for nothing; they only go with their age.
+        """
+        found, now = await self.list_snapshots(), system.wall()
+        usable = await self.list_usable()
+        plan = retention.plan([_kept(one) for one in usable], limits, now)
+        lost = [one for one in found if one not in usable and one.created < now - limits.age_seconds]
+        doomed = (*plan.delete, *(one.name for one in lost))
+        for name in doomed:
             await self.objects.delete(name)
         # Somebody else may have deleted snapshots, too: the log is purged by what is there now.
-        left = [one.sequence for one in await self.list_snapshots()]
+        left = [one.sequence for one in await self.list_usable()]
         entries = await self.log.purge(plan.purge) if plan.purge and plan.purge in left else 0
         try:
             await self.objects.sweep()
         except BusError as error:
             log.warning("app %s: left-overs of snapshots are not removed yet: %s", self.app, error)
-        return Tidied(plan.delete, entries)
+        return Tidied(doomed, entries)
 
 
 def _metadata(head: ImageHead, sequence: int, entry: LogEntry | None) -> dict[str, str]:
@@ -297,6 +305,10 @@ def _parse(info: ObjectInfo) -> Snapshot | None:
     except (KeyError, ValueError) as error:
         log.warning("%s is no snapshot that this version can use: %s", info.name, error)
         return None
+
+
+def _kept(one: Snapshot) -> retention.Kept:
+    return retention.Kept(one.name, one.sequence, one.created)
 
 
 def _remove(file: Path) -> None:
