@@ -105,6 +105,9 @@ async def _validated(
         evidence = await collect(stage, folder, chaos.inflicted, reader.samples)
     except (PhalanxError, OSError, TimeoutError) as error:
         return _told(Verdict((*problems, f"what is there cannot be read: {type(error).__name__}: {error}")))
+    for kind in ("inflicted", "samples", "audit"):
+        lines = [msgspec.json.encode(each) + b"\n" for each in getattr(evidence, kind)]
+        await asyncio.to_thread((folder / kind).write_bytes, b"".join(lines))
     problems += judge(evidence)
     found = figures(evidence)
     problems += _too_little(found, failovers)
@@ -113,14 +116,13 @@ async def _validated(
 
 
 async def _rest(stage: Stage, folder: Path, say: Say) -> None:
-    """Wait until all have recovered and something is confirmed, then let nobody write any more."""
-    began = system.now()
-    await stage.wait_steady(timeout=RECOVERY_SECONDS)
-    await _event(stage, "confirmed", began)
-    say("the platform has recovered; the writer comes to rest")
+    """Wait until something is confirmed again, then let nobody write any more, and all settle."""
+    await _event(stage, "confirmed", system.now())
     moment = system.now()
     await asyncio.to_thread((folder / "stop").touch)
     await _event(stage, "rested", moment)
+    say("the writer is at rest")
+    await stage.wait_steady(timeout=RECOVERY_SECONDS)
 
 
 async def _event(stage: Stage, kind: str, since: float) -> None:

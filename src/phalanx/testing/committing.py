@@ -24,8 +24,8 @@ STORM_PAUSE_SECONDS = 0.015
 BARRIER_PAUSE_SECONDS = 0.1
 AGAIN_SECONDS = 0.2
 CELL_BYTES = 8000
-LARGE_CELLS = 250
-"""Large transactions have that many cells, at most: 2 MB, more than a message can hold."""
+LARGE_CELLS = 160
+"""Large transactions have that many cells, at most: 1.3 MB, more than a message can hold."""
 
 HUGE_CELLS = 2500
 """More than the 4096 pages from which on a replica is made anew; now and then."""
@@ -124,17 +124,17 @@ class Committer:
             for _ in range(STORM_COMMITS):
                 self._commit(connection)
             await asyncio.sleep(STORM_PAUSE_SECONDS)
-            if self._random.random() < 0.05:
+            if self._random.random() < 0.03:
                 self._something_large(connection)
                 await asyncio.sleep(STORM_PAUSE_SECONDS)
 
     def _something_large(self, connection: sqlite3.Connection) -> None:
         chance = self._random.random()
-        if chance < 0.4:
+        if chance < 0.3:
             connection.execute("VACUUM")
             self._note("vacuumed", self._number)
         else:
-            self._commit(connection, HUGE_CELLS if chance > 0.95 else self._random.randint(10, LARGE_CELLS))
+            self._commit(connection, HUGE_CELLS if chance > 0.98 else self._random.randint(10, LARGE_CELLS))
 
     async def _rest(self) -> None:
         """While there is the stop file: confirm what was committed, then wait."""
