@@ -102,11 +102,17 @@ class Origin:
 _READER = """
 import json, sqlite3, sys
 from urllib.parse import quote
-connection = sqlite3.connect(f"file:{quote(sys.argv[1])}?mode={sys.argv[2]}", uri=True, isolation_level=None,
-    timeout=0)
+def connect(path, mode):
+    return sqlite3.connect(f"file:{quote(path)}?mode={mode}", uri=True, isolation_level=None, timeout=0)
+connection = connect(*sys.argv[1:])
 for line in sys.stdin:
+    sql, answer = json.loads(line), []
     try:
-        answer = connection.execute(json.loads(line)).fetchall()
+        if isinstance(sql, str):
+            answer = connection.execute(sql).fetchall()
+        else:
+            connection.close()
+            connection = connect(*sql)
     except sqlite3.Error as error:
         answer = f"{type(error).__name__}: {error}"
     print(json.dumps(answer), flush=True)
@@ -127,7 +133,11 @@ class Reader:
             text=True,
         )
 
-    def execute(self, sql: str) -> Any:
+    def connect(self, path: Path, mode: str = "ro") -> None:
+        """Close the connection, and open another database."""
+        self.execute([str(path), mode])
+
+    def execute(self, sql: str | list[str]) -> Any:
         """All rows. Raises sqlite3.OperationalError."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None

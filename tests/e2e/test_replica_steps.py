@@ -7,7 +7,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -70,14 +70,23 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Origin, li
     origin.close()
 
 
+@pytest.fixture
+def reader(request: pytest.FixtureRequest, story: tuple[Origin, list[Entry]]) -> Iterator[Reader | None]:
+    """A process that can read, if it is asked for."""
+    if not request.param:
+        yield None
+        return
+    with Reader(story[0].path) as made:
+        yield made
+
+
 def kill_at_every_step(
     tmp_path: Path,
     story: tuple[Origin, list[Entry]],
     act: Callable[[Case], None],
-    prepare: Callable[[Case], None] = lambda case: None,
-    check: Callable[[Case, bool], None] | None = None,
-    *,
-    with_reader: bool = False,
+    prepare: Callable[[Case], None],
+    check: Callable[[Case, bool], None],
+    reader: Reader | None = None,
 ) -> list[str]:
     """Do *act* once for each of its steps, on the same prepared files, and end it there; all labels."""
     number, place, prepared = 0, tmp_path / "place", tmp_path / "prepared"
@@ -88,23 +97,21 @@ def kill_at_every_step(
     while True:
         number += 1
         shutil.copytree(prepared, place)
-        with ExitStack() as stack:
-            if with_reader:
-                replica = case.open()
-                reader = stack.enter_context(Reader(replica.path or case.live))
-                reader.check()
-                replica.close()
-            with Steps(number) as steps:
-                try:
-                    act(case)
-                except Killed:
-                    ended = False
-                else:
-                    ended = True
-            if check is not None:
-                check(case, ended)
-            if with_reader:
-                reader.check()
+        if reader is not None:
+            replica = case.open()
+            reader.connect(replica.path or case.live)
+            reader.check()
+            replica.close()
+        with Steps(number) as steps:
+            try:
+                act(case)
+            except Killed:
+                ended = False
+            else:
+                ended = True
+        check(case, ended)
+        if reader is not None:
+            reader.check()
         shutil.rmtree(place)
         if ended:
             assert number > 1
@@ -142,19 +149,13 @@ def begin(case: Case) -> None:
     replica.close()
 
 
-@pytest.mark.parametrize("with_reader", [False, True])
+@pytest.mark.parametrize("reader", [False, True], indirect=True)
 def test_g8_kill_at_any_step_of_following(
-    tmp_path: Path, story: tuple[Origin, list[Entry]], with_reader: bool
+    tmp_path: Path, story: tuple[Origin, list[Entry]], reader: Reader | None
 ) -> None:
     """Records, big ones, checkpoints, new WALs and seals; also while a reader keeps the index alive."""
-    labels = kill_at_every_step(
-        tmp_path,
-        story,
-        follow,
-        begin if with_reader else lambda case: None,
-        check_following,
-        with_reader=with_reader,
-    )
+    prepare = begin if reader else lambda case: None
+    labels = kill_at_every_step(tmp_path, story, follow, prepare, check_following, reader)
     assert {
         "journal: append",
         "wal: frames",
@@ -170,19 +171,20 @@ def test_g8_kill_at_any_step_of_following(
     assert len(labels) > 100
 
 
-def test_g8_two_kills_in_a_row(tmp_path: Path, story: tuple[Origin, list[Entry]]) -> None:
+@pytest.mark.parametrize("reader", [True], indirect=True)
+def test_g8_two_kills_in_a_row(tmp_path: Path, story: tuple[Origin, list[Entry]], reader: Reader) -> None:
     """The second one as soon as the replica goes on: what the first one left is overwritten right."""
     for first in range(40, 110, 7):
         for second in range(1, 25, 4):
             case = Case(tmp_path / f"{first}-{second}" / "folder", *story)
             case.folder.parent.mkdir()
             begin(case)
-            with Reader(case.folder / "gen-1" / "replica.db") as reader:
-                reader.check()
-                for die_at in (first, second):
-                    with Steps(die_at), pytest.raises(Killed):
-                        follow(case)
-                reader.check()
+            reader.connect(case.folder / "gen-1" / "replica.db")
+            reader.check()
+            for die_at in (first, second):
+                with Steps(die_at), pytest.raises(Killed):
+                    follow(case)
+            reader.check()
             check_following(case, False)
 
 
@@ -263,9 +265,9 @@ def content(case: Case, replica: Replica) -> str:
     return hashlib.sha256(case.live.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("with_reader", [False, True])
+@pytest.mark.parametrize("reader", [False, True], indirect=True)
 def test_kill_at_any_step_of_a_promotion(
-    tmp_path: Path, story: tuple[Origin, list[Entry]], with_reader: bool
+    tmp_path: Path, story: tuple[Origin, list[Entry]], reader: Reader | None
 ) -> None:
     """It is a replica still, or the live database with all of its files; never both, never neither."""
 
@@ -288,7 +290,7 @@ def test_kill_at_any_step_of_a_promotion(
         assert content(case, replica) == case.origin.fingerprint(txid)
         replica.close()
 
-    labels = kill_at_every_step(tmp_path, story, promote, end_story, check, with_reader=with_reader)
+    labels = kill_at_every_step(tmp_path, story, promote, end_story, check, reader)
     assert {"promote: move", "promote: move-wal", "promote: move-shm", "capture: write"} <= set(labels)
 
 
@@ -311,9 +313,9 @@ def live_content(case: Case) -> str:
     return hashlib.sha256(copies.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("with_reader", [False, True])
+@pytest.mark.parametrize("reader", [False, True], indirect=True)
 def test_kill_at_any_step_of_a_demotion(
-    tmp_path: Path, story: tuple[Origin, list[Entry]], with_reader: bool
+    tmp_path: Path, story: tuple[Origin, list[Entry]], reader: Reader | None
 ) -> None:
     """It is live still, or a replica with the same content, and then nothing is left of the live files."""
     wanted = ""
@@ -342,7 +344,7 @@ def test_kill_at_any_step_of_a_demotion(
         assert not list(case.live.parent.glob("live.db*"))
         replica.close()
 
-    labels = kill_at_every_step(tmp_path, story, act, prepare, check, with_reader=with_reader)
+    labels = kill_at_every_step(tmp_path, story, act, prepare, check, reader)
     assert {"demote: copy", "demote: remove database", "demote: remove log"} <= set(labels)
 
 
