@@ -528,6 +528,18 @@ async def test_litestream_that_hangs(bench: Bench) -> None:
     bench.assert_rebuilds(one.files(0))
 
 
+async def test_litestream_that_ends_while_nothing_happens(bench: Bench) -> None:
+    """The end of an idle Litestream is noticed at once, not only with the next commit."""
+    bench.connect()
+    one = bench.capture()
+    await one.start()
+    await one.sync(5)
+    await asyncio.sleep(0.1)
+    kill(one)
+    await until(lambda: bench.kinds() == ["started", "exited", "started"], capture.LOOK_SECONDS - 1)
+    assert one.restarts == 1
+
+
 async def test_newest_file_that_is_removed(bench: Bench) -> None:
     """If somebody removes the newest file, which may not be in the log, that is a failure; the next capture
     goes on from the log with a full record."""
@@ -631,7 +643,10 @@ asyncio.run(main())
 
 def start_node(code: str, bench: Bench) -> tuple[str, str, subprocess.Popen[str]]:
     node = subprocess.Popen(
-        (sys.executable, "-c", code, str(bench.live), str(bench.folder)), stdout=subprocess.PIPE, text=True
+        (sys.executable, "-c", code, str(bench.live), str(bench.folder)),
+        env={**os.environ, "TMPDIR": str(bench.folder.parent)},  # a killed node leaves its socket's folder
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert node.stdout is not None
     pid, marker = node.stdout.readline().split()

@@ -139,7 +139,7 @@ class Capture:
         A database that does not exist (or is empty) yet is waited for, after the return; so is the first sync
         where it takes longer than 5 s.
         Raises DatabaseError, and then nothing is left running: the file is no SQLite database, Litestream
-        does not answer within 5 s, or cannot capture.
+        does not answer within 5 s, or cannot capture. (:meth:`stop` still has the guard's connection.)
         """
         try:
             check_path(self._paths.live)

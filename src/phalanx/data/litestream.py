@@ -47,8 +47,9 @@ LOCK_SECONDS = 5.0
 """Until then a Litestream that was left over has to be gone."""
 MONITOR_SECONDS = 10.0
 """How often Litestream looks by itself. We tell it of every change: this is for the time when we cannot."""
-CHECKPOINT_PAGES = 1000
-"""From how many pages on Litestream checkpoints the WAL, if nobody is in the way. SQLite's own default."""
+CHECKPOINT_PAGES = 500
+"""From how many pages on Litestream checkpoints the WAL, if nobody is in the way. Below SQLite's own 1000:
+from there on each commit of the program tries a checkpoint, in vain, and sorts the WAL's whole index for it."""
 LAST_WORDS = 5
 MAX_SOCKET_PATH = 100
 """A unix socket's path has at most 107 bytes on Linux, 103 on macOS."""
