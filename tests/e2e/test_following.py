@@ -23,7 +23,7 @@ from phalanx.data.entries import LogRecord, Seal, SealKind
 from phalanx.data.following import Follower, Replica, confirmed
 from phalanx.data.log import WalLog
 from phalanx.data.replica_client import ReplicaProcess
-from phalanx.errors import BusTimeout, ReplicaUnavailable
+from phalanx.errors import BusError, BusTimeout, ReplicaUnavailable
 from phalanx.testing.faults import TcpProxy
 from phalanx.testing.nats import NatsCluster, NatsServer
 from phalanx.types import Position
@@ -247,6 +247,32 @@ async def test_slow_replica_keeps_the_queue_within_bounds(
         await follower.wait_for(writer.sequence, 20)
         await eventually(lambda: follower.lag_seconds == 0)
     assert [sequence for _, sequence in replica.calls] == list(range(1, writer.sequence + 1))
+
+
+async def test_follower_that_cannot_start_without_nats_starts_later(
+    bus: NatsBus, writer: Writer, nats_server: NatsServer
+) -> None:
+    """NATS is away at the start: that is an error, the follower says so, and can be started again."""
+    await writer.write(3)
+    replica = MemoryReplica()
+    follower = Follower(
+        bus, NAMES, APP, replica, WalLog(bus, NAMES, APP), node="n2", on_trouble=lambda reason: None
+    )
+    nats_server.kill()
+    await eventually(lambda: not bus.is_connected)
+    with pytest.raises(BusError):
+        await follower.start()
+    assert follower.trouble is not None
+    nats_server.start()
+    await nats_server.ready()
+    await eventually(lambda: bus.is_connected)
+    await follower.start()
+    try:
+        await follower.wait_for(4, 10)
+        assert follower.trouble is None
+        assert str(follower.applied) == "4/3"
+    finally:
+        await follower.stop()
 
 
 async def test_log_that_begins_after_the_replica_is_trouble(bus: NatsBus, writer: Writer) -> None:

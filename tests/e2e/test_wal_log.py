@@ -236,6 +236,8 @@ async def test_log_that_went_back_is_reported(
         await log.append(last, draft(5, 4))
     with pytest.raises(LogWentBack):
         await log.seal(6, "n1", SealKind.OPEN)
+    log.accept_loss()
+    assert (await log.seal(6, "n1", SealKind.OPEN)).sequence == 1
 
 
 async def test_limit_that_somebody_has_set_on_the_log_is_taken_back(log: WalLog, bus: NatsBus) -> None:

@@ -134,6 +134,7 @@ class Follower:
 
         A replica that cannot follow is no error: see :attr:`trouble`.
         """
+        self._is_stopped, self._unverified = False, True
         self._applied = self._replica.position
         self._history.open(str(self._replica.path))
         self._remove_leftovers()
@@ -186,8 +187,8 @@ class Follower:
 
     @property
     def trouble(self) -> str | None:
-        """Why it has ended, None while it has not."""
-        return self._failure
+        """Why it does not follow: it has ended, or was stopped; None while it does."""
+        return self._failure or ("following was stopped" if self._is_stopped else None)
 
     @property
     def epoch(self) -> int:

@@ -141,6 +141,11 @@ class WalLog:
         """The log is known to have had *sequence*, for example since a replica is there."""
         self._seen = max(self._seen, sequence)
 
+    def accept_loss(self) -> None:
+        """Take the log for what it is now. Only once LogWentBack was reported, and nothing here is still as of
+        before: no replica, no live database."""
+        self._seen = 0
+
     # --- the end of the log
 
     async def last(self, *, timeout: float = 10.0) -> LogEnd:
