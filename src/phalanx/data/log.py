@@ -142,8 +142,8 @@ class WalLog:
         self._seen = max(self._seen, sequence)
 
     def accept_loss(self) -> None:
-        """Take the log for what it is now. Only once LogWentBack was reported, and nothing here is still as of
-        before: no replica, no live database."""
+        """Take the log for what it is now: only once LogWentBack was reported, and nothing here is as of
+        before any more, neither replica nor live database."""
         self._seen = 0
 
     # --- the end of the log
