@@ -69,7 +69,7 @@ def test_gauges_say_what_the_status_says(metrics: Metrics) -> None:
 
 
 def test_databases_say_how_far_they_are(metrics: Metrics) -> None:
-    """Only apps with a database have these series; one that is live but does not get into the log is not ok."""
+    """Only apps with a database have these series; a live one that does not get into the log is not ok."""
     following = DatabaseState("following", Position(40, 12), 0.5)
     stuck = DatabaseState("live", Position(7, 3), spool_bytes=99, problem="no NATS")
     of = status(
