@@ -236,7 +236,7 @@ class Snapshots:
     # --- removing
 
     async def delete(self, name: str) -> None:
-        """Remove a snapshot. Raises DatabaseError: there is none of that name, or it is the last usable one."""
+        """Remove a snapshot. Raises DatabaseError: there is none of that name, or it is the last of use."""
         await self.find(name)
         if [one.name for one in await self.list_usable()] == [name]:
             raise DatabaseError(
