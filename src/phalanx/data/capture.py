@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from phalanx import child, system
+from phalanx.data.barrier import Barrier, answer
 from phalanx.data.litestream import MONITOR_SECONDS, Litestream, Paths, check_path
 from phalanx.data.records import FilesLost, Records
 from phalanx.data.syncing import RunEnded, Syncing, is_disk_full
@@ -101,7 +102,7 @@ class Capture:
         self._litestream: Litestream | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
-        self._waiters: list[asyncio.Future[int]] = []
+        self._barrier = Barrier()
         self._file: FileId | None = None
         self._wal: FileId | None = None
         self._ready, self._full = False, False
@@ -222,7 +223,7 @@ class Capture:
 
     def _fail(self, error: DatabaseError) -> None:
         self._event("broken", str(error))
-        self._refuse_waiters(error)
+        self._barrier.refuse(error)
         if not self.failed.done():
             self.failed.set_result(error)
 
@@ -244,7 +245,7 @@ class Capture:
                 self._watch.watch_file()
                 if _has_content(self._paths.live):
                     return
-                self._answer_waiters()  # nothing has been committed
+                answer(self._barrier.take(), self.captured)  # nothing has been committed
                 await self._sleep(LOOK_SECONDS)
         finally:
             self._watch.unwatch_file()
@@ -344,7 +345,7 @@ class Capture:
         """Until there is something to do."""
         assert self._watch is not None
         quiet_until = system.now() + LOOK_SECONDS
-        while not self._waiters and (left := quiet_until - system.now()) > 0:
+        while not self._barrier and (left := quiet_until - system.now()) > 0:
             if litestream.exited:
                 raise RunEnded("exited", f"Litestream {litestream.how}")
             await self._sleep(left)
@@ -369,7 +370,7 @@ class Capture:
         assert self._watch is not None
         began = system.now()
         # Whoever asks from here on may have committed after the sync began, and waits for the next one.
-        waiters, self._waiters = self._waiters, []
+        waiters = self._barrier.take()
         try:
             self._check_files()
             await self._check_wal()
@@ -383,12 +384,12 @@ class Capture:
             if not self._ready and txid:
                 await self._become_ready(litestream, guard, txid)
         except BaseException:
-            self._waiters = waiters + self._waiters
+            self._barrier.put_back(waiters)
             raise
         if self._ready:
-            self._answer(waiters)
+            answer(waiters, self.captured)
         else:
-            self._waiters = waiters + self._waiters
+            self._barrier.put_back(waiters)
         if self.captured > self._announced:
             self._announced = self.captured
             self._on_captured(self.captured)
@@ -404,7 +405,7 @@ class Capture:
         """Leave the machine to others for as long as the sync took, at least. A barrier is not held up."""
         took = system.now() - began
         end = began + max(self._pace_seconds, took + min(took, LONGEST_REST_SECONDS))
-        while not self._waiters and (left := end - system.now()) > 0:
+        while not self._barrier and (left := end - system.now()) > 0:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(left):
@@ -419,8 +420,7 @@ class Capture:
         Raises SyncTimeout, and DatabaseError when nothing can be captured any more.
         """
         self._check_alive()
-        waiter: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
+        waiter = self._barrier.enter()
         self._wake.set()
         try:
             async with asyncio.timeout(timeout):
@@ -428,29 +428,13 @@ class Capture:
         except TimeoutError:
             raise SyncTimeout(self._section.app, timeout, "Litestream") from None
         finally:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
+            self._barrier.leave(waiter)
 
     def _check_alive(self) -> None:
         if self.failed.done():
             raise self.failed.result()
         if self._supervisor is None or self._supervisor.done():
             raise DatabaseError("nothing is being captured", "wait until the app is active")
-
-    def _answer_waiters(self) -> None:
-        waiters, self._waiters = self._waiters, []
-        self._answer(waiters)
-
-    def _answer(self, waiters: list[asyncio.Future[int]]) -> None:
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(self.captured)
-
-    def _refuse_waiters(self, error: DatabaseError) -> None:
-        waiters, self._waiters = self._waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_exception(error)
 
     def files(self, after_txid: int) -> list[tuple[int, Path]]:
         """The LTX files of the transactions after *after_txid*, in order."""
@@ -489,7 +473,7 @@ class Capture:
         self._tail.close()
         if self._guard is not None:
             await self._guard.release()
-        self._refuse_waiters(DatabaseError("capturing has ended"))
+        self._barrier.refuse(DatabaseError("capturing has ended"))
 
 
 def _set(future: asyncio.Future[None]) -> None:

@@ -35,6 +35,7 @@ import msgspec
 from phalanx import child, system
 from phalanx.binaries import find_program
 from phalanx.data.control_socket import ControlSocket, Lost, Refused
+from phalanx.data.litestream_messages import Messages
 from phalanx.errors import DatabaseError
 from phalanx.types import Resource
 
@@ -49,7 +50,7 @@ MONITOR_SECONDS = 10.0
 """How often Litestream looks by itself. We tell it of every change: this is for the time when we cannot."""
 CHECKPOINT_PAGES = 500
 """From how many pages on Litestream checkpoints the WAL, if nobody is in the way. Below SQLite's own 1000:
-from there on each commit of the program tries a checkpoint, in vain, and sorts the WAL's whole index for it."""
+from there on each commit of the program tries a checkpoint, in vain, and sorts the WAL's index for it."""
 LAST_WORDS = 5
 MAX_SOCKET_PATH = 100
 """A unix socket's path has at most 107 bytes on Linux, 103 on macOS."""
@@ -61,9 +62,6 @@ _LOCK_POLL_SECONDS = 0.01
 _KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "TZ")
 _UNUSABLE = "?#%"
 """Litestream opens the database by a URI in which it does not escape these."""
-_EXPECTED = ("retention disabled", "monitor error", "replica sync")
-"""Messages that only say what was configured above."""
-_LEVELS = {"WARN": logging.WARNING, "ERROR": logging.ERROR}
 
 Register = Callable[[Resource], Awaitable[None]]
 
@@ -358,49 +356,3 @@ def _socket_folder() -> Path:
             return folder
         folder.rmdir()
     raise OSError("no folder for temporary files has a path that is short enough for a socket")
-
-
-# --- what it says
-
-
-class Messages:
-    """Litestream's log lines (JSON): warnings and errors go to our log, at most some in a while."""
-
-    LIMIT = 20
-    PERIOD_SECONDS = 10.0
-
-    def __init__(self, logger: logging.Logger = log) -> None:
-        self._logger = logger
-        self._since, self._count = 0.0, 0
-
-    def take(self, line: str) -> str:
-        """The message of *line* if it is worth to be repeated, else an empty string."""
-        level, text = _parse(line)
-        if any(expected in text for expected in _EXPECTED):
-            level = logging.DEBUG
-        if level >= logging.WARNING and not self._may():
-            level = logging.DEBUG
-        self._logger.log(level, "Litestream: %s", text)
-        return text if level >= logging.WARNING else ""
-
-    def _may(self) -> bool:
-        now = system.now()
-        if now - self._since > self.PERIOD_SECONDS:
-            if self._count > self.LIMIT:
-                self._logger.warning("Litestream: %d more messages", self._count - self.LIMIT)
-            self._since, self._count = now, 0
-        self._count += 1
-        return self._count <= self.LIMIT
-
-
-def _parse(line: str) -> tuple[int, str]:
-    try:
-        entry = msgspec.json.decode(line.encode(), type=dict[str, object])
-    except (msgspec.DecodeError, UnicodeEncodeError):
-        # No JSON: a panic, a wrong configuration.
-        return logging.WARNING, line
-    level = _LEVELS.get(str(entry.pop("level", "")), logging.DEBUG)
-    text = str(entry.pop("msg", ""))
-    for name in ("time", "system", "db", "subsystem"):
-        entry.pop(name, None)
-    return level, text + "".join(f" {name}={value}" for name, value in entry.items())
