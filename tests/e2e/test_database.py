@@ -64,6 +64,11 @@ def set_aside(folder: Path) -> list[Path]:
     return list(folder.glob("*/*.diverged-*"))
 
 
+def listed(folder: Path) -> list[Path]:
+    """All files below *folder*, but those that are only there while a node runs."""
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
+
+
 def rows_of(path: Path, query: str) -> list[tuple[Any, ...]]:
     """What *query* gives in the database at *path*."""
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
@@ -125,6 +130,23 @@ async def test_two_nodes_node_keeper_and_litestream_killed_what_was_lost_is_kept
         said = next(e for e in entries if e.node == active)
         assert (int(said.details["transactions"]), said.details.get("exact", "true")) == (lost, "true")
         assert bool(list((tmp_path / active).glob("*.diverged-*.json"))) == (lost > 0)
+        running.check()
+
+
+async def test_a_replica_that_was_too_far_behind_is_a_standby_once_it_has_caught_up(
+    tmp_path: Path, nats_server: NatsServer
+) -> None:
+    """What a node missed is older than max_lag when it comes back: that holds it back only until it is applied."""
+    options = {"max_lag": 0.5, "sync": "server"}
+    with database_stage(tmp_path, nats_server, count=2, database_options=options) as running:
+        active = await running.settled()
+        await running.wait_for("committed", 0.0, node=active)
+        late = running.nodes["n1" if active == "n2" else "n2"]
+        late.kill()
+        killed = since_now()
+        await running.wait_for("committed", killed + 2.0)
+        late.start()
+        await running.nodes.wait_for_standbys(running.app, 1)
         running.check()
 
 
@@ -209,3 +231,19 @@ async def test_an_existing_database_is_adopted_and_a_second_one_keeps_its_node_f
             20,
             "it is no candidate although the file is gone",
         )
+
+
+async def test_a_folder_of_another_platform_is_left_alone(tmp_path: Path, nats_server: NatsServer) -> None:
+    """The same path with another NATS: the node says so, is no candidate, and touches nothing."""
+    with database_stage(tmp_path, nats_server, count=1) as running:
+        await running.nodes.wait_for_active("wiki")
+        await running.wait_for("committed", 0.0)
+        running.nodes["n1"].terminate()
+        running.nodes["n1"].wait(20)
+    before = sorted((path.name, path.stat().st_ino) for path in listed(tmp_path / "n1"))
+    with NatsServer() as other, database_stage(tmp_path, other, count=1) as running:
+        await running.nodes.wait_until(
+            lambda: "belongs to app 'wiki'" in str(running.nodes["n1"].status()), 20, "it is not reported"
+        )
+        assert running.nodes.actives("wiki") == []
+    assert sorted((path.name, path.stat().st_ino) for path in listed(tmp_path / "n1")) == before

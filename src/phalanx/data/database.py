@@ -30,6 +30,7 @@ from phalanx.data.following import Follower
 from phalanx.data.image_process import ImageSource, check, fingerprint
 from phalanx.data.log import LogEnd, WalLog
 from phalanx.data.objects import ObjectStore
+from phalanx.data.owner import check_owner
 from phalanx.data.reading import Readers
 from phalanx.data.reign import ADOPTS, DataReign
 from phalanx.data.replica_client import ReplicaProcess
@@ -170,7 +171,11 @@ class AppDatabase:
         return self._reason
 
     def ineligible_because(self) -> str:
-        """Why this node cannot be a candidate; empty if it can."""
+        """Why this node cannot be a candidate; empty if it can. Whoever asks hears when it is another reason."""
+        self._told = self._ineligible()
+        return self._told
+
+    def _ineligible(self) -> str:
         if self._phase in (Phase.LIVE, Phase.KEPT):
             return ""
         if self._phase is not Phase.FOLLOWING or self.follower is None:
@@ -229,8 +234,7 @@ class AppDatabase:
         """Until there is something to tend; meanwhile it is told when the replica falls too far behind."""
         deadline = system.now() + seconds if seconds is not None else float("inf")
         while not await wait_at_most(self._wake, min(LAG_LOOK_SECONDS, deadline - system.now())):
-            if (reason := self.ineligible_because()) != self._told:
-                self._told = reason
+            if self._ineligible() != self._told:
                 self._on_change()
             if system.now() >= deadline:
                 return
@@ -244,6 +248,7 @@ class AppDatabase:
     async def _prepare(self) -> None:
         """Bring the database to a replica that follows, or find that the live one has to be kept."""
         if not self.replica.is_running:
+            await check_owner(self)
             await self._stop_follower()
             await self.replica.start()
         state = await self.replica.state()
@@ -324,6 +329,8 @@ class AppDatabase:
             # A record that was too large for the WAL made the replica anew, beside the old one.
             self._readable = self.replica.path
             self.readers.revoke("the replica was made anew")
+        if self._told and not self._ineligible():
+            self._on_change()  # it has caught up
 
     def _on_seal(self, seal: Seal) -> None:
         if seal.reason == ADOPTS:
