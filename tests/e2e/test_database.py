@@ -136,7 +136,7 @@ async def test_two_nodes_node_keeper_and_litestream_killed_what_was_lost_is_kept
 async def test_a_replica_that_was_too_far_behind_is_a_standby_once_it_has_caught_up(
     tmp_path: Path, nats_server: NatsServer
 ) -> None:
-    """What a node missed is older than max_lag when it comes back: that holds it back only until it is applied."""
+    """What a node missed is older than max_lag when it comes back: no candidate until that is applied."""
     options = {"max_lag": 0.5, "sync": "server"}
     with database_stage(tmp_path, nats_server, count=2, database_options=options) as running:
         active = await running.settled()

@@ -171,7 +171,7 @@ class AppDatabase:
         return self._reason
 
     def ineligible_because(self) -> str:
-        """Why this node cannot be a candidate; empty if it can. Whoever asks hears when it is another reason."""
+        """Why this node cannot be a candidate; empty if it can. Whoever has asked hears of a change."""
         self._told = self._ineligible()
         return self._told
 
@@ -455,7 +455,7 @@ class AppDatabase:
                 epoch=reign.epoch,
                 captured_txid=reign.capture.captured,
                 shipped_txid=self.position.txid,
-                capture_pid=reign.capture.pid,
+                capture_pid=reign.capture.pid or 0,
                 spool_bytes=reign.shipper.backlog().bytes,
             )
         return status
