@@ -21,13 +21,13 @@ import msgspec
 from benchmarks import running
 from benchmarks.replication_validation.chaos import Chaos, Say
 from benchmarks.replication_validation.checker import Evidence, Figures, figures, judge, spread
-from benchmarks.replication_validation.evidence import Reader, collect
+from benchmarks.replication_validation.evidence import Reader, collect, told
 from benchmarks.stage import Stage
 from phalanx import system
 from phalanx.errors import PhalanxError
 from phalanx.testing.nats import NatsCluster
 
-RECOVERY_SECONDS = 90.0
+RECOVERY_SECONDS = 60.0
 LEAST_AVAILABLE = 0.2
 """Of the time between the first commit and the last; less proves nothing."""
 
@@ -99,7 +99,12 @@ async def _validated(
         try:
             await _rest(stage, folder, say)
         except TimeoutError as error:
-            return _told(Verdict((*problems, f"no recovery: {error}")))
+            said = str(error).partition("\n")[0]
+            try:
+                said = f"{said}\n{await told(stage)}"
+            except PhalanxError as unheard:
+                said = f"{said}\n{unheard}"
+            return _told(Verdict((*problems, f"no recovery: {said}")))
     say("all nodes have settled: looking at what is there")
     try:
         evidence = await collect(stage, folder, chaos.inflicted, reader.samples)

@@ -131,6 +131,17 @@ async def collect(
     return Evidence(events, audit, replayed, databases, aside, inflicted, samples, fingerprints)
 
 
+async def told(stage: Stage) -> str:
+    """What the nodes say of themselves, for those who look for why it does not go on."""
+    lines: list[str] = []
+    async with PlatformClient(PLATFORM, NatsOptions(urls=tuple(stage.urls))) as client:
+        for view in await client.nodes():
+            apps = view.status.apps if view.status is not None else ()
+            lines += [f"{view.node}: live {view.is_live}, {app.role} {app.reason}" for app in apps]
+        lines += [str(status) for status in (await client.databases.status(APP)).nodes]
+    return "\n".join(lines)
+
+
 async def _read(live: Path) -> Content:
     return await asyncio.to_thread(lambda: read(replica_of(live)))
 
