@@ -287,6 +287,30 @@ def test_readers_of_the_replica_see_what_the_program_writes_after_the_promotion(
         assert reader.check() == 2
 
 
+@pytest.mark.parametrize("step", ["move-shm", "move", "sync folder"])
+def test_live_database_is_complete_from_the_moment_it_is_there(
+    origin: Origin, replica: Replica, tmp_path: Path, step: str
+) -> None:
+    """Its log comes first: whoever opens it while it is being promoted sees the last transaction."""
+    apply(replica, origin.record())
+    apply(replica, origin.round())
+    assert replica.path is not None
+    with Reader(replica.path) as reader:
+        reader.execute("BEGIN")
+        reader.check()  # so that what follows stays in the WAL
+        apply(replica, origin.round())
+        live = tmp_path / "live.db"
+        with Steps(die_on=f"promote: {step}"), pytest.raises(Killed):
+            replica.promote(live, 3)
+        if live.exists():
+            assert merged(live, tmp_path / "merged") == origin.images[3]
+        assert live.exists() == (step == "sync folder")
+        replica = reopened(replica)
+        assert merged(live, tmp_path / "merged") == origin.images[3]
+    assert replica.role == "live"
+    replica.close()
+
+
 def test_resume_is_for_a_live_database_only(origin: Origin, replica: Replica, tmp_path: Path) -> None:
     """It changes the epoch, and nothing else."""
     apply(replica, origin.record())

@@ -150,6 +150,28 @@ def test_tables_find_the_newest_frame_of_each_page(seed: int) -> None:
         assert lookup(memory, page, frames) == newest.get(page, 0)
 
 
+@pytest.mark.parametrize("before", [0, 1000, 4062, 5000])
+def test_what_killed_writers_left_does_not_fill_the_tables(before: int) -> None:
+    """Each begins with the frames that count, and nothing else."""
+    chance = random.Random(before)
+    memory = memoryview(bytearray(2 * wal.INDEX_PIECE_BYTES))
+    for first in (1, before + 1):
+        for _ in range(1 if first == 1 else 40):
+            table = wal.Table(memory, wal.piece_of(first))
+            table.prepare(first - 1)
+            for frame in range(first, before + 1 if first == 1 else before + 401):
+                if frame > table.before + table.count:
+                    table = wal.Table(memory, wal.piece_of(frame))
+                    table.prepare(first - 1)
+                table.add(frame, chance.randint(1, 100_000))
+    table = wal.Table(memory, wal.piece_of(before + 1))
+    table.prepare(before)
+    begin = wal.piece_of(before + 1) * wal.INDEX_PIECE_BYTES
+    slots = memory[begin + 16384 : begin + 32768].cast("H").tolist()
+    assert sorted(slot for slot in slots if slot) == list(range(1, before - table.before + 1))
+    assert sum(number > 0 for number in table.numbers.tolist()) == before - table.before
+
+
 def test_pieces_of_the_index_begin_where_sqlite_has_them() -> None:
     """4062 frames in the first piece, 4096 in each other."""
     assert [wal.piece_of(frame) for frame in (1, 4062, 4063, 8158, 8159)] == [0, 0, 1, 1, 2]
