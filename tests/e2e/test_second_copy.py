@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator
-from contextlib import closing
+import contextlib
+import shutil
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
+from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -133,40 +135,6 @@ async def test_copy_that_fell_behind_the_log_begins_anew(site: Site, copy: Secon
     assert restored(folder) == site.expected(5)
 
 
-async def test_log_that_lost_writes_is_followed(
-    site: Site, copy: SecondCopy, folder: Path, bus: NatsBus, tmp_path: Path
-) -> None:
-    """NATS lost acknowledged records, which the copy has; another reign used their numbers for others. None
-    of the lost ones is applied to what follows."""
-    await site.commit()
-    await site.snapshots.create(site.source)
-    for _ in range(4):
-        await site.commit()
-    await copy.update()
-    lost = names(folder, RECORDS)
-    assert len(lost) == 5
-    # The log as it is after the loss: the same beginning, then others.
-    for stream in (NAMES.wal_stream("wiki"), NAMES.object_stream(NAMES.snapshots_bucket("wiki"))):
-        await bus.api(f"STREAM.DELETE.{stream}", {})
-    (tmp_path / "b").mkdir()
-    with closing(Site(tmp_path / "b", bus, await make_log(bus), 4096)) as other:
-        await other.begin(7)
-        await other.commit(rows=1)
-        again = SecondCopy(FolderDestination(folder), other.snapshots, NAMES.platform)
-        await other.commit(rows=1)
-        assert (await again.update()).waits_for == "a snapshot"
-        assert restored(folder) == site.expected(5)
-        await other.snapshots.create(other.source)
-        await other.commit(rows=1)
-        updated = await again.update()
-        assert (updated.position.txid, updated.bases) == (3, 1)
-        assert restored(folder) == other.expected(3)
-        for _ in range(3):
-            await other.commit(rows=1)
-            await again.update()
-            assert restored(folder) == other.expected(other.txid)
-
-
 class Failing(FolderDestination):
     """A folder whose operation number *at* fails, before or after it was done."""
 
@@ -194,6 +162,75 @@ class Failing(FolderDestination):
         await self._fail(done=False)
         await super().write_note(data)
         await self._fail(done=True)
+
+
+@asynccontextmanager
+async def after_a_loss(site: Site, bus: NatsBus) -> AsyncGenerator[Site]:
+    """The site as it is after NATS lost all acknowledged writes, and another reign began with other data."""
+    for stream in (NAMES.wal_stream("wiki"), NAMES.object_stream(NAMES.snapshots_bucket("wiki"))):
+        await bus.api(f"STREAM.DELETE.{stream}", {})
+    folder = site.folder / "other"
+    await asyncio.to_thread(folder.mkdir)
+    with closing(Site(folder, bus, await make_log(bus), 4096)) as other:
+        await other.begin(7)
+        await other.commit(rows=1)
+        yield other
+
+
+@pytest.mark.parametrize("commits", [1, 9])
+async def test_log_that_lost_writes_is_followed(
+    site: Site, copy: SecondCopy, folder: Path, bus: NatsBus, commits: int
+) -> None:
+    """NATS lost acknowledged records, which the copy has; another reign used their numbers for others, fewer
+    or more of them. None of the lost ones is applied to what follows."""
+    await site.commit()
+    await site.snapshots.create(site.source)
+    for _ in range(4):
+        await site.commit()
+    await copy.update()
+    assert len(names(folder, RECORDS)) == 5
+    async with after_a_loss(site, bus) as other:
+        again = SecondCopy(FolderDestination(folder), other.snapshots, NAMES.platform)
+        for _ in range(commits):
+            await other.commit(rows=1)
+        assert (await again.update()).waits_for == "a snapshot"
+        assert restored(folder) == site.expected(5)
+        await other.snapshots.create(other.source)
+        await other.commit(rows=1)
+        updated = await again.update()
+        assert (updated.position.txid, updated.bases) == (other.txid, 1)
+        assert restored(folder) == other.expected(other.txid)
+        for _ in range(3):
+            await other.commit(rows=1)
+            await again.update()
+            assert restored(folder) == other.expected(other.txid)
+
+
+async def test_g8_interrupted_new_beginning_leaves_a_copy_that_can_be_restored(
+    site: Site, copy: SecondCopy, folder: Path, bus: NatsBus
+) -> None:
+    """A copy that has to begin anew after a loss is interrupted at each operation: it holds a state of before
+    or of after, and the next update goes on."""
+    await site.commit()
+    await site.snapshots.create(site.source)
+    for _ in range(4):
+        await site.commit()
+    await copy.update()
+    before = await asyncio.to_thread(folder.rename, site.folder / "before")
+    async with after_a_loss(site, bus) as other:
+        await other.commit(rows=1)
+        await other.snapshots.create(other.source)
+        await other.commit(rows=1)
+        states = [site.expected(txid) for txid in range(1, 6)] + [other.expected(txid) for txid in (2, 3)]
+        for at in range(1, 9):
+            await asyncio.to_thread(shutil.copytree, before, folder)
+            failing = Failing(folder, at, done=True)
+            with contextlib.suppress(OSError):
+                await SecondCopy(failing, other.snapshots, NAMES.platform).update()
+            assert restored(folder) in states, at
+            await SecondCopy(FolderDestination(folder), other.snapshots, NAMES.platform).update()
+            assert restored(folder) == states[-1]
+            await asyncio.to_thread(shutil.rmtree, folder)
 
 
 @pytest.mark.parametrize("done", [False, True])
