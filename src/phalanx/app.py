@@ -449,7 +449,13 @@ class App:
         section = Section(
             reign,
             SectionContext(
-                parts.names.platform, parts.node, self.name, epoch, parts.register, parts.unregister
+                parts.names.platform,
+                parts.node,
+                self.name,
+                epoch,
+                parts.register,
+                parts.unregister,
+                str(self.database.live) if self.database is not None else "",
             ),
             self.hooks,
             self._backend,

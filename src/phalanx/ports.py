@@ -216,7 +216,8 @@ class Bus(Protocol):
 
 
 class SectionContext(msgspec.Struct, frozen=True):
-    """What a backend needs to know of the active section it runs for.
+    """What a backend needs to know of the active section it runs for. ``database``: the path of the app's
+    database, empty if it has none.
 
     ``register`` tells the keeper what is about to run and returns once it would be killed if this node
     died; ``unregister`` takes it back. Registering the same id again replaces the entry.
@@ -228,6 +229,7 @@ class SectionContext(msgspec.Struct, frozen=True):
     epoch: int
     register: Callable[[Resource], Awaitable[None]]
     unregister: Callable[[str], None]
+    database: str = ""
 
 
 class Running(Protocol):

@@ -50,7 +50,7 @@ class Sections:
             backend=config.Process(command, **options),  # pyright: ignore
         ).backend
         assert declared is not None
-        section = SectionContext("prod", "n1", "wiki", 12, self.register, self.unregister)
+        section = SectionContext("prod", "n1", "wiki", 12, self.register, self.unregister, "/srv/wiki.db")
         return await ProcessBackend(declared).start(section)
 
 
@@ -342,6 +342,7 @@ async def test_program_does_not_notice_the_gate(
     expected = {
         **child.environment(), **env, "A": "1", "PHALANX_SECTION": marker, "PHALANX_PLATFORM": "prod",
         "PHALANX_NODE": "n1", "PHALANX_APP": "wiki", "PHALANX_EPOCH": "12",
+        "PHALANX_DATABASE": "/srv/wiki.db",
     }  # fmt: skip
     shells_own = {b"PWD", b"OLDPWD", b"SHLVL", b"_"}
     assert {k: v for k, v in seen.items() if k not in shells_own} == {

@@ -194,6 +194,7 @@ class _Run:
             "PHALANX_NODE": self._section.node,
             "PHALANX_APP": self._app,
             "PHALANX_EPOCH": str(self._section.epoch),
+            **({"PHALANX_DATABASE": self._section.database} if self._section.database else {}),
         }
         start = partial(
             gate.spawn,

@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from phalanx import system
-from phalanx.data.log import LogState
+from phalanx.data.log import LOST_WRITES, LogState
 from phalanx.data.replica_state import ReplicaState
 from phalanx.data.snapshots import Snapshot
 from phalanx.errors import DatabaseError
@@ -35,8 +35,8 @@ class Bootstrap:
         """Make it anew. Raises DatabaseError, BusError, OSError; then the old one is as it was."""
         database = self._database
         began = system.now()
-        if state.state == "ready" and end.last < state.position.sequence:
-            await self._keep_lost_writes(state, end)
+        if state.state == "ready" and (end.last < state.position.sequence or LOST_WRITES in why):
+            await self._keep_lost_writes(state)
         snapshot = await self._newest(end)
         if snapshot is None:
             if end.messages and end.first > 1:
@@ -76,7 +76,7 @@ class Bootstrap:
         finally:
             image.unlink(missing_ok=True)
 
-    async def _keep_lost_writes(self, state: ReplicaState, end: LogState) -> None:
+    async def _keep_lost_writes(self, state: ReplicaState) -> None:
         """NATS has lost acknowledged writes, and this replica has them still: it is kept aside first."""
         database = self._database
         target = database.settlements.free_name(f"log-{state.position.sequence}")

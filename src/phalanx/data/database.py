@@ -28,7 +28,7 @@ from phalanx.data.bootstrap import Bootstrap
 from phalanx.data.entries import Seal
 from phalanx.data.following import Follower
 from phalanx.data.image_process import ImageSource, check, fingerprint
-from phalanx.data.log import LogEnd, WalLog
+from phalanx.data.log import LogEnd, LogWentBack, WalLog
 from phalanx.data.objects import ObjectStore
 from phalanx.data.owner import check_owner
 from phalanx.data.reading import Readers
@@ -252,7 +252,7 @@ class AppDatabase:
             await self._stop_follower()
             await self.replica.start()
         state = await self.replica.state()
-        end = await self.log.last()
+        end = await self._end_of_log()
         self._log_is_empty = end.last_record is None
         if state.role == "live":
             self._set_phase(Phase.SETTLING)
@@ -273,6 +273,16 @@ class AppDatabase:
             self.readers.revoke("the replica was made anew")
         await self._start_follower()
         self._set_phase(Phase.FOLLOWING, self._held_back(end))
+
+    async def _end_of_log(self) -> LogEnd:
+        """The end of the log; also of one that is shorter than it was, once that is reported."""
+        try:
+            return await self.log.last()
+        except LogWentBack as error:
+            self.report("log-went-back", str(error), level=logging.CRITICAL)
+            # What this node has more than the log is kept by what follows: settling, or a bootstrap.
+            self.log.accept_loss()
+            return await self.log.last()
 
     def _held_back(self, end: LogEnd) -> str:
         """Why this node must not lead although its replica follows; empty if it may.

@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from phalanx.data.entries import Claim, Foreign, LogEntry, Seal
-from phalanx.data.log import WalLog
+from phalanx.data.log import LOST_WRITES, WalLog
 from phalanx.errors import BusTimeout, DatabaseError
 from phalanx.types import Position
 
@@ -122,5 +122,5 @@ class History:
 def _lost(entry: LogEntry, what: str) -> DatabaseError:
     return DatabaseError(
         f"the log holds something else at {entry.sequence} (epoch {getattr(entry, 'epoch', 'unknown')}) than "
-        f"{what}, which was applied: NATS has lost acknowledged writes"
+        f"{what}, which was applied: {LOST_WRITES}"
     )

@@ -75,13 +75,17 @@ NO_LEADER = (10008, 10009)
 _FILE_CHUNK = 1 << 18
 
 
+LOST_WRITES = "NATS has lost acknowledged writes"
+"""In every message that says so."""
+
+
 class LogWentBack(DatabaseError):
     """The log ends before what it is known to have held: NATS has lost writes that it had acknowledged."""
 
     def __init__(self, app: str, seen: int, last: int) -> None:
         self.app, self.seen, self.last = app, seen, last
         super().__init__(
-            f"app {app!r}: the WAL log ends at {last}, but held {seen}: NATS has lost acknowledged writes",
+            f"app {app!r}: the WAL log ends at {last}, but held {seen}: {LOST_WRITES}",
             "servers that lost power may do so: set jetstream sync_interval: always",
         )
 

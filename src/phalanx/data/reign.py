@@ -18,7 +18,7 @@ from phalanx.data.following import confirmed
 from phalanx.data.in_place import restore_if_asked
 from phalanx.data.log import LogEnd
 from phalanx.data.schedule import SnapshotSchedule
-from phalanx.data.shipping import Captured, Shipper
+from phalanx.data.shipping import Shipper
 from phalanx.errors import DatabaseError, PhalanxError, SyncTimeout
 from phalanx.ports import SectionContext
 from phalanx.types import Position
@@ -47,17 +47,6 @@ def _missing(last: Seal | None) -> str:
     if last is None or last.kind is SealKind.CLOSE:
         return "nothing"
     return f"unknown until {last.node} returns"
-
-
-class _Files:
-    """The capture's files, as the shipper wants them."""
-
-    def __init__(self, capture: Capture) -> None:
-        self._capture = capture
-
-    def files(self, after: int) -> list[Captured]:
-        """Those with a transaction after *after*, in order."""
-        return [Captured(txid, path) for txid, path in self._capture.files(after)]
 
 
 class DataReign:
@@ -133,7 +122,7 @@ class DataReign:
     async def _check_kept(self, sealed: Seal) -> None:
         """Nobody has led between the reign whose database was kept and this one, so it is all there is."""
         state = await self._database.replica.state()
-        seals = await self._database.settlements.seals_after(state.sealed, including=sealed)
+        seals = await self._database.log.seals(state.sealed)
         others = [s for s in seals if s.sequence < sealed.sequence and s.epoch != state.epoch]
         if others:
             raise DatabaseError(
@@ -182,13 +171,14 @@ class DataReign:
         capture.failed.add_done_callback(self._on_capture_failed)
         self._shipper = shipper = Shipper(
             database.log,
-            _Files(capture),
+            capture,
             epoch=self.epoch,
             node=database.node,
             base=self._base,
             on_fenced=self._on_fenced,
             on_backlog=self._on_backlog,
             wal=database.live.with_name(f"{database.live.name}-wal"),
+            forget=capture.forget,
         )
         await shipper.start()
         self._schedule = SnapshotSchedule(database)

@@ -12,12 +12,10 @@ from msgspec.structs import replace
 
 from phalanx import system
 from phalanx.data import ltx
-from phalanx.data.entries import Seal, parse
 from phalanx.data.log import LogEnd
 from phalanx.data.replica_state import ReplicaState
 from phalanx.data.status import DivergedFile
 from phalanx.decide.settling import Keep, LocalDatabase, LoggedReign, MakeReplica, SetAside, settle
-from phalanx.errors import DatabaseError
 
 if TYPE_CHECKING:
     from phalanx.data.database import AppDatabase
@@ -117,31 +115,13 @@ class Settlements:
 
     async def _logged(self, epoch: int, sealed: int, end: LogEnd) -> LoggedReign:
         """What the log holds of the reign that began with the seal at *sealed*."""
-        seals = await self.seals_after(sealed, including=end.last_seal)
+        seals = await self._database.log.seals(sealed)
         newest = max([epoch, *(seal.epoch for seal in seals)])
         following = next((seal for seal in seals if seal.epoch != epoch), None)
         if following is None:
             return LoggedReign(end.sequence, end.txid, newest)
         # A seal knows the last transaction before it, even where the log itself was purged since.
         return LoggedReign(following.sequence - 1, following.txid, newest)
-
-    async def seals_after(self, sequence: int, *, including: Seal | None) -> list[Seal]:
-        """The seals after *sequence*, in order. A purge may have removed the older ones of them.
-
-        *including*: one that is known to be there. Raises DatabaseError if the server does not know it yet.
-        """
-        names, app, seals = self._database.names, self._database.app, list[Seal]()
-        while True:
-            records = await self._database.bus.read_log(
-                names.wal_stream(app), names.wal_seal_subject(app), start=sequence + 1
-            )
-            if not records:
-                known = including.sequence if including is not None else 0
-                if known > sequence:
-                    raise DatabaseError("the NATS server that answered does not have the whole log yet")
-                return seals
-            seals += [entry for entry in map(parse, records) if isinstance(entry, Seal)]
-            sequence = records[-1].revision
 
     # --- what lies on disk
 
