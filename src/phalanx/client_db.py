@@ -392,14 +392,14 @@ class DatabaseClient:
 def _decoded(message: Message, kind: Any) -> Any:
     try:
         return msgspec.json.decode(message.data, type=kind)
-    except msgspec.MsgspecError as error:
+    except ValueError as error:
         raise DatabaseError(
             f"an answer on {message.subject} is not understood: {error}", "do all nodes run this version?"
         ) from None
 
 
 def _note(outcome: list[AuditEntry], app: str, message: Message) -> None:
-    with contextlib.suppress(msgspec.MsgspecError):
+    with contextlib.suppress(ValueError):
         entry = msgspec.json.decode(message.data, type=AuditEntry)
         if entry.app == app and entry.action in (RESTORED, RESTORE_FAILED):
             outcome.append(entry)

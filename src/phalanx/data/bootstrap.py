@@ -58,7 +58,7 @@ class Bootstrap:
 
     async def _newest(self, end: LogState) -> Snapshot | None:
         """The newest snapshot from which the log goes on."""
-        found = await self._database.snapshots.list_snapshots()
+        found = await self._database.snapshots.list_usable()
         fit = [one for one in found if end.first - 1 <= one.sequence <= end.last]
         return fit[-1] if fit else None
 

@@ -41,6 +41,8 @@ log = logging.getLogger("phalanx.capture")
 PACE_SECONDS = 0.008
 """The least time from one start of a sync to the next while commits keep coming. Each sync costs two fsyncs,
 a file and some 1 ms of a core, and the program's own commits need the same. After a rest nobody waits."""
+REST_FACTOR = 5
+"""So many times as long as a sync took passes until the next one starts: the program's commits come first."""
 LONGEST_REST_SECONDS = 0.1
 LOOK_SECONDS = 5.0
 """How often it is synced although nothing seems to have changed: a Litestream that hangs is noticed so."""
@@ -402,9 +404,9 @@ class Capture:
         self._event("started", f"Litestream {litestream.pid}, transaction {txid}")
 
     async def _rest(self, began: float) -> None:
-        """Leave the machine to others for as long as the sync took, at least. A barrier is not held up."""
+        """Leave the machine to others for a multiple of what the sync took. A barrier is not held up."""
         took = system.now() - began
-        end = began + max(self._pace_seconds, took + min(took, LONGEST_REST_SECONDS))
+        end = began + max(self._pace_seconds, took + min((REST_FACTOR - 1) * took, LONGEST_REST_SECONDS))
         while not self._barrier and (left := end - system.now()) > 0:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):

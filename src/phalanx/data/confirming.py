@@ -65,7 +65,7 @@ async def confirmed(
                 return found
         except BusTimeout:
             continue
-        except (BusUnavailable, msgspec.MsgspecError) as error:
+        except (BusUnavailable, ValueError) as error:
             log.debug("no confirmation of %d yet: %s", sequence, error)
         await asyncio.sleep(min(delay, max(0.0, deadline - system.now())))
         delay = min(longest, 2 * delay)
@@ -125,7 +125,7 @@ class Confirmer:
     def _on_request(self, message: Message) -> None:
         try:
             request = _decode_request(message.data)
-        except msgspec.MsgspecError as error:
+        except ValueError as error:
             log.warning("a request on %s makes no sense: %s", self._subject, error)
             return
         if len(self._waiting) >= MAX_WAITING:

@@ -325,7 +325,7 @@ class ObjectStore:
     def _parse(self, record: Record) -> ObjectInfo | None:
         try:
             entry = _decode_entry(record.data)
-        except msgspec.MsgspecError as error:
+        except ValueError as error:
             raise DatabaseError(f"object store {self._bucket}: entry {record.subject}: {error}") from None
         return None if entry.deleted else _info(entry, record.time)
 

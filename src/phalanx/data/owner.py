@@ -50,7 +50,7 @@ def _check(folder: Path, mine: Owner) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_durably(path, msgspec.json.encode(mine))
         return
-    except msgspec.MsgspecError as error:
+    except ValueError as error:
         raise DatabaseError(f"{path} is damaged: {error}", "remove it if the folder is this app's") from None
     if (found.platform, found.app) != (mine.platform, mine.app):
         raise DatabaseError(

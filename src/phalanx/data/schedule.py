@@ -30,6 +30,9 @@ LOOK_SECONDS = 30.0
 ASK_SECONDS = 1800.0
 """What a standby may take for one."""
 
+TIDY_SECONDS = 600.0
+"""Between two clean-ups."""
+
 FAILED_SECONDS = 60.0
 """After a failure it is tried again."""
 
@@ -44,6 +47,7 @@ class SnapshotSchedule:
         self._bytes_at_last: int | None = None
         self._copy: SecondCopy | None = None
         self._copy_waits = False
+        self._tidy_at = 0.0
         if copy_to := str(database.config.copy_to):
             destination = FolderDestination(Path(copy_to))
             self._copy = SecondCopy(destination, database.snapshots, database.names.platform)
@@ -65,7 +69,11 @@ class SnapshotSchedule:
             try:
                 if await self._is_due():
                     await self._make()
+                    self._tidy_at = 0.0
+                # Again and again: what a new snapshot makes free may go only a while after it was made.
+                if system.now() >= self._tidy_at:
                     await self.tidy()
+                    self._tidy_at = system.now() + TIDY_SECONDS
                 await self._update_copy()
                 failed, pause = "", LOOK_SECONDS
             except (PhalanxError, OSError) as error:
@@ -113,7 +121,7 @@ class SnapshotSchedule:
             try:
                 await self._ask(node)
                 break
-            except (BusError, DatabaseError, msgspec.MsgspecError) as error:
+            except (BusError, DatabaseError, ValueError) as error:
                 log.warning("app %s: node %s makes no snapshot: %s", database.app, node, error)
         else:
             await database.make_snapshot(kind="scheduled")
