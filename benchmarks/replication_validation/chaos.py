@@ -47,6 +47,8 @@ class Chaos:
         """Kills of the writer after which another reign has committed something."""
         self._writer, self._epoch, self._wrote_at = "", 0, 0.0
         self._nats_is_down = False
+        self.outages: list[asyncio.Task[None]] = []
+        """Of servers that are away for longer than the fault takes that killed them."""
         self._down: dict[str, float] = {}
         """Dead nodes, and when each is started again."""
         self._bag: list[str] = []
@@ -63,6 +65,7 @@ class Chaos:
                 while self.failovers < failovers and system.now() < end:
                     await self._one_more(faults)
             self.say("no more faults; everything is brought back")
+            await asyncio.gather(*self.outages)
             self.nats.start()
             for task in beside:
                 task.cancel()
@@ -156,18 +159,32 @@ class Chaos:
                     node.start()
             await asyncio.sleep(LOOK_SECONDS)
 
+    def some(self, least: float, most: float) -> float:
+        """A random number of seconds."""
+        return self._rng.uniform(least, most)
+
     # --- processes
 
     def processes(self, node: str, word: bytes = b"") -> list[int]:
         """Those that *node* has started, directly or not, with *word* in their command line."""
         return [pid for pid in descendants(self.stage.nodes[node].pid) if word in command_line(pid)]
 
-    async def kill_servers(self) -> None:
+    async def log_leader(self) -> int | None:
+        """The number of the server that leads the log; None while that is not known."""
+        with contextlib.suppress(BusError):
+            stream = self.stage.names.wal_stream(APP)
+            info = await self.stage.bus.api(f"STREAM.INFO.{stream}", {}, timeout=2)
+            cluster: dict[str, Any] = info.get("cluster") or {}
+            leader = cluster.get("leader")
+            return next((i for i in range(self.nats.size) if self.nats.name(i) == leader), None)
+        return None
+
+    async def kill_server(self, i: int | None = None) -> None:
         """One of the NATS servers is away for a while. Never two: then nothing is promised but no harm."""
         if self._nats_is_down:
             return
         self._nats_is_down = True
-        i, seconds = self._rng.randrange(self.nats.size), self._rng.uniform(0.5, 6.0)
+        i, seconds = self._rng.randrange(self.nats.size) if i is None else i, self._rng.uniform(0.5, 6.0)
         self.say(f"SIGKILL nats-server {self.nats.name(i)}, for {seconds:.1f} s")
         self.nats.kill(i)
         await asyncio.sleep(seconds)
@@ -230,6 +247,14 @@ async def _kill_all_nodes(chaos: Chaos, node: str) -> None:
         process.wait(10)
 
 
+async def _kill_log_leader_first(chaos: Chaos, node: str) -> None:
+    """Nothing is shipped while the log has no leader: what was committed then is lost with the writer."""
+    outage = asyncio.create_task(chaos.kill_server(await chaos.log_leader()), name="nats")
+    chaos.outages.append(outage)
+    await asyncio.sleep(chaos.some(0.2, 1.5))
+    await _kill_everything(chaos, node)
+
+
 async def _kill_litestream(chaos: Chaos, node: str) -> None:
     chaos.say(f"SIGKILL Litestream of {node}")
     kill_at_once(chaos.processes(node, b"litestream"))
@@ -266,7 +291,7 @@ async def _ended(pid: int, seconds: float) -> bool:
 
 
 async def _kill_server(chaos: Chaos, node: str) -> None:
-    await chaos.kill_servers()
+    await chaos.kill_server()
 
 
 FAILOVERS: dict[str, Fault] = {
@@ -274,6 +299,7 @@ FAILOVERS: dict[str, Fault] = {
     "node + keeper": _kill_both,
     "everything": _kill_everything,
     "all nodes": _kill_all_nodes,
+    "log's leader, then everything": _kill_log_leader_first,
 }
 """What ends the writer's reign at once."""
 
