@@ -27,7 +27,7 @@ from pathlib import Path
 from phalanx import child, system
 from phalanx.data.barrier import Barrier, answer
 from phalanx.data.litestream import MONITOR_SECONDS, Litestream, Paths, check_path
-from phalanx.data.records import FilesLost, Records
+from phalanx.data.records import FilesLost, Records, frames_between
 from phalanx.data.syncing import RunEnded, Syncing, is_disk_full
 from phalanx.data.wal_guard import WalGuard
 from phalanx.data.wal_tail import WalTail
@@ -38,11 +38,14 @@ from phalanx.types import Resource
 
 log = logging.getLogger("phalanx.capture")
 
-PACE_SECONDS = 0.008
+PACE_SECONDS = 0.003
 """The least time from one start of a sync to the next while commits keep coming. Each sync costs two fsyncs,
 a file and some 1 ms of a core, and the program's own commits need the same. After a rest nobody waits."""
-REST_FACTOR = 5
-"""So many times as long as a sync took passes until the next one starts: the program's commits come first."""
+BUSY_FRAMES = 64
+"""A sync that has captured more than so many pages found a program that writes as fast as it can."""
+REST_FACTORS = (2, 6)
+"""So many times as long as a sync took passes until the next one starts; the second one under a busy program:
+then its commits come first, and what waits is captured in one go."""
 LONGEST_REST_SECONDS = 0.1
 LOOK_SECONDS = 5.0
 """How often it is synced although nothing seems to have changed: a Litestream that hangs is noticed so."""
@@ -372,7 +375,7 @@ class Capture:
         assert self._watch is not None
         began = system.now()
         # Whoever asks from here on may have committed after the sync began, and waits for the next one.
-        waiters = self._barrier.take()
+        waiters, before = self._barrier.take(), self._records.end
         try:
             self._check_files()
             await self._check_wal()
@@ -395,7 +398,7 @@ class Capture:
         if self.captured > self._announced:
             self._announced = self.captured
             self._on_captured(self.captured)
-        await self._rest(began)
+        await self._rest(began, is_busy=frames_between(before, self._records.end) > BUSY_FRAMES)
 
     async def _become_ready(self, litestream: Litestream, guard: WalGuard, txid: int) -> None:
         await guard.release()
@@ -403,10 +406,11 @@ class Capture:
         self._wal, self._full, self._ready = _file_id(self._paths.wal), False, True
         self._event("started", f"Litestream {litestream.pid}, transaction {txid}")
 
-    async def _rest(self, began: float) -> None:
+    async def _rest(self, began: float, *, is_busy: bool) -> None:
         """Leave the machine to others for a multiple of what the sync took. A barrier is not held up."""
         took = system.now() - began
-        end = began + max(self._pace_seconds, took + min((REST_FACTOR - 1) * took, LONGEST_REST_SECONDS))
+        rest = (REST_FACTORS[is_busy] - 1) * took
+        end = began + max(self._pace_seconds, took + min(rest, LONGEST_REST_SECONDS))
         while not self._barrier and (left := end - system.now()) > 0:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):

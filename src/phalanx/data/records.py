@@ -210,6 +210,15 @@ class WalPlace(msgspec.Struct, frozen=True):
     page_size: int
 
 
+def frames_between(before: WalPlace | None, after: WalPlace | None) -> int:
+    """How many frames lie between two places; as far as they can be told, where the WAL began anew."""
+    if after is None:
+        return 0
+    same_wal = before is not None and (before.salt1, before.salt2) == (after.salt1, after.salt2)
+    begin = before.offset if before is not None and same_wal else _WAL_HEADER_BYTES
+    return (after.offset - begin) // (after.page_size + _FRAME_HEADER_BYTES)
+
+
 def _read_header(path: Path) -> ltx.Header:
     try:
         with open(path, "rb") as file:
