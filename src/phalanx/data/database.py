@@ -55,6 +55,9 @@ UNKNOWN_DATA_SECONDS = 0.5
 KEPT_LOOK_SECONDS = 1.0
 """How often it is looked again whether a kept database, or what holds this node back, is still so."""
 
+LATE_WRITERS_SECONDS = 60.0
+"""How long a live database that has become a replica refuses late writers; then its space is given up."""
+
 LAG_LOOK_SECONDS = 5.0
 """How often it is looked whether the replica is too far behind."""
 
@@ -138,6 +141,7 @@ class AppDatabase:
         self._readable = self.replica.path
         self._failures = 0
         self._told = ""
+        self._release_at = float("inf")
         self._tender: asyncio.Task[None] | None = None
 
     # --- life
@@ -260,6 +264,7 @@ class AppDatabase:
                 self._set_phase(Phase.KEPT)
                 return
             state = await self.replica.state()
+            self._release_at = system.now() + LATE_WRITERS_SECONDS
         await self.release_guard()
         if self.follower is not None and self.follower.trouble is None:
             self._set_phase(Phase.FOLLOWING, self._held_back(end))
