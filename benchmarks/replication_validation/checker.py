@@ -252,9 +252,9 @@ def _losses(evidence: Evidence) -> dict[str, list[int]]:
             lost = lost_transactions(aside, evidence.replayed)
             by_epoch[aside.epoch] = by_epoch.get(aside.epoch, 0) + lost
     found: dict[str, list[int]] = {}
-    for each in evidence.inflicted:
-        if each.epoch:
-            found.setdefault(each.kind, []).append(by_epoch.get(each.epoch, 0))
+    last = {each.epoch: each.kind for each in evidence.inflicted if each.epoch}  # what ended the reign
+    for epoch, kind in last.items():
+        found.setdefault(kind, []).append(by_epoch.get(epoch, 0))
     return found
 
 
