@@ -96,6 +96,7 @@ def _environment(folder: Path, nats: NatsServer | None = None) -> Mapping[str, s
         "PHALANX_DATA": str(folder / "data"),
         "PHALANX_NODE": "n1",
         "PHALANX_HTTP": "0",
+        "PHALANX_DATABASES": str(folder),
     }
     return {**os.environ, **own, **SECRETS, **({"PHALANX_NATS": nats.url()} if nats else {})}
 
@@ -128,6 +129,7 @@ async def _is_active_and_ends(command: list[str], folder: Path, nats: NatsServer
     env = {
         "PATH": _environment(folder)["PATH"],
         "PHALANX_NATS": nats.url(),
+        "PHALANX_DATABASES": str(folder),
         "PYTHONPATH": str(folder),
     }
     node = NodeProcess(command, "n1", folder / "node", ports.take(), env)
@@ -152,9 +154,11 @@ async def _is_active_and_ends(command: list[str], folder: Path, nats: NatsServer
 async def test_file_runs_as_a_node(
     block: Block, tmp_path: Path, nats_server: NatsServer, ports: Ports
 ) -> None:
-    """`phalanx run phalanx.toml` does what the program does."""
+    """`phalanx run phalanx.toml` does what the program does; a block with one table gets a platform."""
+    text = block.text if "[platform]" in block.text else f'[platform]\nname = "prod"\n\n{block.text}'
+    (tmp_path / "data").mkdir()
     path = tmp_path / "phalanx.toml"
-    path.write_text(block.text.replace("8080", str(ports.take())))
+    path.write_text(text.replace("8080", str(ports.take())))
     await _is_active_and_ends(
         [sys.executable, "-m", "phalanx.cli.main", "run", str(path)], tmp_path, nats_server, ports
     )
