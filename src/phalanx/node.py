@@ -257,7 +257,8 @@ class Node:
             self._place_session_stream,
         )
         self._own(stack, self._repair.run(), "session stream repair")
-        self._steering = Steering(self.bus, self.names, self._local_server, self.journal)
+        databases = [name for name, app in self.apps.items() if app.config.database is not None]
+        self._steering = Steering(self.bus, self.names, self._local_server, self.journal, databases)
         self._own(stack, self._steering.run(self._active_apps), "steering")
         self._own(stack, self._watch_buckets(), "bucket check")
         self._own(stack, self._measure_lag(), "loop lag")

@@ -180,7 +180,7 @@ def _owner_problem(app: str, folder: Path) -> tuple[str, str] | None:
     if not os.path.isdir(folder) or not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         return f"{folder} cannot be written", "let this user read and write it, or remove it"
     try:
-        owner = json.loads((folder / "state.json").read_bytes()).get("app", app)
+        owner = json.loads((folder / "owner.json").read_bytes()).get("app", app)
     except (OSError, ValueError, AttributeError):
         return None  # not written yet, or damaged: for whoever opens the replica
     if owner != app:

@@ -7,21 +7,25 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 from examples.demo.client import Answer, outages
+from examples.demo.ledger import Ledger, Rows, SetAside
 from examples.demo.node import RUN_MARK
 from examples.demo.programs import Programs
-from examples.demo.promises import FAULTS, Outcome, judge
+from examples.demo.promises import FAULTS, Outcome, judge, judge_rows
 from examples.wiki import platform
 
 from phalanx import system
 from phalanx.config import load_toml
+from phalanx.testing.nats import NatsServer, Ports
+from phalanx.testing.nodes import NodeProcess
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,11 +34,12 @@ UNMOVED = Outcome("nats", "n1", 5, "n1", 5, "goes on")
 
 
 @pytest.fixture
-def own_temp(tmp_path: Path) -> Path:
-    """A folder for temporary files of the demo alone, so that a test sees what it leaves."""
-    folder = tmp_path / "temp"
-    folder.mkdir()
-    return folder
+def own_temp() -> Iterator[Path]:
+    """A folder for temporary files of the demo alone, so that a test sees what it leaves.
+
+    Its path is short, so that sockets can be in it."""
+    with tempfile.TemporaryDirectory(prefix="demo-") as folder:
+        yield Path(folder)
 
 
 def start_demo(temp: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -75,16 +80,30 @@ def wait_until(condition: Callable[[], object], seconds: float) -> bool:
 
 def test_demo_keeps_its_promises_and_leaves_nothing(own_temp: Path) -> None:
     """One fault for real: exit code 0, who took over, a growing epoch, no process and no file left."""
-    demo = start_demo(own_temp, "--only", "kill")
-    output, errors = demo.communicate(timeout=150)
-    events: list[dict[str, Any]] = [json.loads(line) for line in output.splitlines()]
-    assert demo.returncode == 0, output + errors
-    outcome = next(event for event in events if event.get("fault") == "kill")
+    outcome = play(own_temp, "kill")
     assert outcome["before"] != outcome["after"]
     assert outcome["epoch_after"] > outcome["epoch_before"]
     assert outcome["failed_requests"] > 0
+
+
+def test_demo_loses_no_confirmed_row_g3(own_temp: Path) -> None:
+    """Datasette's host loses its power for real: rows were confirmed, whatever is lost was set aside."""
+    outcome = play(own_temp, "db-power")
+    assert outcome["before"] != outcome["after"]
+    rows = outcome["rows"]
+    assert rows["acknowledged"] >= rows["confirmed"] > 0
+    assert rows["lost"] <= rows["set_aside"]
+
+
+def play(temp: Path, fault: str) -> dict[str, Any]:
+    """The outcome of a demo with only that fault; it kept its promises and left nothing."""
+    demo = start_demo(temp, "--only", fault)
+    output, errors = demo.communicate(timeout=150)
+    assert demo.returncode == 0, output + errors
+    events: list[dict[str, Any]] = [json.loads(line) for line in output.splitlines()]
     assert events[-1]["kept"] is True
-    assert left_behind(own_temp) == []
+    assert left_behind(temp) == []
+    return next(event for event in events if event.get("fault") == fault)
 
 
 def test_interrupted_demo_leaves_nothing(own_temp: Path) -> None:
@@ -139,6 +158,85 @@ def test_overlap_breaks_any_fault() -> None:
         assert judge(good, ("both ran",)).broken == ("both ran",)
 
 
+ACKNOWLEDGED = {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}
+
+
+def account(present: set[int], set_aside: SetAside | None, *, may_lose: bool = True) -> Rows:
+    """Rows 1 and 2 were confirmed before a fault at 3.5; *present* are there afterwards."""
+    return Ledger().account(
+        ACKNOWLEDGED,
+        frozenset(present),
+        confirmed_before=2.5,
+        until=3.5,
+        may_lose=may_lose,
+        set_aside=set_aside,
+    )
+
+
+def aside(rows: set[int], transactions: int, *, exact: bool = True) -> SetAside:
+    """What the returning node says."""
+    return SetAside("n1", 3, transactions, exact, "notes.db.diverged-3", frozenset(rows))
+
+
+@pytest.mark.parametrize(
+    ("present", "set_aside", "may_lose"),
+    [
+        ({1, 2, 3, 4}, None, False),
+        ({1, 2, 3, 4}, aside(set(), 0), True),
+        ({1, 2, 4}, aside({1, 2, 3, 9}, 2), True),
+        ({1, 2, 4}, aside({1, 2, 3, 9}, 1, exact=False), True),
+    ],
+)
+def test_rows_that_may_be_lost_are_no_broken_promise(
+    present: set[int], set_aside: SetAside | None, may_lose: bool
+) -> None:
+    """All are there; or one that was not confirmed, and one without an answer, are in the file, counted."""
+    rows = account(present, set_aside, may_lose=may_lose)
+    assert rows.broken == ()
+    assert (rows.acknowledged, rows.confirmed, rows.lost) == (3, 2, len(ACKNOWLEDGED.keys() - present))
+
+
+@pytest.mark.parametrize(
+    ("present", "set_aside", "may_lose", "problem"),
+    [
+        ({1, 3, 4}, aside({1, 2, 3}, 1), True, "a barrier had confirmed are gone: 2 (G3)"),
+        ({1, 2, 4}, None, False, "rows that were acknowledged are gone: 3"),
+        ({1, 2, 4}, None, True, "did not say what it had"),
+        ({1, 2, 4}, aside(set(), 0), True, "are in no file that was set aside: 3"),
+        ({1, 2, 4}, aside({1, 2, 3, 9}, 1), True, "has 2 rows that the program lacks"),
+    ],
+)
+def test_lost_row_is_noticed(
+    present: set[int], set_aside: SetAside | None, may_lose: bool, problem: str
+) -> None:
+    """Each way in which a row can be lost against the promise, and the fault counts as broken."""
+    outcome = judge_rows(judge(GOOD), account(present, set_aside, may_lose=may_lose))
+    assert any(problem in each for each in outcome.broken), outcome.broken
+    assert not outcome.is_kept
+
+
+def test_lost_row_counts_once() -> None:
+    """A row that an earlier fault has taken is not lost again by the next one."""
+    ledger = Ledger()
+    first = ledger.account(
+        {1: 1.0, 2: 2.0},
+        frozenset({1}),
+        confirmed_before=0,
+        until=2,
+        may_lose=True,
+        set_aside=aside({1, 2}, 1),
+    )
+    second = ledger.account(
+        {1: 1.0, 2: 2.0, 3: 3.0},
+        frozenset({1, 3}),
+        confirmed_before=3.5,
+        until=4,
+        may_lose=False,
+        set_aside=None,
+    )
+    assert (first.lost, second.lost, second.acknowledged, second.broken) == (1, 0, 1, ())
+
+
 def test_programs_that_run_at_once_are_seen(tmp_path: Path) -> None:
     """Two real processes of different epochs: one after the other is fine, both at once is an overlap."""
     run = tmp_path.name
@@ -179,3 +277,23 @@ def test_examples_are_valid() -> None:
     assert list(platform.apps) == ["wiki"]
     config, apps = load_toml(ROOT / "examples" / "phalanx.toml")
     assert (config.name, [app.name for app in apps]) == ("prod", ["wiki"])
+
+
+def test_notes_are_confirmed_and_stay(tmp_path: Path, nats_server: NatsServer) -> None:
+    """The example with a database: two lives of a node, numbers go on, SIGTERM ends it with 0."""
+    databases = tmp_path / "databases"
+    databases.mkdir()
+    ports = Ports()
+    env = {"PHALANX_NATS": nats_server.url(), "PHALANX_DATABASES": str(databases), "PYTHONPATH": str(ROOT)}
+    node = NodeProcess((sys.executable, "-m", "examples.notes"), "n1", tmp_path / "n1", ports.take(), env)
+    try:
+        for number in (1, 2):
+            node.start()
+            assert wait_until(lambda wanted=f"note {number} is confirmed at ": wanted in node.log(), 60), (
+                node.log()
+            )
+            node.terminate()
+            assert node.wait(60) == 0, node.log()
+    finally:
+        node.stop()
+        ports.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 from phalanx.aio import wait_at_most
@@ -35,10 +35,19 @@ class Steering:
     """One task that looks after every app that is active on this node.
 
     *local_server*: the NATS server on this host; empty when there is none, and nothing is done.
+    *with_databases*: the apps that have a WAL log.
     """
 
-    def __init__(self, bus: Bus, names: Names, local_server: str, journal: Platform) -> None:
+    def __init__(
+        self,
+        bus: Bus,
+        names: Names,
+        local_server: str,
+        journal: Platform,
+        with_databases: Collection[str] = (),
+    ) -> None:
         self._bus, self._names, self._local, self._journal = bus, names, local_server, journal
+        self._with_databases = with_databases
         self._look = asyncio.Event()
 
     def look(self) -> None:
@@ -54,12 +63,19 @@ class Steering:
                 self._look.clear()
                 await asyncio.sleep(SETTLE_SECONDS)
             for app in active_apps():
-                stream = self._names.bucket_stream(self._names.app_bucket(app))
-                try:
-                    await self._steer(app, stream)
-                except BusError as error:
-                    log.debug("steering %s: %s", stream, error)
-                    asyncio.get_running_loop().call_later(1.0, self._look.set)
+                for stream in self._streams(app):
+                    try:
+                        await self._steer(app, stream)
+                    except BusError as error:
+                        log.debug("steering %s: %s", stream, error)
+                        asyncio.get_running_loop().call_later(1.0, self._look.set)
+
+    def _streams(self, app: str) -> list[str]:
+        """Those that a takeover of *app* needs: its bucket, and the log of its database."""
+        streams = [self._names.bucket_stream(self._names.app_bucket(app))]
+        if app in self._with_databases:
+            streams.append(self._names.wal_stream(app))
+        return streams
 
     async def _steer(self, app: str, stream: str) -> None:
         info = await self._bus.api(f"STREAM.INFO.{stream}", {}, timeout=2.0)

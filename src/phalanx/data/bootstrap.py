@@ -23,13 +23,17 @@ class Bootstrap:
     def __init__(self, database: AppDatabase) -> None:
         self._database = database
 
-    def is_needed(self, state: ReplicaState, end: LogState) -> bool:
-        """Whether the replica cannot go on from where it is."""
+    async def needed_because(self, state: ReplicaState, end: LogState) -> str:
+        """Why the replica cannot go on from where it is, or had better not; empty if it goes on."""
         if state.state == "broken":
-            return True
+            return state.reason or "the replica is broken"
         if end.last < state.position.sequence:
-            return True
-        return end.messages > 0 and end.first > state.position.sequence + 1
+            return f"the log ends at {end.last}, before {state.position}"
+        if end.messages and end.first > state.position.sequence + 1:
+            return f"the log begins at {end.first}, after {state.position}"
+        if state.state == "empty" and await self._newest(end) is not None:
+            return "there is no replica yet"
+        return ""
 
     async def run(self, state: ReplicaState, end: LogState, why: str) -> None:
         """Make it anew. Raises DatabaseError, BusError, OSError; then the old one is as it was."""

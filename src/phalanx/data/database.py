@@ -55,6 +55,9 @@ UNKNOWN_DATA_SECONDS = 0.5
 KEPT_LOOK_SECONDS = 1.0
 """How often it is looked again whether a kept database, or what holds this node back, is still so."""
 
+NEAR_ENTRIES = 64
+"""A replica that is so near the end of the log counts as one that follows."""
+
 LATE_WRITERS_SECONDS = 60.0
 """How long a live database that has become a replica refuses late writers; then its space is given up."""
 
@@ -228,7 +231,10 @@ class AppDatabase:
                     self._failures = 0
                     if self._phase is Phase.KEPT or self._reason:
                         again = KEPT_LOOK_SECONDS
-                except (PhalanxError, OSError) as error:
+                except Exception as error:
+                    # A bug, too: nobody else brings the database back, and the app may be active elsewhere.
+                    if not isinstance(error, PhalanxError | OSError):
+                        log.exception("app %s: tending the database failed", self.app)
                     self._failures += 1
                     again = RETRY.delay(self._failures)
                     self._fail(error)
@@ -238,13 +244,17 @@ class AppDatabase:
         """Until there is something to tend; meanwhile it is told when the replica falls too far behind."""
         deadline = system.now() + seconds if seconds is not None else float("inf")
         while not await wait_at_most(self._wake, min(LAG_LOOK_SECONDS, deadline - system.now())):
+            if system.now() >= self._release_at:
+                self._release_at = float("inf")
+                with contextlib.suppress(DatabaseError):  # it has ended, and with it its hold
+                    await self.replica.release_old()
             if self._ineligible() != self._told:
                 self._on_change()
             if system.now() >= deadline:
                 return
 
     def _fail(self, error: Exception) -> None:
-        reason = str(error)
+        reason = str(error) or type(error).__name__
         if (self._phase, self._reason) != (Phase.BROKEN, reason):
             self.report("database-unavailable", reason, level=logging.ERROR)
         self._set_phase(Phase.BROKEN, reason)
@@ -272,12 +282,26 @@ class AppDatabase:
         trouble = self.follower.trouble if self.follower is not None else None
         await self._stop_follower()
         end_state = await self.log.state()
-        if trouble is not None or self.bootstrap.is_needed(state, end_state):
+        why = trouble or await self.bootstrap.needed_because(state, end_state)
+        if why:
             self._set_phase(Phase.BOOTSTRAPPING)
-            await self.bootstrap.run(state, end_state, trouble or state.reason or "its position left the log")
+            await self.bootstrap.run(state, end_state, why)
             self.readers.revoke("the replica was made anew")
         await self._start_follower()
+        await self._catch_up(end.sequence)
         self._set_phase(Phase.FOLLOWING, self._held_back(end))
+
+    async def _catch_up(self, sequence: int) -> None:
+        """Let the replica come near the end of the log: before that its readers would see a distant past."""
+        follower = self.follower
+        assert follower is not None
+        while sequence - follower.applied.sequence > NEAR_ENTRIES:
+            self._set_phase(Phase.BOOTSTRAPPING, f"the replica is at {follower.applied} of {sequence}")
+            before = follower.applied
+            with contextlib.suppress(TimeoutError):
+                await follower.wait_for(sequence, LAG_LOOK_SECONDS)
+            if follower.applied == before:
+                raise DatabaseError(f"the replica does not get on from {before} to {sequence}")
 
     async def _end_of_log(self) -> LogEnd:
         """The end of the log; also of one that is shorter than it was, once that is reported."""

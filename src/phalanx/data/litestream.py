@@ -59,6 +59,7 @@ _NEVER_HOURS = 2_500_000
 """285 years: near the longest time that Go has, and its multiples since the year 1 are far from now."""
 _CONNECT_POLL_SECONDS = 0.003
 _LOCK_POLL_SECONDS = 0.01
+_FOLDER_PREFIX = "phalanx-socket-"
 _KEPT_VARIABLES = ("PATH", "HOME", "TMPDIR", "LANG", "LC_ALL", "TZ")
 _UNUSABLE = "?#%"
 """Litestream opens the database by a URI in which it does not escape these."""
@@ -348,10 +349,20 @@ class _Synced(msgspec.Struct):
     txid: int = 0
 
 
+def _remove_left_folders(parent: Path) -> None:
+    """Those of nodes that were killed: the process that is in the name runs no more."""
+    for folder in parent.glob(f"{_FOLDER_PREFIX}*-*"):
+        pid = folder.name.removeprefix(_FOLDER_PREFIX).partition("-")[0]
+        with contextlib.suppress(OSError):
+            if pid.isdecimal() and folder.stat().st_uid == os.geteuid() and not system.is_running(int(pid)):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def _socket_folder() -> Path:
     """A folder of its own, 0700, with a path that is short enough. Raises OSError."""
     for parent in dict.fromkeys((tempfile.gettempdir(), "/tmp")):
-        folder = Path(tempfile.mkdtemp(prefix="phalanx-", dir=parent))
+        _remove_left_folders(Path(parent))
+        folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}{os.getpid()}-", dir=parent))
         if len(os.fsencode(folder / "s")) <= MAX_SOCKET_PATH:
             return folder
         folder.rmdir()

@@ -25,35 +25,43 @@ class StaleConnection(sqlite3.OperationalError):
     """The database behind this connection is not the app's any more: connect again."""
 
 
+class ReadOnlyCursor(sqlite3.Cursor):
+    """A cursor of a connection that can be revoked."""
+
+    def execute(self, *args: Any, **kwargs: Any) -> ReadOnlyCursor:
+        """As in sqlite3. Raises StaleConnection."""
+        _check(self.connection)
+        super().execute(*args, **kwargs)
+        return self
+
+    def executemany(self, *args: Any, **kwargs: Any) -> ReadOnlyCursor:
+        """As in sqlite3. Raises StaleConnection."""
+        _check(self.connection)
+        super().executemany(*args, **kwargs)
+        return self
+
+    def executescript(self, *args: Any, **kwargs: Any) -> ReadOnlyCursor:
+        """As in sqlite3. Raises StaleConnection."""
+        _check(self.connection)
+        super().executescript(*args, **kwargs)
+        return self
+
+
+def _check(connection: sqlite3.Connection) -> None:
+    if isinstance(connection, ReadOnlyConnection) and connection.revoked:
+        raise StaleConnection(f"{connection.revoked}: call app.db.connect() again")
+
+
 class ReadOnlyConnection(sqlite3.Connection):
     """A connection that can be revoked. Statements that run just then still see one consistent state."""
 
     revoked: str = ""
     """Why it is stale; empty while it is not."""
 
-    def _check(self) -> None:
-        if self.revoked:
-            raise StaleConnection(f"{self.revoked}: call app.db.connect() again")
-
-    def cursor(self, *args: Any, **kwargs: Any) -> sqlite3.Cursor:
+    def cursor(self, factory: Any = ReadOnlyCursor) -> Any:
         """As in sqlite3. Raises StaleConnection."""
-        self._check()
-        return super().cursor(*args, **kwargs)
-
-    def execute(self, *args: Any, **kwargs: Any) -> sqlite3.Cursor:
-        """As in sqlite3. Raises StaleConnection."""
-        self._check()
-        return super().execute(*args, **kwargs)
-
-    def executemany(self, *args: Any, **kwargs: Any) -> sqlite3.Cursor:
-        """As in sqlite3. Raises StaleConnection."""
-        self._check()
-        return super().executemany(*args, **kwargs)
-
-    def executescript(self, *args: Any, **kwargs: Any) -> sqlite3.Cursor:
-        """As in sqlite3. Raises StaleConnection."""
-        self._check()
-        return super().executescript(*args, **kwargs)
+        _check(self)
+        return super().cursor(factory)
 
 
 class Readers:

@@ -134,13 +134,14 @@ class DataReign:
         database = self._database
         began = system.now()
         if self._kept:
+            await asyncio.to_thread(database.settlements.drop_broken_chain, self._base.txid)
             await database.replica.resume(self.epoch, self._sealed)
             how, position = "went on with its own database", self._base
         else:
+            position, at = self._base, (await database.replica.state()).position.txid
+            if at != position.txid:
+                raise DatabaseError(f"its replica is at transaction {at}, the log at {position}")
             promoted = await database.replica.promote(database.live, self.epoch, self._sealed)
-            position = self._base
-            if promoted.txid != position.txid:
-                raise DatabaseError(f"the replica was promoted at {promoted.txid}, the log is at {position}")
             how = "promoted its replica"
             if not promoted.txid:
                 how = "adopts the database that was there" if promoted.exists else "begins without a database"

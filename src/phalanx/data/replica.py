@@ -22,7 +22,7 @@ import msgspec
 
 from phalanx.data import disk, handover, ltx
 from phalanx.data.replica_record import Record, open_record
-from phalanx.data.replica_state import CHECKPOINT_PAGES, Aside, Promoted, ReplicaState
+from phalanx.data.replica_state import CHECKPOINT_PAGES, Aside, Promoted, ReplicaState, WalInfo
 from phalanx.data.replica_store import COMPACT_BYTES, Folder, Journal, State
 from phalanx.data.wal_files import LogState, WalFiles, is_wal_database, page_size_of
 from phalanx.errors import DatabaseError, LtxError
@@ -442,9 +442,10 @@ class Replica:
             raise DatabaseError(f"the replica is {self.state}, there is no live database")
         self._folder.save(msgspec.structs.replace(state, epoch=epoch, sealed=sealed))
 
-    def demote(self, live: Path, sequence: int, txid: int) -> Position:
+    def demote(self, live: Path, sequence: int, txid: int, seen: WalInfo | None = None) -> Position:
         """The database at *live*, exactly at that position, becomes a replica; its files are removed.
 
+        *seen*: its log when that was found out. Raises DatabaseError if somebody has written since.
         Whoever has them open still gets SQLITE_BUSY when he writes, until :meth:`release_old`.
         """
         state = self._folder.state
@@ -455,6 +456,9 @@ class Replica:
         self.release_old()
         old = WalFiles.open(live)
         try:
+            # The write lock is ours from here on: whoever is late has written before this, or never will.
+            if seen is not None and _place(old) != (seen.salt1, seen.salt2, seen.frames):
+                raise DatabaseError(f"{live} was written to while it was compared with the log")
             generation, leftover = state.generation + 1, handover.identity(live)
             handover.copy_generation(self._folder, generation, old, live.stat(), Position(sequence, txid))
             self._switch(State(role="replica", generation=generation, live=str(live), leftover=leftover))
@@ -481,6 +485,14 @@ class Replica:
         aside = handover.set_aside(self._folder, live, target)
         self._position = self._folder.state.position
         return aside
+
+
+def _place(files: WalFiles) -> tuple[int, int, int]:
+    """Salts and frames of its log, as a WalInfo has them."""
+    state = files.log_state
+    if state is None:
+        return 0, 0, 0
+    return int.from_bytes(state.salts[:4], "big"), int.from_bytes(state.salts[4:], "big"), state.frames
 
 
 def _write_pages(target: int, record: Record) -> None:

@@ -219,9 +219,9 @@ class ReplicaProcess:
         """The live database stays, for another epoch."""
         await self._call("resume", epoch, sealed)
 
-    async def demote(self, live: Path, sequence: int, txid: int) -> Position:
+    async def demote(self, live: Path, sequence: int, txid: int, seen: WalInfo | None = None) -> Position:
         """The live database, exactly at that position, becomes the replica. See ``Replica.demote``."""
-        return await self._ask(Position, "demote", str(live), sequence, txid, timeout=LONG_SECONDS)
+        return await self._ask(Position, "demote", str(live), sequence, txid, seen, timeout=LONG_SECONDS)
 
     async def release_old(self) -> None:
         """Let go of the file that :meth:`demote` has replaced: late writers may do as they like now."""

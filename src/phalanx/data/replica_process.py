@@ -17,8 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from phalanx.data.handover import wal_info
 from phalanx.data.replica import Replica
+from phalanx.data.replica_state import WalInfo
 from phalanx.data.replica_wire import LENGTH_BYTES, Failure, Reply, decode_request, framed
 from phalanx.errors import DatabaseError
 
@@ -118,8 +121,8 @@ def _perform(replica: Replica, operation: str, arguments: tuple[Any, ...]) -> ob
             return replica.promote(Path(live), epoch, sealed)
         case "resume", (epoch, sealed):
             return replica.resume(epoch, sealed)
-        case "demote", (live, sequence, txid):
-            return replica.demote(Path(live), sequence, txid)
+        case "demote", (live, sequence, txid, seen):
+            return replica.demote(Path(live), sequence, txid, msgspec.convert(seen, WalInfo | None))
         case "release_old", ():
             return replica.release_old()
         case "set_aside", (live, target):

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from phalanx import system
 from phalanx.data import ltx
 from phalanx.data.log import LogEnd
-from phalanx.data.replica_state import ReplicaState
+from phalanx.data.replica_state import ReplicaState, WalInfo
 from phalanx.data.status import DivergedFile
 from phalanx.decide.settling import Keep, LocalDatabase, LoggedReign, MakeReplica, SetAside, settle
 
@@ -97,12 +97,14 @@ class Settlements:
                 database.report("database-vanished", reason, level=logging.ERROR)
             return True
         logged = await self._logged(state.epoch, state.sealed, end)
-        local = LocalDatabase(state.epoch, self._captured(), await self._unlogged(logged.last_txid))
+        wal = await self._wal_after(logged.last_txid)
+        unlogged = wal.later_commits if wal is not None else None
+        local = LocalDatabase(state.epoch, self._captured(), unlogged)
         match settle(local, logged):
             case Keep():
                 return False
             case MakeReplica(sequence, txid):
-                await database.replica.demote(database.live, sequence, txid)
+                await database.replica.demote(database.live, sequence, txid, wal)
                 database.report(
                     "database-returned",
                     f"its database of epoch {state.epoch} is just what the log says at {sequence}/{txid}",
@@ -130,12 +132,25 @@ class Settlements:
         found = [(ltx.parse_file_name(path.name), path) for path in folder.glob("*.ltx")]
         return sorted((txids[1], path) for txids, path in found if txids is not None)
 
+    def drop_broken_chain(self, logged_txid: int) -> None:
+        """Remove captured files that cannot follow on the log's last transaction: some between are gone.
+
+        So it is where NATS has lost what was shipped: the next record then holds every page.
+        """
+        files = self._files()
+        if files and [txid for txid, _ in files if txid > logged_txid] != list(
+            range(logged_txid + 1, files[-1][0] + 1)
+        ):
+            log.warning("app %s: captured files do not follow on %d", self._database.app, logged_txid)
+            for _, path in files:
+                path.unlink()
+
     def _captured(self) -> int:
         files = self._files()
         return files[-1][0] if files else 0
 
-    async def _unlogged(self, logged_txid: int) -> int | None:
-        """How many transactions the WAL has after those of *logged_txid*; None where it can't tell."""
+    async def _wal_after(self, logged_txid: int) -> WalInfo | None:
+        """What the WAL has after those of *logged_txid*; None where it is not known where those end."""
         database, files = self._database, dict(self._files())
         if logged_txid in files:
             header = _header(files[logged_txid])
@@ -145,10 +160,7 @@ class Settlements:
             offset = header.wal_offset
         else:
             return None
-        found = await database.replica.live_wal_info(
-            database.live, header.wal_salt1, header.wal_salt2, offset
-        )
-        return found.later_commits
+        return await database.replica.live_wal_info(database.live, header.wal_salt1, header.wal_salt2, offset)
 
     # --- setting aside
 
