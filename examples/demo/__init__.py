@@ -1,1 +1,1 @@
-"""``python -m examples.demo``: a cluster on this machine, five faults, and what a client saw of them."""
+"""``python -m examples.demo``: a cluster on this machine, nine faults, and what clients saw of them."""

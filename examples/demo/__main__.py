@@ -11,11 +11,15 @@ from pathlib import Path
 from types import FrameType
 
 from examples.demo.client import Client
+from examples.demo.database_part import DatabasePart
 from examples.demo.hosts import Hosts
+from examples.demo.http_part import HttpPart
+from examples.demo.node import NOTES, WIKI
+from examples.demo.part import Failed, Part
 from examples.demo.programs import Programs
-from examples.demo.promises import FAULTS, Fault
-from examples.demo.scenario import Failed, Scenario
+from examples.demo.promises import FAULTS, Fault, Outcome
 from examples.demo.timeline import Timeline
+from examples.demo.writer import Writer
 
 
 def main() -> int:
@@ -39,35 +43,51 @@ def main() -> int:
         return 130
 
 
-def _run(faults: tuple[Fault, ...], timeline: Timeline, keep_logs: Path | None) -> int:
-    run = secrets.token_hex(8)
-    with contextlib.ExitStack() as stack:
-        programs = Programs(run)
-        stack.callback(programs.kill_left)
-        hosts = Hosts(run)
-        stack.callback(hosts.stop, keep_logs)
-        stack.enter_context(programs)
-        client = stack.enter_context(Client(hosts.backend_port))
-        scenario = Scenario(hosts, client, programs, timeline)
-        try:
-            scenario.run(faults)
-        except Failed as error:
-            scenario.fail(str(error))
-        stack.callback(timeline.close)
-        timeline.summary(scenario.outcomes, scenario.problems, len(client.answers))
-        kept = not scenario.problems and all(outcome.is_kept for outcome in scenario.outcomes)
+def _run(wanted: tuple[Fault, ...], timeline: Timeline, keep_logs: Path | None) -> int:
+    outcomes: list[Outcome] = []
+    problems: list[str] = []
+    requests = 0
+    for app in (WIKI, NOTES):
+        faults = tuple(each for each in wanted if each.app == app)
+        if not faults:
+            continue
+        with contextlib.ExitStack() as stack:
+            stack.callback(timeline.close)
+            part = _part(app, stack, timeline, keep_logs)
+            try:
+                part.run(faults, len(outcomes) + 1, len(wanted))
+            except Failed as error:
+                part.fail(str(error))
+            outcomes += part.outcomes
+            problems += part.problems
+            requests += part.requests
+    timeline.summary(outcomes, problems, requests)
+    kept = not problems and all(outcome.is_kept for outcome in outcomes)
     if not kept and not timeline.is_json:
         hint = f"the logs are in {keep_logs}" if keep_logs else "run it again with --keep-logs DIR"
         print(f"To find out why: {hint}")
     return 0 if kept else 1
 
 
+def _part(app: str, stack: contextlib.ExitStack, timeline: Timeline, keep_logs: Path | None) -> Part:
+    """With hosts of its own, all of which end with *stack*."""
+    run = secrets.token_hex(8)
+    programs = Programs(run)
+    stack.callback(programs.kill_left)
+    hosts = Hosts(run, app)
+    stack.callback(hosts.stop, keep_logs)
+    stack.enter_context(programs)
+    if app == WIKI:
+        return HttpPart(hosts, stack.enter_context(Client(hosts.backend_port)), programs, timeline)
+    return DatabasePart(hosts, stack.enter_context(Writer(hosts.backend_port)), programs, timeline)
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.demo",
-        description="Three hosts on this machine, five faults, and what a client sees of them.",
+        description="Three hosts on this machine, nine faults, and what clients see of them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="faults:\n" + "\n".join(f"  {each.key:<9} {each.title}" for each in FAULTS),
+        epilog="faults:\n" + "\n".join(f"  {each.key:<13} {each.title}" for each in FAULTS),
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="copy all logs there at the end")

@@ -37,8 +37,8 @@ class Outage(NamedTuple):
 class Client:
     """Asks *path* of 127.0.0.1:*port* from a thread of its own, from ``with`` to its end."""
 
-    def __init__(self, port: int, path: str = "/node.txt") -> None:
-        self.port = port
+    def __init__(self, port: int, path: str = "/node.txt", every_seconds: float = EVERY_SECONDS) -> None:
+        self.port, self.every_seconds = port, every_seconds
         self._request = f"GET {path} HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n".encode()
         self.answers: list[Answer] = []
         self._stop = threading.Event()
@@ -51,7 +51,7 @@ class Client:
             node = self.ask()
             self.answers.append(Answer(began, system.now(), node))
             # After an answer that took long it goes on from now: it does not catch up.
-            due = max(due + EVERY_SECONDS, began)
+            due = max(due + self.every_seconds, began)
 
     def ask(self) -> str:
         """One request: the node that answered, empty if none did."""
@@ -78,6 +78,11 @@ class Client:
         """When *node* first answered a request that began after *since*."""
         return next((a.ended for a in list(self.answers) if a.began >= since and a.node == node), None)
 
+    def stop(self) -> None:
+        """No request from here on."""
+        self._stop.set()
+        self._thread.join(5)
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self
@@ -85,8 +90,7 @@ class Client:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
-        self._thread.join(5)
+        self.stop()
 
 
 def outages(answers: list[Answer], now: float) -> list[Outage]:

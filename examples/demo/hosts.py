@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -18,13 +19,12 @@ from typing import Any, NamedTuple, Self, cast
 
 import msgspec
 
-from examples.demo.node import APP, PLATFORM, Settings
+from examples.demo.node import PLATFORM, Settings
 from phalanx import system
 from phalanx.testing.nats import HOST, Ports, stop_leftover
 from phalanx.testing.nodes import NodeProcess
 
 _ROOT = Path(__file__).parents[2]
-_STREAM = f"KV_{PLATFORM}_{APP}"
 
 
 class Line(NamedTuple):
@@ -44,12 +44,18 @@ class Host:
         www = Path(settings.www)
         www.mkdir(parents=True)
         (www / "node.txt").write_text(name)
+        databases, temporary = directory / "databases", directory / "tmp"
+        databases.mkdir()
+        temporary.mkdir()
         self.node = NodeProcess(
             (sys.executable, "-m", "examples.demo.node"),
             name,
             directory,
             http_port,
             {
+                "PHALANX_DATABASES": str(databases),
+                # A killed node leaves its Litestream's socket until the next start: not on this machine.
+                "TMPDIR": str(temporary),
                 "DEMO_NODE": msgspec.json.encode(settings).decode(),
                 "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))),
             },
@@ -63,14 +69,23 @@ class Host:
         """SIGKILL the NATS server of this host; its pid. The node starts it again."""
         return stop_leftover(self.node.data_dir)
 
+    def helpers(self, name: str = "") -> list[int]:
+        """Processes that the node has started, but its keeper and NATS server; *name* in their command."""
+        found: list[int] = []
+        for pid in _descendants(self.node.pid):
+            command = _command(pid)
+            if name in command and "nats-server" not in command and "phalanx.keeper" not in command:
+                found.append(pid)
+        return found
+
     def die(self, programs: Sequence[int]) -> None:
         """Everything of this host at once, with the processes *programs*, as if the power had failed."""
-        victims = [self.node.keeper_pid, self.node.pid, *programs]
+        victims = list({self.node.keeper_pid: 0, self.node.pid: 0, **dict.fromkeys(programs, 0)})
         for pid in victims:
             # Stopped first, so that none of them can act on the end of another.
-            os.kill(pid, signal.SIGSTOP)
+            _signal(pid, signal.SIGSTOP)
         for pid in victims:
-            os.kill(pid, signal.SIGKILL)
+            _signal(pid, signal.SIGKILL)
         self.kill_nats()
         self.node.wait(10)
 
@@ -79,7 +94,7 @@ class Host:
     def app(self) -> dict[str, Any]:
         """The app in the node's own /status; empty when it does not answer."""
         apps: list[dict[str, Any]] = self.node.status().get("apps") or []
-        return next((app for app in apps if app["name"] == APP), dict[str, Any]())
+        return next((app for app in apps if app["name"] == self.settings.app), dict[str, Any]())
 
     def problem(self) -> str:
         """What is missing before this host is healthy; empty when it is."""
@@ -95,12 +110,14 @@ class Host:
         return "" if health == "ok" else f"NATS server {self.name} is {health}"
 
     def leads_stream(self) -> bool:
-        """Whether its NATS server leads the app's bucket."""
+        """Whether its NATS server leads the app's bucket, or the log of its database."""
+        app, here = self.settings.app, f"{PLATFORM}-{self.name}"
+        streams = (f"KV_{PLATFORM}_{app}", f"{PLATFORM}_{app}_wal")
         answer = self.monitor("/jsz?streams=1&accounts=1")
         for account in cast("list[dict[str, Any]]", answer.get("account_details") or []):
             for stream in cast("list[dict[str, Any]]", account.get("stream_detail") or []):
                 cluster = cast("dict[str, Any]", stream.get("cluster") or {})
-                if stream["name"] == _STREAM and cluster.get("leader") == f"{PLATFORM}-{self.name}":
+                if stream["name"] in streams and cluster.get("leader") == here:
                     return True
         return False
 
@@ -147,7 +164,8 @@ class Host:
 class Hosts:
     """All of them, in a temporary folder, with free ports. Nothing is left of them after ``with``."""
 
-    def __init__(self, run: str, count: int = 3) -> None:
+    def __init__(self, run: str, app: str, count: int = 3) -> None:
+        self.app = app
         self.directory = Path(tempfile.mkdtemp(prefix="phalanx-demo-"))
         self._ports = Ports()
         take = self._ports.take
@@ -159,7 +177,7 @@ class Hosts:
             name = f"n{i + 1}"
             directory = self.directory / name
             settings = Settings(
-                run, self.backend_port, str(directory / "www"), take(), cluster[i], take(), routes
+                run, app, self.backend_port, str(directory / "www"), take(), cluster[i], take(), routes
             )
             self._hosts[name] = Host(name, directory, take(), settings)
 
@@ -187,13 +205,17 @@ class Hosts:
         problem = next((problem for host in self if (problem := host.problem())), "")
         return problem or ("" if self.active()[0] else "no node is active")
 
+    def urls(self) -> tuple[str, ...]:
+        """Where the NATS servers listen."""
+        return tuple(f"nats://{HOST}:{host.settings.nats_port}" for host in self)
+
     def stop(self, keep_logs: Path | None = None) -> None:
         """Kill everything and delete the files; logs are copied to *keep_logs* before."""
         for host in self:
             host.node.stop()
         if keep_logs is not None:
             for host in self:
-                target = keep_logs / host.name
+                target = keep_logs / self.app / host.name
                 target.mkdir(parents=True, exist_ok=True)
                 data = host.node.data_dir / "nats"
                 for path in (host.node.log_path, data / "nats.log", Path(f"{host.settings.www}.log")):
@@ -209,3 +231,30 @@ class Hosts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _signal(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in _tasks(pid):
+        with contextlib.suppress(OSError):
+            found += [int(child) for child in Path(f"/proc/{pid}/task/{task}/children").read_text().split()]
+    return found + [below for child in found for below in _descendants(child)]
+
+
+def _tasks(pid: int) -> list[str]:
+    try:
+        return os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return []
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""

@@ -1,4 +1,4 @@
-"""The run: start, one fault after the other, and what is seen of each."""
+"""What both parts of the run have in common: start, one fault after the other, and what is seen of each."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TypeVar
 import msgspec
 import nats
 
-from examples.demo.client import EVERY_SECONDS, Client
+from examples.demo.client import Client
 from examples.demo.hosts import Hosts, Line
-from examples.demo.node import APP, PLATFORM, STALL_LIMIT_SECONDS, TTL_SECONDS
+from examples.demo.node import PLATFORM, STALL_LIMIT_SECONDS, TTL_SECONDS
 from examples.demo.programs import Program, Programs, waited_for_cpu
-from examples.demo.promises import FAULTS, Fault, Outcome, judge, milliseconds
+from examples.demo.promises import Fault, Outcome, judge, milliseconds
 from examples.demo.timeline import Timeline
 from phalanx import system
 
@@ -23,14 +23,17 @@ T = TypeVar("T")
 
 _POLL_SECONDS = 0.05
 _START_SECONDS = 60.0
-_HEAL_SECONDS = 30.0
+HEAL_SECONDS = 30.0
 _TAKEOVER_SECONDS = 15.0
-_WATCH_NATS_SECONDS = 2 * TTL_SECONDS
+WATCH_SECONDS = 2 * TTL_SECONDS
 """Whoever could be deposed by the loss of a NATS server is by then."""
 
-_SHOWN = re.compile(
-    rf"app {APP}: (leader-acquired|active|handing-over|released|activation-failed|section-failed|killed)"
-    r"|node: (session-established|session-lost|no-session|standing-down|suicide)"
+_OF_APP = (
+    r"(leader-acquired|active|handing-over|released|activation-failed|section-failed|killed"
+    r"|database-(promoted|returned|diverged|vanished|unavailable)|capture-|replica-lost|log-refused|spool-full)"
+)
+_OF_NODE = (
+    r"node: (session-established|session-lost|no-session|standing-down|suicide)"
     r"|nats: server-(exited|started|adopted)|platform: "
     r"|fenc|killing|stall|ends? the session"
 )
@@ -41,27 +44,50 @@ class Failed(Exception):
     """The demo cannot go on: something that must come did not."""
 
 
-class Scenario:
+class Part:
     """Drives the hosts through the faults; *client* and *programs* look on."""
 
     def __init__(self, hosts: Hosts, client: Client, programs: Programs, timeline: Timeline) -> None:
         self._hosts, self._client, self._programs, self._timeline = hosts, client, programs, timeline
+        self._shown = re.compile(rf"app {hosts.app}: {_OF_APP}|{_OF_NODE}")
         self.outcomes: list[Outcome] = []
         self.problems: list[str] = []
         self._overlaps_told = 0
         self._lines: list[Line] = []
 
-    def run(self, faults: Sequence[Fault] = FAULTS) -> None:
-        """All of it. Raises Failed."""
+    def run(self, faults: Sequence[Fault], first: int, of: int) -> None:
+        """All of it; *first*: the number of the first fault, among *of* in all parts. Raises Failed."""
         self._start()
-        for number, fault in enumerate(faults, 1):
-            self._wait(lambda: not self._misplaced(), self._misplaced, _HEAL_SECONDS)
+        for number, fault in enumerate(faults, first):
+            self._prepare()
             self._tell_lines()
-            self._timeline.title(f"{number}/{len(faults)}  {fault.title}")
-            self.outcomes.append(self._inflict(fault))
-            self._timeline.outcome(self.outcomes[-1])
-            self._heal()
+            self._timeline.title(f"{number}/{of}  {fault.title}")
+            self._play(fault)
         self._finish()
+
+    # --- what differs
+
+    def _introduce(self) -> None:
+        raise NotImplementedError
+
+    def _prepare(self) -> None:
+        """Before each fault."""
+
+    def _play(self, fault: Fault) -> None:
+        """Inflict it, note and tell the outcome, heal."""
+        raise NotImplementedError
+
+    def _cause(self, fault: Fault, active: str) -> float:
+        """Do it. When, by ``system.now()``."""
+        raise NotImplementedError
+
+    def _await_moment(self) -> None:
+        """Return when it hurts most."""
+
+    @property
+    def requests(self) -> int:
+        """How many the client has sent."""
+        return len(self._client.answers)
 
     def fail(self, problem: str) -> None:
         """It could not go on: *problem*, and what was seen until then."""
@@ -74,24 +100,23 @@ class Scenario:
         names = ", ".join(host.name for host in self._hosts)
         say("demo", f"starting {names}: each a node, its keeper and its NATS server, on 127.0.0.1")
         say("demo", "their three NATS servers form a cluster first, which takes them 2 to 10 s")
-        say("demo", f"app {APP!r}, active-passive; its program: uploadserver, on port {self._client.port}")
+        self._introduce()
         say(
             "demo",
             f"TTL {TTL_SECONDS:g} s (default 5 s), stall limit {STALL_LIMIT_SECONDS:g} s (default 2 s)",
         )
         self._hosts.start()
         self._wait(lambda: not self._hosts.problem(), self._hosts.problem, _START_SECONDS)
-        self._wait(self._client.is_served, lambda: "the client is not served", 10)
+        self._wait(self._client.is_served, lambda: "the client is not served", _TAKEOVER_SECONDS)
         node, epoch = self._hosts.active()
         say("demo", f"all is healthy: {node} is active (epoch {epoch}), the others are standbys")
-        say("client", f"asks every {1000 * EVERY_SECONDS:g} ms, served by {self._client.ask()}")
 
     def _heal(self) -> None:
         for host in self._hosts:
             if not host.node.is_running:
                 self._say("demo", f"starts {host.name} again, as a service manager would")
         self._hosts.start()
-        self._wait(lambda: not self._hosts.problem(), self._hosts.problem, _HEAL_SECONDS)
+        self._wait(lambda: not self._hosts.problem(), self._hosts.problem, HEAL_SECONDS)
         node, epoch = self._hosts.active()
         self._say("demo", f"healthy again: {node} is active (epoch {epoch}), two standbys")
 
@@ -122,13 +147,7 @@ class Scenario:
         if program is None:
             raise Failed(f"no program of epoch {epoch} was seen")
         waited = waited_for_cpu()
-        began = {
-            "kill": self._kill,
-            "handover": self._hand_over,
-            "nats": self._kill_nats,
-            "freeze": self._freeze,
-            "host": self._kill_host,
-        }[fault.key](before)
+        began = self._cause(fault, before)
         if fault.bound_seconds is None:
             outcome = self._unmoved(fault, before, program, began)
         else:
@@ -138,6 +157,7 @@ class Scenario:
     def _kill(self, active: str) -> float:
         node = self._hosts[active].node
         self._say("demo", f"kill -KILL {node.pid}: the process of {active}, which is active")
+        self._await_moment()
         began = system.now()
         node.kill()
         return began
@@ -145,38 +165,8 @@ class Scenario:
     def _hand_over(self, active: str) -> float:
         self._say("demo", f"asks {active}, which is active, to step down")
         url = f"nats://127.0.0.1:{self._hosts[active].settings.nats_port}"
-        began, reply = asyncio.run(_step_down(url))
+        began, reply = asyncio.run(_step_down(url, self._hosts.app))
         self._say(active, f"answers: {reply}")
-        return began
-
-    def _kill_nats(self, active: str) -> float:
-        host = self._wait_for(
-            lambda: next((host for host in self._hosts if host.leads_stream()), None),
-            lambda: "no NATS server leads the app's stream",
-            10,
-        )
-        side = "the host of the active node" if host.name == active else f"not on {active}'s host"
-        self._say("demo", f"kill -KILL: the NATS server of {host.name} ({side})")
-        began = system.now()
-        host.kill_nats()
-        return began
-
-    def _freeze(self, active: str) -> float:
-        node = self._hosts[active].node
-        self._say("demo", f"kill -STOP {node.pid}: {active}, which is active, stands still")
-        began = system.now()
-        node.freeze()
-        self._wait(
-            lambda: not node.is_running, lambda: f"{active} stands still, its program goes on serving", 10
-        )
-        self._say("demo", f"{active} was killed by its keeper; kill -CONT finds nobody")
-        return began
-
-    def _kill_host(self, active: str) -> float:
-        host = self._hosts[active]
-        self._say("demo", f"kills all of {active}, which is active: nobody is left to tell of it")
-        began = system.now()
-        host.die([program.pid for program in self._programs.running() if program.node == active])
         return began
 
     # --- what came of it
@@ -239,9 +229,9 @@ class Scenario:
 
     def _unmoved(self, fault: Fault, before: str, old: Program, began: float) -> Outcome:
         self._wait(
-            lambda: system.now() >= began + _WATCH_NATS_SECONDS,
-            lambda: f"watching for {_WATCH_NATS_SECONDS:g} s whether anything moves",
-            _WATCH_NATS_SECONDS + 5,
+            lambda: system.now() >= began + WATCH_SECONDS,
+            lambda: f"watching for {WATCH_SECONDS:g} s whether anything moves",
+            WATCH_SECONDS + 5,
         )
         after, epoch = self._hosts.active()
         outages = self._client.outages(began)
@@ -264,7 +254,7 @@ class Scenario:
         """By the logs of those who ended it. A host that dies as a whole tells nothing."""
         if old.ended is None:
             return "goes on" if fault.bound_seconds is None else "still runs"
-        if fault.key == "host":
+        if fault.key in ("host", "db-power"):
             return "died with its host"
         began_wall = system.wall() - (system.now() - began) - 0.001
         for line in self._lines:
@@ -316,26 +306,26 @@ class Scenario:
         lines = [line for host in self._hosts for line in host.new_lines()]
         self._lines += lines
         for line in sorted(lines, key=lambda line: line.at):
-            if _SHOWN.search(line.text):
-                self._timeline.say(line.who, _short(line), wall=line.at)
+            if self._shown.search(line.text):
+                self._timeline.say(line.who, _short(line, self._hosts.app), wall=line.at)
 
     def _say(self, who: str, text: str, *, at: float | None = None) -> None:
         self._tell_lines()  # what the nodes have said before
         self._timeline.say(who, text, at=at)
 
 
-def _short(line: Line) -> str:
+def _short(line: Line, app: str) -> str:
     text = line.text if len(line.text) <= 130 else f"{line.text[:129]}…"
-    return text.removeprefix(f"app {APP}: ")
+    return text.removeprefix(f"app {app}: ")
 
 
-async def _step_down(url: str) -> tuple[float, str]:
+async def _step_down(url: str, app: str) -> tuple[float, str]:
     """Ask the active node, as ``phalanx stepdown`` does. When it was asked, and what it answered."""
     client = await nats.connect(url)  # pyright: ignore[reportUnknownMemberType] - its **options
     try:
         began = system.now()
         answer = await client.request(
-            f"{PLATFORM}._.control.app.{APP}.stepdown", b'{"by":"the demo"}', timeout=10
+            f"{PLATFORM}._.control.app.{app}.stepdown", b'{"by":"the demo"}', timeout=10
         )
     finally:
         await client.close()

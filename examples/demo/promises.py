@@ -11,9 +11,12 @@ from typing import Literal
 
 import msgspec
 
-from examples.demo.node import STALL_LIMIT_SECONDS, TTL_SECONDS
+from examples.demo.ledger import Rows
+from examples.demo.node import NOTES, STALL_LIMIT_SECONDS, TTL_SECONDS, WIKI
 
-Key = Literal["kill", "handover", "nats", "freeze", "host"]
+Key = Literal[
+    "kill", "handover", "nats", "freeze", "host", "db-litestream", "db-handover", "db-kill", "db-power"
+]
 
 _MOST_BUSY_SECONDS = 0.25
 """Three hosts share this machine with whatever else it does. For what the kernel says that processes had to
@@ -24,7 +27,9 @@ _CLIENT_GRAIN_SECONDS = 0.02
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """One fault. ``bound_seconds``: the new program is started within; None: nothing may move at all."""
+    """One fault. ``bound_seconds``: the new program is started within; None: nothing may move at all.
+
+    ``app``: to which app, so in which part of the run."""
 
     key: Key
     short: str
@@ -32,6 +37,7 @@ class Fault(msgspec.Struct, frozen=True):
     promise: str
     bound_seconds: float | None
     since: Literal["fault", "old program's end"] = "fault"
+    app: Literal["wiki", "notes"] = WIKI
 
 
 FAULTS: tuple[Fault, ...] = (
@@ -71,6 +77,39 @@ FAULTS: tuple[Fault, ...] = (
         "the session expires, another node takes over",
         TTL_SECONDS * 1.05 + 0.2,
     ),
+    Fault(
+        "db-litestream",
+        "Litestream killed",
+        "SIGKILL of Litestream, which reads the active node's database",
+        "no failover, no failed write, no row lost",
+        None,
+        app=NOTES,
+    ),
+    Fault(
+        "db-handover",
+        "hand-over",
+        "graceful hand-over (stepdown) under writes",
+        "the rest of the database is in the log before another node leads: no acknowledged row is lost",
+        0.5,
+        "old program's end",
+        app=NOTES,
+    ),
+    Fault(
+        "db-kill",
+        "node killed",
+        "SIGKILL of the active node's process in the middle of a write",
+        "no confirmed row is lost (G3); what the log lacked is kept in a file, and counted",
+        0.5,
+        app=NOTES,
+    ),
+    Fault(
+        "db-power",
+        "power lost",
+        "a whole host dies in the middle of a write: node, keeper, Litestream, program, NATS server",
+        "no confirmed row is lost (G3); what the log lacked is kept in a file, and counted",
+        TTL_SECONDS * 1.05 + 0.5,
+        app=NOTES,
+    ),
 )
 
 
@@ -81,6 +120,7 @@ class Outcome(msgspec.Struct, frozen=True):
     program, which may take its time to end: ``program_stop``. ``program_start``: from the new program's start
     to its first answer. ``outage``: what the client saw, the longest one. ``ended``: how the old one ended.
     ``waited_for_cpu``: how long, of that time, the kernel saw processes of this machine wait for a CPU.
+    ``rows``: what became of those that the client wrote, where there is a database.
     """
 
     fault: Key
@@ -95,6 +135,7 @@ class Outcome(msgspec.Struct, frozen=True):
     waited_for_cpu: float = 0.0
     outage: float = 0.0
     failed_requests: int = 0
+    rows: Rows | None = None
     broken: tuple[str, ...] = ()
 
     @property
@@ -122,6 +163,11 @@ def judge(outcome: Outcome, overlaps: tuple[str, ...] = ()) -> Outcome:
     else:
         broken += _late(outcome, promised.bound_seconds + allowance(outcome))
     return msgspec.structs.replace(outcome, broken=tuple(broken))
+
+
+def judge_rows(outcome: Outcome, rows: Rows) -> Outcome:
+    """*outcome*, judged already, with what became of the rows."""
+    return msgspec.structs.replace(outcome, rows=rows, broken=(*outcome.broken, *rows.broken))
 
 
 def _moved(outcome: Outcome) -> list[str]:

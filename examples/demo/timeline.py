@@ -9,20 +9,15 @@ import msgspec
 from rich.console import Console
 from rich.markup import escape
 from rich.status import Status
-from rich.table import Table
 
-from examples.demo.promises import FAULTS, Outcome, allowance, fault, milliseconds
+from examples.demo import tables
+from examples.demo.promises import FAULTS, Outcome, fault
 from phalanx import system
 
 _SILENCE_SECONDS = 2.5
 _PLAIN_WIDTH = 160
 """Where nobody says how wide the output is."""
 _STYLES = {"demo": "bold", "client": "cyan", "error": "red", "kept": "bold green", "broken": "bold red"}
-
-_LEGEND = """[dim]Took over: until the program was started on the other node; that is what is promised.
-It counts from the fault, or, where the old program was asked to end, from its end.
-The program's own start, until its first answer, is part of the client's outage.
-"+": this machine was busy, the kernel saw processes wait for a CPU.[/]"""
 
 
 class Timeline:
@@ -97,9 +92,10 @@ class Timeline:
         if self._json:
             self._put({"kept": kept, "seconds": round(self.elapsed, 2), "problems": list(problems)})
             return
-        self._console.print()
-        self._console.print(_table(outcomes))
-        self._console.print(_LEGEND)
+        for table, legend in tables.of(outcomes):
+            self._console.print()
+            self._console.print(table)
+            self._console.print(f"[dim]{legend}[/]")
         for problem in problems:
             self._console.print(f"[bold red]BROKEN[/]  {escape(problem)}")
         faults = f"{len(outcomes)} of {len(FAULTS)} faults, {requests:,} requests, {self.elapsed:.1f} s"
@@ -114,34 +110,3 @@ class Timeline:
     def _put(self, item: object) -> None:
         sys.stdout.write(msgspec.json.encode(item).decode() + "\n")
         sys.stdout.flush()
-
-
-def _table(outcomes: Sequence[Outcome]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("fault", "active", "epoch", "old program"):
-        table.add_column(name)
-    for name in ("took over", "promised", "program start", "client outage"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    for each in outcomes:
-        promised = fault(each.fault)
-        table.add_row(
-            promised.short,
-            f"{each.before} → {each.after or 'nobody'}",
-            f"{each.epoch_before} → {each.epoch_after}",
-            each.ended,
-            milliseconds(each.takeover) if each.takeover is not None else "—",
-            _bound(each),
-            milliseconds(each.program_start) if each.program_start is not None else "—",
-            milliseconds(each.outage),
-            "[green]kept[/]" if each.is_kept else "[bold red]BROKEN[/]",
-        )
-    return table
-
-
-def _bound(outcome: Outcome) -> str:
-    bound = fault(outcome.fault).bound_seconds
-    if bound is None:
-        return "no failover"
-    busy = allowance(outcome)
-    return f"≤ {milliseconds(bound)}" + (f" + {milliseconds(busy)}" if busy > 0.05 * bound else "")
