@@ -46,6 +46,10 @@ class DatabasePart(Part):
         self._ledger = Ledger()
         self._began = 0.0
 
+    def _start(self) -> None:
+        self._timeline.title("A program with a database, on three hosts anew")
+        super()._start()
+
     def _introduce(self) -> None:
         app, port = self._hosts.app, self._client.port
         self._say("demo", f"app {app!r}, active-passive, with a SQLite database on each host")
