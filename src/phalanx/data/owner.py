@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from phalanx.data.settlement import write_durably
+from phalanx.data import disk
 from phalanx.errors import DatabaseError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _check(folder: Path, mine: Owner) -> None:
         found = msgspec.json.decode(path.read_bytes(), type=Owner)
     except FileNotFoundError:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_durably(path, msgspec.json.encode(mine))
+        disk.replace_file(path, msgspec.json.encode(mine), "owner")
         return
     except ValueError as error:
         raise DatabaseError(f"{path} is damaged: {error}", "remove it if the folder is this app's") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from phalanx import system
-from phalanx.data import ltx
+from phalanx.data import disk, ltx
 from phalanx.data.log import LogEnd
 from phalanx.data.replica_state import ReplicaState, WalInfo
 from phalanx.data.status import DivergedFile
@@ -64,21 +63,6 @@ def _header(path: Path) -> ltx.Header:
 
 def _info_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.json")
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace *path* by *data*, all or nothing, also if the power goes."""
-    temporary = path.with_name(f"{path.name}.new")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 class Settlements:
@@ -213,7 +197,7 @@ class Settlements:
             system.wall(),
             str(target),
         )
-        write_durably(_info_path(target), msgspec.json.format(msgspec.json.encode(what)))
+        disk.replace_file(_info_path(target), msgspec.json.format(msgspec.json.encode(what)), "diverged")
         return what
 
     def report(self, what: Diverged) -> None:
@@ -230,7 +214,8 @@ class Settlements:
             file=what.file,
         )
         info = _info_path(Path(what.file))
-        write_durably(info, msgspec.json.format(msgspec.json.encode(replace(what, reported=True))))
+        told = replace(what, reported=True)
+        disk.replace_file(info, msgspec.json.format(msgspec.json.encode(told)), "diverged")
 
     def report_left(self) -> None:
         """Report what an earlier life of this node set aside and could not report any more."""
