@@ -153,7 +153,7 @@ def test_database_of_another_app(file: Path) -> None:
     folder.mkdir()
     assert problem(file) is None
     for state, fine in (('{"app": "wiki"}', True), ("{", True), ("[]", True), ('{"app": "mail"}', False)):
-        (folder / "state.json").write_text(state)
+        (folder / "owner.json").write_text(state)
         assert (problem(file) is None) is fine
     refused(file, "'mail'")
 
