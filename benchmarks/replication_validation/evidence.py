@@ -109,7 +109,9 @@ async def collect(
         fingerprints = {each.node: each.fingerprint for each in verification.nodes if each.fingerprint}
         databases = {node.node: await _read(live_path(folder, node.node)) for node in stage.nodes}
         notes = _notes(folder)
-        audit = await _audit(client, notes)
+        stage.read()
+        reigns = {event.epoch for event in stage.events if event.kind == "opened"}
+        audit = await _audit(client, notes, reigns)
         work = folder / "replayed"
         work.mkdir()
         replayed = await replay(client.bus, client.names, APP, [note.sequence for note in notes], work)
@@ -126,7 +128,6 @@ async def collect(
         )
         for note in notes
     ]
-    stage.read()
     events = sorted(stage.events, key=lambda event: event.at)
     return Evidence(events, audit, replayed, databases, aside, inflicted, samples, fingerprints)
 
@@ -170,12 +171,17 @@ def _notes(folder: Path) -> list[Diverged]:
     return [note for note in found if Path(note.file).exists()]
 
 
-async def _audit(client: PlatformClient, notes: Sequence[Diverged]) -> list[AuditEntry]:
-    """The whole audit log, once it has what there is to report; nodes deliver it with a delay."""
-    deadline = system.now() + 10
+async def _audit(client: PlatformClient, notes: Sequence[Diverged], reigns: set[int]) -> list[AuditEntry]:
+    """The whole audit log, once it has what there is to report.
+
+    Nodes deliver it with a delay: entries wait on disk, up to 5 s between tries, while NATS has faults.
+    """
+    deadline = system.now() + 20
     while True:
         entries = await client.audit(limit=AUDIT_LIMIT)
         files = {entry.details.get("file") for entry in entries}
-        if system.now() > deadline or all(note.file in files for note in notes):
+        promoted = {entry.epoch for entry in entries if entry.action == "database-promoted"}
+        complete = reigns <= promoted and all(note.file in files for note in notes)
+        if complete or system.now() > deadline:
             return [entry for entry in entries if entry.app == APP]
         await asyncio.sleep(0.1)
