@@ -113,7 +113,12 @@ class Capture:
         self._ready, self._full = False, False
         self._announced, self._restarts = 0, 0
         self._last_failing = ("", 0.0)
-        self.failed: asyncio.Future[DatabaseError] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._kept: asyncio.Future[None] = loop.create_future()
+        """Done once the guard keeps the WAL; not where there is none yet."""
+        self._first: asyncio.Future[None] = loop.create_future()
+        """Done once Litestream is ready for the first time."""
+        self.failed: asyncio.Future[DatabaseError] = loop.create_future()
         """Done when nothing more can be captured until the program has been stopped: why."""
 
     @property
@@ -147,6 +152,15 @@ class Capture:
         Raises DatabaseError, and then nothing is left running: the file is no SQLite database, Litestream
         does not answer within 5 s, or cannot capture. (:meth:`stop` still has the guard's connection.)
         """
+        await self.begin(last_txid)
+        return await self.wait_ready()
+
+    async def begin(self, last_txid: int = 0) -> None:
+        """The same, but returns as soon as the guard keeps the WAL: nothing that is committed from then on
+        escapes Litestream, which is being started. :meth:`sync` waits for it. Raises as :meth:`start`.
+
+        A database that is not in WAL mode yet has to become so first, before anybody uses it.
+        """
         try:
             check_path(self._paths.live)
             try:
@@ -155,15 +169,27 @@ class Capture:
             except OSError as error:
                 raise DatabaseError(f"{self._paths.folder}: {error}") from None
             self._announced = self._records.newest
-            first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._supervisor = supervisor = asyncio.create_task(self._supervise(first), name="capture")
-            await asyncio.wait({supervisor, first}, return_when=asyncio.FIRST_COMPLETED)
-            if supervisor.done():
-                supervisor.result()
+            self._supervisor = asyncio.create_task(self._supervise(self._first), name="capture")
+            await self._wait_until(self._kept, self._first)
+        except BaseException:
+            await child.finish(asyncio.create_task(self._shut_down(), name="capture, giving up"))
+            raise
+
+    async def wait_ready(self) -> int:
+        """The rest of :meth:`start` after :meth:`begin`."""
+        try:
+            await self._wait_until(self._first)
         except BaseException:
             await child.finish(asyncio.create_task(self._shut_down(), name="capture, giving up"))
             raise
         return self.captured
+
+    async def _wait_until(self, *reached: asyncio.Future[None]) -> None:
+        supervisor = self._supervisor
+        assert supervisor is not None
+        await asyncio.wait({supervisor, *reached}, return_when=asyncio.FIRST_COMPLETED)
+        if supervisor.done():
+            supervisor.result()
 
     async def _register(self, resource: Resource) -> None:
         await self._section.register(resource)
@@ -262,6 +288,8 @@ class Capture:
         guard = await self._keep_wal()
         page_size = await guard.page_size()
         await child.in_thread(partial(self._records.prepare, page_size, full=self._full))
+        if guard.holds:
+            _set(self._kept)
         self._litestream = litestream = Litestream(
             self._paths, self._resource, self._register, self._monitor_seconds, self._on_exit
         )

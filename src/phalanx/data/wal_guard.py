@@ -45,6 +45,11 @@ class WalGuard:
         """Whether there is a connection."""
         return self._connection is not None
 
+    @property
+    def holds(self) -> bool:
+        """Whether the WAL stays as it is: nothing of it is overwritten."""
+        return self._connection is not None and self._connection.in_transaction
+
     async def open(self) -> None:
         """Connect to an existing file. Raises DatabaseError: it is no SQLite database, or cannot be read."""
         await self._call(self._open)
