@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import random
 import secrets
 import statistics
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.e2e.wal import APP, NAMES, STREAM, connected, draft, make_log
@@ -16,7 +19,7 @@ from phalanx.bus.connection import NatsBus
 from phalanx.data import log as log_module
 from phalanx.data.entries import Foreign, LogRecord, Seal, SealKind
 from phalanx.data.log import LogWentBack, WalLog
-from phalanx.errors import BusError, DatabaseError, Fenced
+from phalanx.errors import BusError, BusTimeout, DatabaseError, Fenced, WrongRevision
 from phalanx.testing.faults import TcpProxy
 from phalanx.testing.nats import NatsCluster, NatsServer
 
@@ -288,3 +291,138 @@ async def test_g3_leader_of_the_log_dies_in_the_middle_of_appends_on_three_serve
         with capsys.disabled():
             median = statistics.median(delays)
             print(f"\n    append, three servers: median {1e3 * median:.2f} ms, longest {max(delays):.1f} s")
+
+
+class Unreliable:
+    """The bus, whose next write is held back: its sender hears nothing, and it arrives when it is let go."""
+
+    def __init__(self, bus: NatsBus, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._write, self._held = bus.write, asyncio.Event()
+        self.is_held = asyncio.Event()
+        self.timeouts: list[float] = []
+        self.late: asyncio.Task[int] | None = None
+        self.holding = False
+        monkeypatch.setattr(bus, "write", self.write)
+
+    async def write(self, *args: Any, timeout: float, **more: Any) -> int:
+        self.timeouts.append(timeout)
+        if not self.holding:
+            return await self._write(*args, timeout=timeout, **more)
+        self.holding = False
+        self.late = asyncio.create_task(self._later(*args, **more))
+        self.is_held.set()
+        await asyncio.sleep(timeout)
+        raise BusTimeout("write", "no answer")
+
+    async def _later(self, *args: Any, **more: Any) -> int:
+        await self._held.wait()
+        return await self._write(*args, **more)
+
+    async def let_go(self) -> int:
+        """What comes of the write that was held back."""
+        self._held.set()
+        assert self.late is not None
+        return await self.late
+
+
+async def test_lost_record_is_sent_again_soon_and_refused_when_it_arrives_after_all(
+    log: WalLog, bus: NatsBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record that gets lost on its way is looked for and sent again well before a slow server would have
+    answered; the lost one, which was only late, is not stored a second time."""
+    last = await fill(log, 3, 50)
+    link = Unreliable(bus, monkeypatch)
+    link.holding = True
+    began = time.monotonic()
+    stored = await log.append(last, draft(3, 51))
+    assert stored == last + 1
+    assert link.timeouts[0] < 0.5
+    assert time.monotonic() - began < 1.5, "it was waited for as long as for a slow server"
+    with pytest.raises(WrongRevision):
+        await link.let_go()
+    await log.append(stored, draft(3, 52))
+    assert [entry.txid for entry in await log.read(1)] == list(range(53))
+
+
+async def test_g2_lost_record_of_an_old_reign_that_arrives_after_a_newer_seal_is_refused(
+    log: WalLog, bus: NatsBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A leader waits for an answer while another seals: it looks, is fenced, and its record never gets in."""
+    last = await fill(log, 5, 50)
+    link = Unreliable(bus, monkeypatch)
+    link.holding = True
+    old = asyncio.create_task(log.append(last, draft(5, 51)))
+    await link.is_held.wait()
+    sealed = await WalLog(bus, NAMES, APP).seal(6, "n2", SealKind.OPEN)
+    with pytest.raises(Fenced):
+        await old
+    with pytest.raises(WrongRevision):
+        await link.let_go()
+    end = await log.last()
+    assert (end.sequence, end.epoch, end.txid) == (sealed.sequence, 6, 50)
+
+
+async def test_server_that_answers_slowly_is_given_more_time(
+    log: WalLog, bus: NatsBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers that always come late are waited for after a while, instead of being looked for each time."""
+    last = await fill(log, 3, 1)
+    write, sent = bus.write, 0
+
+    async def slow(*args: Any, timeout: float, **more: Any) -> int:
+        nonlocal sent
+        sent += 1
+        stored = await write(*args, timeout=timeout, **more)
+        await asyncio.sleep(min(0.4, timeout))
+        if timeout < 0.4:
+            raise BusTimeout("write", "no answer yet")
+        return stored
+
+    monkeypatch.setattr(bus, "write", slow)
+    for txid in range(2, 12):
+        last = await log.append(last, draft(3, txid))
+    began = time.monotonic()
+    await log.append(last, draft(3, 12))
+    assert sent == 11
+    assert time.monotonic() - began > 0.39, "the answer was not waited for"
+
+
+async def test_g3_leader_of_the_log_moves_again_and_again_under_200_records_a_second(
+    nats_cluster: NatsCluster, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is on its way when the log's leader moves gets lost: it is sent again soon, once, in its place."""
+    moves, rate = 40, 200
+    async with connected(*nats_cluster.urls) as bus, connected(*nats_cluster.urls) as other:
+        log = await make_log(bus, replicas=3)
+        sequence = (await log.seal(3, "n1", SealKind.OPEN)).sequence
+
+        async def move() -> None:
+            cluster = (await other.api(f"STREAM.INFO.{STREAM}", {}))["cluster"]
+            able = [each["name"] for each in cluster.get("replicas") or [] if each.get("current")]
+            if able:
+                placement = {"placement": {"preferred": random.choice(able)}}
+                await other.api(f"STREAM.LEADER.STEPDOWN.{STREAM}", placement)
+
+        async def move_all() -> None:
+            for _ in range(moves):
+                await asyncio.sleep(random.uniform(0.1, 0.2))
+                with contextlib.suppress(BusError):  # no leader just now
+                    await move()
+
+        delays: list[float] = []
+        async with asyncio.TaskGroup() as group:
+            moving = group.create_task(move_all())
+            began = time.perf_counter()
+            while not moving.done():
+                await asyncio.sleep(began + len(delays) / rate - time.perf_counter())
+                sent = time.perf_counter()
+                sequence = await log.append(sequence, draft(3, len(delays) + 1), timeout=30)
+                delays.append(time.perf_counter() - sent)
+        found = []
+        while page := await log.read(len(found) + 1):
+            found += page
+        assert [entry.txid for entry in found] == list(range(len(delays) + 1))
+        # The last one aside: a leader that could not hand over costs an election, once in a long while.
+        assert sorted(delays)[-2] < 1.5, f"stood still for {sorted(delays)[-5:]} s"
+        with capsys.disabled():
+            print(f"\n    {moves} moves, {len(delays)} records: longest {1e3 * max(delays):.0f} ms")

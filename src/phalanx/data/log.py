@@ -13,7 +13,9 @@ order and keeps a deposed leader out (G2):
 * A leader appends expecting the sequence of its own last entry, and never takes over another one. As soon as
   another leader has sealed, no append of it can be stored any more.
 
-A refusal or a timeout proves nothing about who wrote: the writer reads back and looks for its nonce.
+A refusal or a timeout proves nothing about who wrote: the writer reads back and looks for its nonce. So it
+need not be patient (``data.patience``): it looks soon, and sends again what is not there. Should the first
+one arrive after all, one of the two is refused, since both expect the same sequence.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ from phalanx.data.entries import (
     seal_headers,
 )
 from phalanx.data.objects import ObjectStore
+from phalanx.data.patience import Patience, longest_seconds
 from phalanx.errors import BusError, BusTimeout, BusUnavailable, DatabaseError, Fenced, WrongRevision
 from phalanx.names import Names
 from phalanx.ports import Bus, Fence
@@ -56,14 +59,13 @@ EXPECTED = "Nats-Expected-Last-Sequence"
 HEADER_BYTES = 4096
 """Left for headers, ours and those that the server adds, in each message."""
 
-WRITE_SECONDS = 2.0
-SLOW_BYTES_PER_SECOND = 100_000
-"""A link is given at least the time that it would need at this speed."""
-
 REFUSALS = 3
 """After so many refusals in a row a seal is preceded by a claim."""
 
 RETRY_SECONDS = (0.02, 0.5)
+BEHIND_SECONDS = (0.02, 0.2)
+"""Between looks at a leader whose log is shorter than it was: a new one may be about to catch up."""
+
 PAGE_BYTES = 4 << 20
 DECIDE_SECONDS = 10.0
 """How long an old leader of the stream may go on answering from its own, shorter copy (raft's lost-quorum
@@ -130,6 +132,9 @@ class WalLog:
         self._claims = names.wal_claim_subject(app)
         self.objects = objects if objects is not None else ObjectStore(bus, names, app)
         self._seen = 0
+        self._patience = Patience()
+        self._unsure = ""
+        """The nonce of a draft of which it is not known whether it was stored."""
 
     @property
     def max_inline_bytes(self) -> int:
@@ -159,35 +164,40 @@ class WalLog:
         """
         return await self._until(timeout, self._last)
 
-    async def _last(self) -> LogEnd | None:
-        end = await self._tip()
-        seal = await self._last_of(end, self._seals, Seal)
-        record = await self._last_of(end, self._records, LogRecord)
+    async def _last(self, patience: float) -> LogEnd | None:
+        end = await self._tip(patience)
+        seal = await self._last_of(end, self._seals, Seal, patience)
+        record = await self._last_of(end, self._records, LogRecord, patience)
         if any(entry is not None and entry.sequence > end.sequence for entry in (seal, record)):
             return None  # somebody wrote between the looks
         return LogEnd(end.sequence, end.epoch, end.txid, end.entry, seal, record)
 
-    async def _last_of(self, end: LogEnd, subject: str, kind: type[E]) -> E | None:
+    async def _last_of(self, end: LogEnd, subject: str, kind: type[E], patience: float) -> E | None:
         if isinstance(end.entry, kind):
             return end.entry
-        found = await self._bus.read(self._stream, subject)
+        found = await self._bus.read(self._stream, subject, timeout=patience)
         entry = parse(found) if found is not None else None
         if isinstance(entry, Foreign):
             entry = await self._newest(end.sequence, kind)
         return entry if isinstance(entry, kind) else None
 
-    async def _tip(self) -> LogEnd:
-        """The last sequence, with its entry's epoch and txid. Raises LogWentBack, once that is certain."""
+    async def _tip(self, patience: float) -> LogEnd:
+        """The last sequence, with its entry's epoch and txid. Raises LogWentBack, once that is certain.
+
+        *patience*: for each answer, in seconds.
+        """
         deadline = system.now() + DECIDE_SECONDS
-        while (end := await self._look()).sequence < self._seen:
+        delay, longest = BEHIND_SECONDS
+        while (end := await self._look(patience)).sequence < self._seen:
             if system.now() >= deadline:
                 raise LogWentBack(self._app, self._seen, end.sequence)
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(delay)
+            delay = min(longest, 2 * delay)
         self.saw(end.sequence)
         return end
 
-    async def _look(self) -> LogEnd:
-        record = await self._bus.read(self._stream, self._subjects)
+    async def _look(self, patience: float) -> LogEnd:
+        record = await self._bus.read(self._stream, self._subjects, timeout=patience)
         if record is None:
             return LogEnd((await self.state()).last)
         entry = parse(record)
@@ -233,10 +243,10 @@ class WalLog:
         nonce = secrets.token_hex(8)
         refusals = 0
 
-        async def attempt() -> Seal | None:
+        async def attempt(patience: float) -> Seal | None:
             nonlocal refusals
             while True:
-                end = await self._tip()
+                end = await self._tip(patience)
                 if end.epoch > epoch:
                     raise Fenced(self._app, epoch)
                 if isinstance(end.entry, Seal) and end.entry.nonce == nonce:
@@ -244,12 +254,12 @@ class WalLog:
                 seal = Seal(end.sequence + 1, epoch, node, end.txid, kind, reason, nonce)
                 body, headers = seal_body(epoch, node, end.txid, kind, reason), seal_headers(epoch, nonce)
                 try:
-                    await self._write(self._seals, body, headers, end.sequence)
+                    await self._write(self._seals, body, headers, end.sequence, patience)
                 except WrongRevision:
                     # Somebody appended, or it is ours from an attempt before: look again, at once.
                     refusals += 1
                     if refusals % REFUSALS == 0:
-                        await self._claim(epoch)
+                        await self._claim(epoch, patience)
                         return None
                     continue
                 self.saw(seal.sequence)
@@ -257,16 +267,16 @@ class WalLog:
 
         return await self._until(timeout, attempt)
 
-    async def _claim(self, epoch: int) -> None:
+    async def _claim(self, epoch: int, patience: float) -> None:
         """Stop the appends of older leaders; of a newer one that has sealed they can't be stopped so."""
-        found = await self._bus.read(self._stream, self._seals)
+        found = await self._bus.read(self._stream, self._seals, timeout=patience)
         last = parse(found) if found is not None else None
         if isinstance(last, Seal) and last.epoch > epoch:
             raise Fenced(self._app, epoch)
         fence = Fence(self._seals, found.revision if found is not None else 0)
         headers = seal_headers(epoch, secrets.token_hex(8))
         with contextlib.suppress(WrongRevision):
-            await self._bus.write(self._claims, b"", fence=fence, headers=headers, timeout=WRITE_SECONDS)
+            await self._bus.write(self._claims, b"", fence=fence, headers=headers, timeout=patience)
 
     async def append(self, expected_sequence: int, draft: Draft, *, timeout: float = 10.0) -> int:
         """Append a record right after *expected_sequence*, this writer's last entry; its sequence.
@@ -283,25 +293,34 @@ class WalLog:
         else:
             body = draft.content if isinstance(draft.content, bytes) else draft.content.read_bytes()
         headers = draft.headers(pointer)
-        tried = False
+        began, sent = system.now(), 0
 
-        async def attempt() -> int | None:
-            nonlocal tried
-            if tried and (sequence := await self._stored(expected_sequence, draft)):
-                return sequence
-            tried = True
-            try:
-                sequence = await self._write(self._records, body, headers, expected_sequence)
-            except WrongRevision:
-                return await self._stored(expected_sequence, draft)
-            self.saw(sequence)
+        async def found(patience: float) -> int | None:
+            if (sequence := await self._stored(expected_sequence, draft, patience)) is not None:
+                self._patience.took(system.now() - began, len(body))
             return sequence
 
-        return await self._until(max(WRITE_SECONDS, deadline - system.now()), attempt)
+        async def attempt(patience: float) -> int | None:
+            nonlocal sent
+            # Never sent twice without a look between, which waits for what is still on its way.
+            if self._unsure == draft.nonce and (sequence := await found(patience)) is not None:
+                return sequence
+            self._unsure = draft.nonce
+            sent += 1
+            try:
+                sequence = await self._write(self._records, body, headers, expected_sequence, patience)
+            except WrongRevision:
+                return await found(patience)
+            self.saw(sequence)
+            if sent == 1:  # else the first one was lost, and tells nothing about the server
+                self._patience.took(system.now() - began, len(body))
+            return sequence
 
-    async def _stored(self, expected: int, draft: Draft) -> int | None:
+        return await self._until(max(longest_seconds(len(body)), deadline - system.now()), attempt, len(body))
+
+    async def _stored(self, expected: int, draft: Draft, patience: float) -> int | None:
         """Whether *draft* is in the log: its sequence. None: not so far, and its place is free."""
-        end = await self._tip()
+        end = await self._tip(patience)
         claimed = end.entry.epoch if isinstance(end.entry, Claim) else 0
         if max(end.epoch, claimed) > draft.epoch:
             raise Fenced(self._app, draft.epoch)
@@ -315,10 +334,11 @@ class WalLog:
             "nothing but Phalanx may write there: see phalanx nats permissions",
         )
 
-    async def _write(self, subject: str, data: bytes, headers: dict[str, str], expected: int) -> int:
-        timeout = WRITE_SECONDS + len(data) / SLOW_BYTES_PER_SECOND
+    async def _write(
+        self, subject: str, data: bytes, headers: dict[str, str], expected: int, patience: float
+    ) -> int:
         return await self._bus.write(
-            subject, data, headers={**headers, EXPECTED: str(expected)}, timeout=timeout
+            subject, data, headers={**headers, EXPECTED: str(expected)}, timeout=patience
         )
 
     async def _put(self, expected: int, draft: Draft) -> ObjectPointer:
@@ -333,19 +353,26 @@ class WalLog:
             )
         return ObjectPointer(name, info.size, info.digest)
 
-    async def _until(self, timeout: float, attempt: Callable[[], Coroutine[Any, Any, T | None]]) -> T:
-        """Repeat *attempt* until it gives something, for *timeout* seconds, while NATS does not answer."""
+    async def _until(
+        self, timeout: float, attempt: Callable[[float], Coroutine[Any, Any, T | None]], size_bytes: int = 0
+    ) -> T:
+        """Repeat *attempt* until it gives something, for *timeout* seconds, while NATS does not answer.
+
+        It is told how long it may wait for each answer, where a message of *size_bytes* is sent.
+        """
         deadline = system.now() + timeout
         delay, longest = RETRY_SECONDS
         failure: BusError | None = None
+        passed = 0
         while True:
             try:
-                if (result := await attempt()) is not None:
+                if (result := await attempt(self._patience.seconds(passed, size_bytes))) is not None:
                     return result
             except BusError as error:
                 if not isinstance(error, BusUnavailable | BusTimeout) and error.code not in NO_LEADER:
                     raise
                 failure = error
+                passed += isinstance(error, BusTimeout)
             if system.now() + delay >= deadline:
                 raise failure or BusTimeout(f"WAL log of {self._app}", f"not settled within {timeout:g} s")
             await asyncio.sleep(delay)
@@ -371,7 +398,7 @@ class WalLog:
         found: list[Seal] = []
         start = after + 1
 
-        async def attempt() -> list[Seal] | None:
+        async def attempt(_: float) -> list[Seal] | None:
             nonlocal start
             if newest is None or newest.revision < start:
                 return found
