@@ -3,8 +3,8 @@
 A dead host often takes its NATS server with it. If that server led the app's stream too, the takeover
 would have to wait for the stream's election (4-8 s measured); so it is moved away beforehand.
 
-A move takes some 20 ms. A message that is on its way to the old leader meanwhile may get lost: the writer of a
-WAL log misses its answer after a tenth of a second or so, looks, and sends it again (``data.patience``).
+A move takes some 20 ms. A message that is on its way to the old leader meanwhile may get lost: the writer of
+a WAL log misses its answer after a tenth of a second or so, looks, and sends it again (``data.patience``).
 """
 
 from __future__ import annotations
