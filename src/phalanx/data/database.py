@@ -221,12 +221,15 @@ class AppDatabase:
     # --- the tender
 
     async def _tend(self) -> None:
-        self.settlements.report_left()
+        left_is_reported = False
         while True:
             self._wake.clear()
             again: float | None = None
             async with self._turn:
                 try:
+                    if not left_is_reported:
+                        self.settlements.report_left()
+                        left_is_reported = True
                     await self._prepare()
                     self._failures = 0
                     if self._phase is Phase.KEPT or self._reason:
@@ -513,7 +516,7 @@ class AppDatabase:
     async def verify(self) -> DbVerified:
         """Read the whole database of this node: is it sound, and what is its fingerprint?"""
         try:
-            await check(self.readable_path())
+            await check(self.readable_path(), in_use=True)
             source, epoch = self._image_source()
             head, digest = await fingerprint(source)
             sequence = head.sequence or await self.snapshots.sequence_of(head.txid, epoch)

@@ -269,12 +269,13 @@ async def to_ltx(chunks: AsyncIterable[bytes], on_bytes: OnBytes = _ignore) -> A
             await asyncio.gather(feeding, return_exceptions=True)
 
 
-async def check(database: Path) -> None:
-    """Have SQLite check the database, which nobody writes. Raises DatabaseError with what is wrong with it.
+async def check(database: Path, *, in_use: bool = False) -> None:
+    """Have SQLite check the database. Raises DatabaseError with what is wrong with it.
 
-    It reads all of it and takes its time: there is no deadline but that of whoever waits.
+    *in_use*: others may write it meanwhile; without it nobody has the file open. It reads all of it and
+    takes its time: there is no deadline but that of whoever waits.
     """
-    async with _Process(("check", str(database)), _ignore) as process:
+    async with _Process(("check-in-use" if in_use else "check", str(database)), _ignore) as process:
         process.end_input()
         await process.end()
         if (found := await process.answer(str)) != "ok":

@@ -8,6 +8,7 @@ A process of its own, since descriptors of database files must not be opened bes
     python -m phalanx.data.images apply FILE TXID                                    < records
     python -m phalanx.data.images to-ltx                                 < image     > LTX file
     python -m phalanx.data.images check FILE
+    python -m phalanx.data.images check-in-use FILE
 
 Images are described in ``data.image_format``. Records come as 8 bytes of size, 8 bytes of transaction number
 (big-endian) and an LTX file. All commands that write no stream answer with one line of JSON. On standard
@@ -281,11 +282,18 @@ class _Part:
         return data
 
 
-def check(database: Path) -> str:
-    """``ok``, or what SQLite finds wrong with *database*, which nobody writes. Raises sqlite3.Error."""
-    uri = f"{database.absolute().as_uri()}?mode=ro&immutable=1"
-    connection = sqlite3.connect(uri, uri=True)
+def check(database: Path, *, in_use: bool = False) -> str:
+    """``ok``, or what SQLite finds wrong with *database*. Raises sqlite3.Error.
+
+    *in_use*: others may write it, so its WAL counts, too, and it is read in one transaction, which holds up
+    the checkpoints of whoever writes. Otherwise nobody has it open, and no file is made beside it.
+    """
+    how = "mode=ro" if in_use else "mode=ro&immutable=1"
+    connection = sqlite3.connect(
+        f"{database.absolute().as_uri()}?{how}", uri=True, timeout=10, isolation_level=None
+    )
     try:
+        connection.execute("BEGIN")
         rows = connection.execute("PRAGMA integrity_check(10)").fetchall()
     except sqlite3.OperationalError:
         raise
@@ -328,6 +336,8 @@ def _run(arguments: Sequence[str]) -> object:
             return to_ltx(sys.stdin.buffer, sys.stdout.buffer)
         case ["check", file]:
             return check(Path(file))
+        case ["check-in-use", file]:
+            return check(Path(file), in_use=True)
         case _:
             raise DatabaseError(f"not a command: {' '.join(arguments)}")
 

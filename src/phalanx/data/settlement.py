@@ -201,7 +201,7 @@ class Settlements:
         return what
 
     def report(self, what: Diverged) -> None:
-        """Tell the audit log, once."""
+        """Tell the audit log; once, as far as the disk takes the note that it was told."""
         count = f"{what.transactions}" if what.exact else f"at least {what.transactions}"
         self._database.report(
             "database-diverged",
@@ -215,7 +215,11 @@ class Settlements:
         )
         info = _info_path(Path(what.file))
         told = replace(what, reported=True)
-        disk.replace_file(info, msgspec.json.format(msgspec.json.encode(told)), "diverged")
+        try:
+            disk.replace_file(info, msgspec.json.format(msgspec.json.encode(told)), "diverged")
+        except OSError as error:
+            # Nothing may depend on it: the next start tells it once more.
+            log.warning("%s cannot be written, %s will be reported again: %s", info, what.file, error)
 
     def report_left(self) -> None:
         """Report what an earlier life of this node set aside and could not report any more."""
