@@ -182,6 +182,37 @@ async def test_a_node_that_joins_late_begins_with_a_snapshot_when_the_log_does_n
         running.check()
 
 
+async def test_g3_a_node_that_returns_after_the_log_was_purged_does_not_lead_with_its_old_database(
+    tmp_path: Path, nats_server: NatsServer
+) -> None:
+    """Nothing of the log says that somebody has led since but its end: the old database is set aside."""
+    options = {"sync": "server"}
+    with database_stage(tmp_path, nats_server, count=2, sync_every=5, database_options=options) as running:
+        old = await running.settled()
+        await running.wait_for("confirmed", 0.0)
+        since = since_now()
+        kill_all_of(running.nodes[old])
+        new = (await running.wait_for("opened", since)).node
+        await running.wait_for("confirmed", since_now())
+        async with client(nats_server) as platform:
+            name = await platform.databases.create_snapshot("wiki")
+            wal = WalLog(platform.bus, Names("test"), "wiki")
+            await running.wait_for("confirmed", since_now())
+            assert await wal.purge(int(name.removeprefix("snapshot-"))) > 0
+            assert not await wal.seals(0)
+        running.nodes[old].start()
+        await running.nodes.wait_for_standbys(running.app, 1)
+        since = since_now()
+        kill_all_of(running.nodes[new])
+        opened = await running.wait_for("opened", since, node=old)
+        confirmed = [e.data["number"] for e in running.history.events("confirmed") if e.at < since]
+        assert opened.data["number"] >= max(confirmed)
+        entries = [e for e in await audited(nats_server, "database-diverged") if e.node == old]
+        assert [e.details["exact"] for e in entries] == ["false"]
+        assert Path(entries[0].details["file"]) in set_aside(tmp_path)
+        running.check()
+
+
 async def test_restored_in_place_all_nodes_go_back_and_go_on(tmp_path: Path, nats_server: NatsServer) -> None:
     """The state of a snapshot becomes one more record, which every node follows; rows go on from there."""
     with database_stage(tmp_path, nats_server, sync_every=5) as running:

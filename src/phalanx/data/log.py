@@ -392,6 +392,18 @@ class WalLog:
             self.saw(records[-1].revision)
         return [parse(record) for record in records]
 
+    async def oldest(self, *, timeout: float = 10.0) -> LogEntry | None:
+        """The first entry that the log still holds, None if it holds nothing."""
+        entries: list[LogEntry] = []
+
+        async def attempt(_: float) -> bool | None:
+            state = await self.state()
+            entries[:] = await self.read(state.first, limit=1) if state.messages else []
+            return True if entries or not state.messages else None  # a replica may lag behind the leader
+
+        await self._until(timeout, attempt)
+        return entries[0] if entries else None
+
     async def seals(self, after: int, *, timeout: float = 10.0) -> list[Seal]:
         """All seals after the sequence *after* that the log still holds, in order; none is overlooked."""
         newest = await self._bus.read(self._stream, self._seals)

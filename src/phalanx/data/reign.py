@@ -93,7 +93,7 @@ class DataReign:
         self._sealed = sealed.sequence
         self._base = Position(sealed.sequence, sealed.txid)
         if self._kept:
-            await self._check_kept(sealed)
+            await self._check_kept(before, sealed)
             return
         self._missing = _missing(before.last_seal)
         follower = database.follower
@@ -119,15 +119,14 @@ class DataReign:
                 f"start {seal.node} again; or, to give its database up, see docs/operations.md",
             )
 
-    async def _check_kept(self, sealed: Seal) -> None:
+    async def _check_kept(self, before: LogEnd, sealed: Seal) -> None:
         """Nobody has led between the reign whose database was kept and this one, so it is all there is."""
         state = await self._database.replica.state()
         seals = await self._database.log.seals(state.sealed)
         others = [s for s in seals if s.sequence < sealed.sequence and s.epoch != state.epoch]
-        if others:
-            raise DatabaseError(
-                f"node {others[0].node} has led since: this node's database has to be settled first"
-            )
+        if others or before.epoch > state.epoch:  # the seals of others may be purged
+            who = f"node {others[0].node}" if others else f"epoch {before.epoch}"
+            raise DatabaseError(f"{who} has led since: this node's database has to be settled first")
 
     async def promote(self) -> None:
         """The replica becomes the live database; a kept one is taken over as it is."""

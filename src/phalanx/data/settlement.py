@@ -11,6 +11,7 @@ from msgspec.structs import replace
 
 from phalanx import system
 from phalanx.data import disk, ltx
+from phalanx.data.entries import LogRecord, Seal
 from phalanx.data.log import LogEnd
 from phalanx.data.replica_state import ReplicaState, WalInfo
 from phalanx.data.status import DivergedFile
@@ -81,7 +82,7 @@ class Settlements:
                 database.report("database-vanished", reason, level=logging.ERROR)
             return True
         logged = await self._logged(state.epoch, state.sealed, end)
-        wal = await self._wal_after(logged.last_txid)
+        wal = await self._wal_after(logged.last_txid) if logged.known else None
         unlogged = wal.later_commits if wal is not None else None
         local = LocalDatabase(state.epoch, self._captured(), unlogged)
         match settle(local, logged):
@@ -101,13 +102,24 @@ class Settlements:
 
     async def _logged(self, epoch: int, sealed: int, end: LogEnd) -> LoggedReign:
         """What the log holds of the reign that began with the seal at *sealed*."""
-        seals = await self._database.log.seals(sealed)
-        newest = max([epoch, *(seal.epoch for seal in seals)])
+        wal_log = self._database.log
+        seals = await wal_log.seals(sealed)
+        oldest = await wal_log.oldest()  # after the seals: what is there now was there when they were read
+        newest = max([epoch, end.epoch, *(seal.epoch for seal in seals)])
         following = next((seal for seal in seals if seal.epoch != epoch), None)
-        if following is None:
+        # Snapshots of a later reign let the log go from its beginning on: then the first seal that is left
+        # need not be the one that ended this reign.
+        is_whole = (
+            oldest is None
+            or oldest.sequence <= sealed + 1
+            or (isinstance(oldest, Seal | LogRecord) and oldest.epoch == epoch)
+        )
+        if following is not None and is_whole:
+            # A seal knows the last transaction before it, even where the log itself was purged since.
+            return LoggedReign(following.sequence - 1, following.txid, newest)
+        if newest == epoch:
             return LoggedReign(end.sequence, end.txid, newest)
-        # A seal knows the last transaction before it, even where the log itself was purged since.
-        return LoggedReign(following.sequence - 1, following.txid, newest)
+        return LoggedReign(sealed, 0, newest, known=False)
 
     # --- what lies on disk
 
