@@ -275,7 +275,11 @@ class SectionDatabase(Protocol):
         ...
 
     async def start_capture(self, section: SectionContext) -> None:
-        """Have every commit go into the log from now on. Raises DatabaseError, BackendError, SessionLost."""
+        """See to it that no commit from now on escapes. Raises DatabaseError, BackendError, SessionLost."""
+        ...
+
+    async def wait_captured(self) -> None:
+        """Wait until commits go into the log. If that fails, the section is ended, and this with it."""
         ...
 
     async def stop_capture(self, *, graceful: bool) -> str:

@@ -131,7 +131,7 @@ class Section:
                         "section", self.resource_id, self._resources.app, self._resources.epoch
                     )
                     await self._resources.register(resource)
-                case Step.SEAL | Step.PROMOTE | Step.CAPTURE:
+                case Step.SEAL | Step.PROMOTE | Step.CAPTURE | Step.CAPTURED:
                     await self._take_database(step)
                 case Step.BACKEND:
                     assert self._backend is not None
@@ -148,8 +148,10 @@ class Section:
                 await database.seal(self._resources.epoch)
             case Step.PROMOTE:
                 await database.promote()
-            case _:
+            case Step.CAPTURE:
                 await database.start_capture(self._resources)
+            case _:
+                await database.wait_captured()
 
     async def _run_on_active(self) -> None:
         if "on_active" not in self._hooks:
@@ -239,7 +241,7 @@ class Section:
         undone: dict[Undo, tuple[Step, ...]] = {
             Undo.ON_PASSIVE: (Step.ON_ACTIVE,),
             Undo.STOP_BACKEND: (Step.BACKEND,),
-            Undo.STOP_CAPTURE: (Step.CAPTURE, Step.PROMOTE, Step.SEAL),
+            Undo.STOP_CAPTURE: (Step.CAPTURED, Step.CAPTURE, Step.PROMOTE, Step.SEAL),
             Undo.UNREGISTER: (Step.REGISTER,),
         }
         self._begun = [step for step in self._begun if step not in undone.get(undo, ())]

@@ -9,11 +9,12 @@ RETRY = Backoff(first=1.0, factor=2.0, longest=5.0)
 
 
 def test_steps_are_those_that_the_app_has() -> None:
-    """Registration is for code inside the node; the order is register, backend, hook."""
+    """Registration is for code inside the node; what writes starts beside Litestream, after the guard."""
     assert steps(has_backend=True, has_hooks=True) == (Step.REGISTER, Step.BACKEND, Step.ON_ACTIVE)
     assert steps(has_backend=True, has_hooks=False) == (Step.BACKEND,)
     assert steps(has_backend=False, has_hooks=False) == ()
-    all_of_them = (Step.REGISTER, Step.SEAL, Step.PROMOTE, Step.CAPTURE, Step.BACKEND, Step.ON_ACTIVE)
+    database = (Step.SEAL, Step.PROMOTE, Step.CAPTURE)
+    all_of_them = (Step.REGISTER, *database, Step.BACKEND, Step.ON_ACTIVE, Step.CAPTURED)
     assert steps(has_backend=True, has_hooks=True, has_database=True) == all_of_them
 
 

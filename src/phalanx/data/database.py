@@ -411,6 +411,10 @@ class AppDatabase:
         """See ``ports.SectionDatabase``."""
         await self._own_reign().start(section)
 
+    async def wait_captured(self) -> None:
+        """See ``ports.SectionDatabase``."""
+        await self._own_reign().wait_captured()
+
     async def stop_capture(self, *, graceful: bool) -> str:
         """See ``ports.SectionDatabase``."""
         reign = self.reign

@@ -63,6 +63,8 @@ class DataReign:
         self._needs_standby = False
         self._ended = False
         self._guard: sqlite3.Connection | None = None
+        self._starting: asyncio.Task[None] | None = None
+        self._captured = asyncio.Event()
 
     @property
     def shipped(self) -> Position:
@@ -154,7 +156,7 @@ class DataReign:
         )
 
     async def start(self, section: SectionContext) -> None:
-        """Capture and ship from now on."""
+        """Let no commit escape from now on. Litestream is still being started when this returns."""
         database = self._database
         wanted = database.config.sync
         self._needs_standby = wanted == "standby" or (
@@ -167,7 +169,7 @@ class DataReign:
             on_captured=self._on_captured,
             on_event=self._on_capture_event,
         )
-        await capture.start(self._base.txid)
+        await capture.begin(self._base.txid)
         capture.failed.add_done_callback(self._on_capture_failed)
         self._shipper = shipper = Shipper(
             database.log,
@@ -181,8 +183,22 @@ class DataReign:
             forget=capture.forget,
         )
         await shipper.start()
+        self._starting = asyncio.create_task(self._see_to_the_start(capture), name="capture, starting")
         self._schedule = SnapshotSchedule(database)
         await self._schedule.start()
+
+    async def _see_to_the_start(self, capture: Capture) -> None:
+        try:
+            await capture.wait_ready()
+        except PhalanxError as error:
+            if not self._ended:
+                self._database.on_lost(f"its database cannot be captured: {error}")
+        else:
+            self._captured.set()
+
+    async def wait_captured(self) -> None:
+        """Wait until Litestream is at work. If it cannot be, the section is ended, and this with it."""
+        await self._captured.wait()
 
     # --- while active
 
@@ -264,6 +280,10 @@ class DataReign:
     async def stop(self) -> None:
         """End capture and shipping at once. Nothing of it runs afterwards."""
         self._ended = True
+        starting, self._starting = self._starting, None
+        if starting is not None:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
         schedule, self._schedule = self._schedule, None
         if schedule is not None:
             await schedule.stop()

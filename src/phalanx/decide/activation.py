@@ -31,11 +31,13 @@ class Step(StrEnum):
     PROMOTE = "promote"
     """The replica is the live database."""
     CAPTURE = "capture"
-    """What is committed from now on goes into the log."""
+    """Nothing that is committed from now on can escape the capture, which is being started."""
     BACKEND = "backend"
     """The backend runs and is ready (it registers itself before it starts)."""
     ON_ACTIVE = "on_active"
     """The hook has returned, or has said that it serves."""
+    CAPTURED = "captured"
+    """What is committed goes into the log. Last, as what writes starts just as long as Litestream does."""
 
 
 class Undo(StrEnum):
@@ -58,6 +60,7 @@ def steps(*, has_backend: bool, has_hooks: bool, has_database: bool = False) -> 
         Step.CAPTURE: has_database,
         Step.BACKEND: has_backend,
         Step.ON_ACTIVE: has_hooks,
+        Step.CAPTURED: has_database,
     }
     return tuple(step for step in Step if wanted[step])
 
@@ -76,7 +79,7 @@ def undoing(begun: Iterable[Step], *, graceful: bool) -> tuple[Undo, ...]:
             plan.append(Undo.ON_PASSIVE)
     if Step.BACKEND in done:
         plan.append(Undo.STOP_BACKEND)
-    if done & {Step.SEAL, Step.PROMOTE, Step.CAPTURE}:
+    if done & {Step.SEAL, Step.PROMOTE, Step.CAPTURE, Step.CAPTURED}:
         # After whatever writes: what it wrote last is still captured.
         plan.append(Undo.STOP_CAPTURE)
     if Step.REGISTER in done:
