@@ -128,7 +128,7 @@ async def test_node_alone_with_its_position_is_compared_with_the_log(
         assert "differs from what snapshots and log give" in bad.problems[0]
         old = await judge(1, right)
         assert (old.ok, old.compared) == (True, ())
-        assert "before its oldest snapshot" in old.notes[0]
+        assert "before the oldest snapshot" in old.notes[0]
 
 
 async def test_snapshot_delete_keeps_the_last(app: Snapshotted) -> None:
@@ -167,7 +167,7 @@ BAD = [
     (("--position", "0", "--to", "x"), "--position"),
     (("--position", "x", "--to", "x"), "--position"),
     (("--position", "999999", "--to", "x"), "ends at"),
-    (("--position", "1", "--to", "x"), "before its oldest snapshot"),
+    (("--position", "1", "--to", "x"), "before the oldest snapshot"),
     (("--at", "soon", "--to", "x"), "--at"),
     (("--at", "7d", "--to", "x"), "before the oldest snapshot"),
     (("--at", "2999-01-01", "--to", "x"), "future"),

@@ -114,7 +114,7 @@ async def test_snapshot_says_what_it_is(site: Site) -> None:
 
 
 async def test_state_at_a_time(site: Site) -> None:
-    """A time between two commits gives the first of them; one before the oldest snapshot is refused."""
+    """A time between two commits gives the first of them; one before all that is there is refused."""
     times = [time.time()]
     for _ in range(3):
         await asyncio.sleep(0.02)
@@ -259,17 +259,22 @@ async def test_snapshot_is_an_lz4_file(site: Site) -> None:
 
 async def test_wanted_states_that_are_not_to_be_had_are_refused(site: Site) -> None:
     """No snapshot at all, a name, a position before the oldest one, beyond the log, in a purged part."""
-    await site.commit()
     with pytest.raises(DatabaseError, match="has no snapshot"):
         await site.restore()
+    await site.commit(rows=40)
     await site.commit()
+    await site.log.purge(2)
+    with pytest.raises(DatabaseError, match="has no snapshot"):
+        await site.restore()
     first = await site.snapshots.create(site.source)
     for _ in range(3):
         await site.commit()
     with pytest.raises(DatabaseError, match="no snapshot 'x'"):
         await site.restore(snapshot="x")
-    with pytest.raises(DatabaseError, match="before its oldest snapshot"):
+    with pytest.raises(DatabaseError, match="position 2 is before the oldest snapshot"):
         await site.restore(sequence=site.positions[0].sequence)
+    with pytest.raises(DatabaseError, match="is before the oldest snapshot"):
+        await site.restore(time=first.time - 0.001)
     with pytest.raises(DatabaseError, match="ends at 6: there is no position 99"):
         await site.restore(sequence=99)
     await site.log.purge(first.sequence + 1)
@@ -278,6 +283,46 @@ async def test_wanted_states_that_are_not_to_be_had_are_refused(site: Site) -> N
     assert await site.restore(snapshot=first.name) == site.expected(2)
     with pytest.raises(ValueError, match="at most one"):
         Wanted(sequence=3, time=1.0)
+
+
+async def test_g8_log_that_begins_with_the_whole_database_is_enough(site: Site) -> None:
+    """Before the oldest snapshot, or without any: each position and time that the log still leads to."""
+    times: list[float] = []
+    for rows in (3, 40, 3):
+        await site.commit(rows=rows)
+        await asyncio.sleep(0.02)
+        times.append(time.time())
+        await asyncio.sleep(0.02)
+    assert await site.restore() == site.expected(3)
+    await site.snapshots.create(site.source)
+    for position, moment in zip(site.positions, times, strict=True):
+        assert await site.restore(sequence=position.sequence) == site.expected(position.txid)
+        assert await site.restore(time=moment) == site.expected(position.txid)
+    with pytest.raises(DatabaseError, match="position 1 is before the oldest snapshot"):
+        await site.restore(sequence=1)
+
+
+async def test_log_that_begins_with_a_later_record_of_every_page_is_enough(site: Site) -> None:
+    """What was before a record that holds every page is not needed for what is after it."""
+    await site.commit()
+    whole = site.expected(1)
+    pages = [ltx.Page(at // 4096 + 1, whole[at : at + 4096]) for at in range(0, len(whole), 4096)]
+    full = site.folder / "full.ltx"
+    full.write_bytes(ltx.encode(ltx.Header(page_size=4096, commit=len(pages), min_txid=2, max_txid=2), pages))
+    await site.ship(full, 2, apply=False)
+    part = site.folder / "part.ltx"
+    part.write_bytes(
+        ltx.encode(ltx.Header(page_size=4096, commit=len(pages), min_txid=3, max_txid=3), pages[1:])
+    )
+    await site.ship(part, 3, apply=False)
+    await site.ship(part, 3, apply=False)
+    first, second, third, _ = (position.sequence for position in site.positions)
+    await site.log.purge(first)
+    assert await site.restore(sequence=second) == whole
+    assert await site.restore(sequence=third) == whole
+    await site.log.purge(second)
+    with pytest.raises(DatabaseError, match="has no snapshot"):
+        await site.restore(sequence=third)
 
 
 async def test_record_that_does_not_go_on_is_an_error(site: Site) -> None:
@@ -492,14 +537,17 @@ async def test_snapshot_of_what_the_log_has_lost_counts_for_nothing(site: Site) 
 
 
 async def test_restore_without_a_snapshot_of_this_log_says_so(site: Site) -> None:
-    """The only snapshot is of what the log has lost."""
+    """The only snapshot is of what the log has lost, and the log's beginning is gone."""
+    await site.commit(rows=40)
     await site.commit()
     lost = await site.snapshots.create(site.source)
     info = await site.snapshots.objects.info(lost.name)
     assert info is not None
     stream = b"".join([chunk async for chunk in site.snapshots.image(lost)])
     await site.snapshots.objects.put(lost.name, pieces(stream), {**info.metadata, "nonce": "another"})
-    with pytest.raises(DatabaseError, match="does not go on from any snapshot up to 2"):
+    assert await site.restore() == site.expected(2)
+    await site.log.purge(2)
+    with pytest.raises(DatabaseError, match="does not go on from any snapshot up to 3"):
         await site.restore()
 
 

@@ -128,10 +128,11 @@ def _restore_to(client: PlatformClient, app: str, what: _What, target: Path, *, 
     if json:
         output.emit({"app": app, "file": str(target), **output.plain(done)}, pretty=True)
     else:
+        source = f"from {done.snapshot} and" if done.snapshot else "from"
         output.say(
             f"{app}: ",
             (str(target), "bold"),
-            f" has the state at {done.position}, from {done.snapshot} and {done.records} records of the log "
+            f" has the state at {done.position}, {source} {done.records} records of the log "
             f"({output.size(done.size_bytes)}, {output.span(done.seconds)})",
         )
     return exits.OK

@@ -1,4 +1,5 @@
-"""Restoring an app's database as it was at any position: a snapshot, and the log from there on.
+"""Restoring an app's database as it was at any position: a snapshot, and the log from there on; or the log
+alone, where it still begins with a record that holds every page.
 
 All or nothing: the database is put together in a folder beside its target, ``.<name>-restoring``, checked by
 SQLite, and only then linked to its name. A folder that an interrupted restore has left is removed by the next
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import io
 import logging
 import os
 import shutil
@@ -20,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from phalanx import system
-from phalanx.data import disk, image_process
+from phalanx.data import disk, image_process, ltx
 from phalanx.data.entries import LogRecord
 from phalanx.data.log import WalLog
 from phalanx.data.snapshots import Progress, Snapshot, Snapshots, no_progress
@@ -41,7 +43,10 @@ _CLOCK_SECONDS = 60.0
 
 
 class Restored(msgspec.Struct, frozen=True):
-    """What was restored: from which snapshot, up to which position, with how many records of the log."""
+    """What was restored: from which snapshot, up to which position, with how many records of the log.
+
+    ``snapshot`` is empty where the log alone had all of it.
+    """
 
     snapshot: str
     position: Position
@@ -64,9 +69,22 @@ class Wanted(msgspec.Struct, frozen=True):
 
 
 class _Plan(msgspec.Struct, frozen=True):
-    snapshot: Snapshot
+    """``snapshot`` is None where the log alone is enough. Its entries after ``start`` are needed."""
+
+    snapshot: Snapshot | None
+    start: int
     sequence: int
     log_bytes: int
+
+    @property
+    def txid(self) -> int:
+        """The transaction to go on from."""
+        return self.snapshot.txid if self.snapshot is not None else 0
+
+    @property
+    def raw_bytes(self) -> int:
+        """Of the snapshot's database."""
+        return self.snapshot.raw_bytes if self.snapshot is not None else 0
 
 
 class Restoring:
@@ -86,23 +104,27 @@ class Restoring:
         _check_target(target)
         plan = await self.plan(wanted)
         _check_room(target.parent, plan)
-        total = plan.snapshot.raw_bytes + plan.log_bytes
+        total = plan.raw_bytes + plan.log_bytes
         with _folder(target) as folder:
             file = folder / "database"
-            await self._snapshots.unpack(plan.snapshot, file, lambda done, _: progress(done, total))
-            records = _Records(self._log, plan.snapshot.sequence, plan.sequence, folder)
-            if plan.sequence > plan.snapshot.sequence:
+            if plan.snapshot is not None:
+                await self._snapshots.unpack(plan.snapshot, file, lambda done, _: progress(done, total))
+            else:
+                file.touch()  # the first record holds every page
+            records = _Records(self._log, plan.start, plan.sequence, folder)
+            if plan.sequence > plan.start:
                 await self._apply(records, file, plan, progress)
             if check:
                 await image_process.check(file)
             size = await asyncio.to_thread(_publish, file, target)
         progress(total, total)
-        position = Position(plan.sequence, records.txid or plan.snapshot.txid)
-        return Restored(plan.snapshot.name, position, records.count, size, system.now() - began)
+        position = Position(plan.sequence, records.txid or plan.txid)
+        name = plan.snapshot.name if plan.snapshot is not None else ""
+        return Restored(name, position, records.count, size, system.now() - began)
 
     async def _apply(self, records: _Records, file: Path, plan: _Plan, progress: Progress) -> None:
-        total = plan.snapshot.raw_bytes + plan.log_bytes
-        done = plan.snapshot.raw_bytes
+        total = plan.raw_bytes + plan.log_bytes
+        done = plan.raw_bytes
 
         def on_bytes(count: int) -> None:
             nonlocal done
@@ -110,21 +132,20 @@ class Restoring:
             progress(min(done, total), total)
 
         async with contextlib.aclosing(records.read()) as stream:
-            await image_process.apply(stream, file, plan.snapshot.txid, on_bytes)
+            await image_process.apply(stream, file, plan.txid, on_bytes)
 
     # --- what it takes
 
     async def plan(self, wanted: Wanted) -> _Plan:
-        """The newest snapshot up to what is *wanted*, and the end of the log that goes on from there.
+        """The newest snapshot up to what is *wanted*, and the end of the log that goes on from there; or the
+        log alone, from a record on that holds every page.
 
         Raises DatabaseError: there is no such state, or it is not to be had any more.
         """
         found = await self._snapshots.list_snapshots()
-        if not found:
-            raise DatabaseError(f"app {self._app!r} has no snapshot", "make one: phalanx snapshot create")
         if wanted.snapshot:
             snapshot = await self._snapshots.find(wanted.snapshot)
-            return _Plan(snapshot, snapshot.sequence, 0)
+            return _Plan(snapshot, snapshot.sequence, snapshot.sequence, 0)
         state = await self._log.state()
         sequence = wanted.sequence or state.last
         if wanted.time:
@@ -134,25 +155,53 @@ class Restoring:
                 f"the log of app {self._app!r} ends at {state.last}: there is no position {sequence}"
             )
         snapshot = await self._newest_up_to(sequence, found)
-        if snapshot is None and found[0].sequence <= sequence:
-            raise DatabaseError(
-                f"the log of app {self._app!r} does not go on from any snapshot up to {sequence}: NATS has "
-                "lost acknowledged writes since",
-                f"restore one of them by its name, such as {found[0].name}",
-            )
-        if snapshot is None:
-            raise DatabaseError(
-                f"position {sequence} of app {self._app!r} is before its oldest snapshot, {found[0].name}",
-                "see what there is: phalanx snapshot list",
-            )
-        if sequence > snapshot.sequence and state.first > snapshot.sequence + 1:
+        start = snapshot.sequence if snapshot is not None else state.first - 1
+        if snapshot is None and not await self._begins_with_all(state.first, sequence):
+            raise self._too_old(wanted, sequence, found)
+        if snapshot is not None and sequence > start and state.first > start + 1:
             raise DatabaseError(
                 f"the log of app {self._app!r} begins at {state.first}, so position {sequence} is gone: "
-                f"the snapshot before it is at {snapshot.sequence}",
+                f"the snapshot before it is at {start}",
                 f"restore that one: {snapshot.name}",
             )
-        share = (sequence - snapshot.sequence) / max(1, state.messages)
-        return _Plan(snapshot, sequence, round(state.bytes * min(1.0, share)))
+        share = (sequence - start) / max(1, state.messages)
+        return _Plan(snapshot, start, sequence, round(state.bytes * min(1.0, share)))
+
+    def _too_old(self, wanted: Wanted, sequence: int, found: list[Snapshot]) -> DatabaseError:
+        """Nothing is left that leads to that position."""
+        what = f"position {sequence}" if not wanted.time else _when(wanted.time)
+        if not found:
+            return DatabaseError(
+                f"app {self._app!r} has no snapshot, and its log does not hold all that leads to {what}",
+                "make one: phalanx snapshot create",
+            )
+        oldest = found[0]
+        if oldest.sequence <= sequence:
+            return DatabaseError(
+                f"the log of app {self._app!r} does not go on from any snapshot up to {sequence}: NATS has "
+                "lost acknowledged writes since",
+                f"restore one of them by its name, such as {oldest.name}",
+            )
+        has = f"{oldest.name}, which has the data of {_when(oldest.time)}"
+        return DatabaseError(
+            f"{what} is before the oldest snapshot of app {self._app!r}, {has}, and its log does not hold "
+            "all that leads there",
+            "see what there is: phalanx snapshot list",
+        )
+
+    async def _begins_with_all(self, first: int, sequence: int) -> bool:
+        """Whether the first record of the log, which begins at *first*, is one up to *sequence* and holds
+        every page: so that nothing before it is needed."""
+        at = first
+        while at <= sequence:
+            entries = await self._log.read(at, limit=16, max_bytes=1)
+            record = next((entry for entry in entries if isinstance(entry, LogRecord)), None)
+            if record is not None:
+                return record.sequence <= sequence and await asyncio.to_thread(_holds_every_page, record)
+            if not entries:
+                return False
+            at = entries[-1].sequence + 1
+        return False
 
     async def _newest_up_to(self, sequence: int, found: list[Snapshot]) -> Snapshot | None:
         for one in reversed(found):
@@ -163,15 +212,19 @@ class Restoring:
     async def _sequence_at(self, time: float, found: list[Snapshot]) -> int:
         if time > system.wall() + _CLOCK_SECONDS:
             raise DatabaseError(f"the time {_when(time)} is in the future")
-        oldest = found[0]
-        if time < oldest.time:
-            raise DatabaseError(
-                f"{_when(time)} is before the oldest snapshot of app {self._app!r}, which has the "
-                f"data of {_when(oldest.time)}",
-                "see what there is: phalanx snapshot list",
-            )
-        # Before all that the log still holds: the snapshot that it goes on from is what was there.
-        return max(oldest.sequence, await self._log.record_at_time(time))
+        at = await self._log.record_at_time(time)
+        if found and time >= found[0].time:
+            # Before all that the log still holds: the snapshot that it goes on from is what was there.
+            return max(found[0].sequence, at)
+        return at
+
+
+def _holds_every_page(record: LogRecord) -> bool:
+    """False where that is not known: a large record, unless it is the first of all."""
+    if record.txid == 1 or record.pointer is not None:
+        return record.txid == 1
+    header, pages = ltx.open_pages(io.BytesIO(record.data))
+    return sum(1 for _ in pages) == ltx.page_count(header.commit, header.page_size)
 
 
 class _Record:
@@ -243,7 +296,7 @@ def _check_target(target: Path) -> None:
 def _check_room(folder: Path, plan: _Plan) -> None:
     space = os.statvfs(folder)
     free = space.f_bavail * space.f_frsize
-    needed = plan.snapshot.raw_bytes + plan.log_bytes + _MARGIN_BYTES
+    needed = plan.raw_bytes + plan.log_bytes + _MARGIN_BYTES
     if free < needed:
         raise DatabaseError(
             f"the disk of {folder} has {free >> 20} MiB free, the database needs some {needed >> 20} MiB",
