@@ -290,7 +290,7 @@ async def test_db_diverged_lists_what_was_set_aside(platform: Platform, nodes: S
     shown = await platform.json("db", "diverged", "wiki")
     assert msgspec.convert(shown["files"], list[DivergedFile]) == [DIVERGED]
     text, _ = await platform.call("db", "diverged", "wiki")
-    assert "≥ 3" in text
+    assert "unknown, at least 3" in text
     assert DIVERGED.file in text
     assert (await platform.json("db", "diverged", "wiki", "--node", "n2"))["files"] == shown["files"]
 

@@ -39,6 +39,8 @@ def test_what_cannot_be_told_is_never_taken_for_nothing() -> None:
     """An unreadable WAL, or a log that no longer reaches back so far, may hide transactions."""
     later = LoggedReign(40, 12, 9)
     assert settle(LocalDatabase(5, 12, None), later) == SetAside(40, 12, 0, exact=False)
+    assert settle(LocalDatabase(5, 15, None, 3), later) == SetAside(40, 12, 3, exact=False)
     unknown = LoggedReign(40, 12, 9, known=False)
     assert settle(LocalDatabase(5, 12, 0), unknown) == SetAside(40, 12, 0, exact=False)
+    assert settle(LocalDatabase(5, 15, None, 3), unknown) == SetAside(40, 12, 0, exact=False)
     assert settle(LocalDatabase(5, 0, 0), later) == SetAside(40, 12, 0, exact=True)

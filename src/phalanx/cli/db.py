@@ -11,7 +11,7 @@ from phalanx.cli import exits, output, progress
 from phalanx.cli.target import Where
 from phalanx.client import PlatformClient
 from phalanx.client_db import DatabaseView, Verification
-from phalanx.data.status import DbDifference, DbStatus, DivergedFile, TableDifference
+from phalanx.data.status import DbDifference, DbStatus, DivergedFile, TableDifference, lacking
 from phalanx.errors import ConfigError, PhalanxError
 
 db = App(name="db", help="The databases of apps: state, verification, what was set aside.")
@@ -212,7 +212,7 @@ def _show_diverged(app: str, files: list[DivergedFile]) -> None:
                 str(file.epoch),
                 output.clock(file.time),
                 f"{file.sequence}/{file.txid}",
-                f"{'' if file.exact else '≥ '}{file.transactions}",
+                lacking(file.transactions, file.exact),
                 output.size(file.size_bytes),
                 file.file,
             )

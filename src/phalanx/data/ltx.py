@@ -207,6 +207,12 @@ def open_pages(file: Readable) -> tuple[Header, Iterator[Page]]:
     return reader.header, reader.pages()
 
 
+def holds_every_page(file: Readable) -> bool:
+    """Whether that one needs nothing before it. Reads all of it; raises LtxError as :func:`open_pages`."""
+    header, pages = open_pages(file)
+    return sum(1 for _ in pages) == page_count(header.commit, header.page_size)
+
+
 class _Reader:
     """Reads one file from beginning to end. ``post_checksum`` is known when ``pages()`` is through."""
 

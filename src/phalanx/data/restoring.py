@@ -223,8 +223,7 @@ def _holds_every_page(record: LogRecord) -> bool:
     """False where that is not known: a large record, unless it is the first of all."""
     if record.txid == 1 or record.pointer is not None:
         return record.txid == 1
-    header, pages = ltx.open_pages(io.BytesIO(record.data))
-    return sum(1 for _ in pages) == ltx.page_count(header.commit, header.page_size)
+    return ltx.holds_every_page(io.BytesIO(record.data))
 
 
 class _Record:

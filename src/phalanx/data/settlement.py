@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +16,9 @@ from phalanx.data import disk, ltx
 from phalanx.data.entries import LogRecord, Seal
 from phalanx.data.log import LogEnd
 from phalanx.data.replica_state import ReplicaState, WalInfo
-from phalanx.data.status import DivergedFile
+from phalanx.data.status import DivergedFile, lacking
 from phalanx.decide.settling import Keep, LocalDatabase, LoggedReign, MakeReplica, SetAside, settle
+from phalanx.errors import LtxError
 
 if TYPE_CHECKING:
     from phalanx.data.database import AppDatabase
@@ -84,7 +87,10 @@ class Settlements:
         logged = await self._logged(state.epoch, state.sealed, end)
         wal = await self._wal_after(logged.last_txid) if logged.known else None
         unlogged = wal.later_commits if wal is not None else None
-        local = LocalDatabase(state.epoch, self._captured(), unlogged)
+        files = 0
+        if unlogged is None and logged.known:
+            files = await asyncio.to_thread(self._files_after, logged.last_txid)
+        local = LocalDatabase(state.epoch, self._captured(), unlogged, files)
         match settle(local, logged):
             case Keep():
                 return False
@@ -144,6 +150,17 @@ class Settlements:
     def _captured(self) -> int:
         files = self._files()
         return files[-1][0] if files else 0
+
+    def _files_after(self, logged_txid: int) -> int:
+        """How many files after those of *logged_txid* hold a transaction each, at least. One that holds every
+        page may have been made after a gap, and hold nothing new."""
+        count = 0
+        for txid, path in self._files():
+            if txid > logged_txid:
+                # A file that cannot be read counts for nothing: the number is a lower bound.
+                with contextlib.suppress(LtxError, OSError), path.open("rb") as file:
+                    count += not ltx.holds_every_page(file)
+        return count
 
     async def _wal_after(self, logged_txid: int) -> WalInfo | None:
         """What the WAL has after those of *logged_txid*; None where it is not known where those end."""
@@ -214,11 +231,10 @@ class Settlements:
 
     def report(self, what: Diverged) -> None:
         """Tell the audit log; once, as far as the disk takes the note that it was told."""
-        count = f"{what.transactions}" if what.exact else f"at least {what.transactions}"
         self._database.report(
             "database-diverged",
-            f"{count} transactions of epoch {what.epoch} after {what.sequence}/{what.txid} were never "
-            f"in the log: kept in {what.file}",
+            f"transactions of epoch {what.epoch} after {what.sequence}/{what.txid} that are not in the log: "
+            f"{lacking(what.transactions, what.exact)}; kept in {what.file}",
             level=logging.ERROR,
             epoch=what.epoch,
             transactions=str(what.transactions),

@@ -76,7 +76,7 @@ class DivergedFile(msgspec.Struct, frozen=True, kw_only=True):
     """A database that was set aside, because it held transactions that the log lacks.
 
     ``sequence`` and ``txid``: the last of it that the log has. ``transactions``: how many it lacks,
-    at least that many unless ``exact``. ``time``: when it was set aside, Unix seconds.
+    at least that many unless ``exact`` (see :func:`lacking`). ``time``: when it was set aside, Unix seconds.
     """
 
     app: str
@@ -89,6 +89,13 @@ class DivergedFile(msgspec.Struct, frozen=True, kw_only=True):
     size_bytes: int
     time: float
     file: str
+
+
+def lacking(transactions: int, exact: bool) -> str:
+    """How many transactions the log lacks, in words: what is not known is said to be unknown."""
+    if exact:
+        return str(transactions)
+    return f"unknown, at least {transactions}" if transactions else "unknown"
 
 
 class DiffRequest(msgspec.Struct, frozen=True):

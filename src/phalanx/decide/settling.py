@@ -17,11 +17,13 @@ class LocalDatabase(msgspec.Struct, frozen=True):
     """What lies on disk. ``captured_txid``: the last transaction file of Litestream, 0 if there is none.
 
     ``unlogged_commits``: transactions on disk after the log's last one; None where that can't be told.
+    ``unlogged_files``: files after the log's last one that hold a transaction each, at least.
     """
 
     epoch: int
     captured_txid: int
     unlogged_commits: int | None
+    unlogged_files: int = 0
 
 
 class LoggedReign(msgspec.Struct, frozen=True):
@@ -48,7 +50,7 @@ class MakeReplica(msgspec.Struct, frozen=True):
 class SetAside(msgspec.Struct, frozen=True):
     """It has more than the log, which ends at this position. ``commits``: how many transactions more.
 
-    ``exact``: false where it may be more of them than that.
+    ``exact``: false where it may be more of them than that; with 0, nothing is known about their number.
     """
 
     sequence: int
@@ -68,7 +70,7 @@ def settle(local: LocalDatabase, logged: LoggedReign) -> Settlement:
         return MakeReplica(logged.last_sequence, logged.last_txid)
     if logged.newest_epoch <= local.epoch:
         return Keep()
-    commits = local.unlogged_commits
-    return SetAside(
-        logged.last_sequence, logged.last_txid, commits or 0, exact=logged.known and commits is not None
-    )
+    commits, exact = local.unlogged_commits, logged.known
+    if commits is None:
+        commits, exact = (local.unlogged_files if logged.known else 0), False
+    return SetAside(logged.last_sequence, logged.last_txid, commits, exact=exact)
