@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from phalanx.coord.codec import Entry, Removed
     from phalanx.coord.locks import Lock
+    from phalanx.data.reading import StaleConnection
     from phalanx.decide.backoff import Backoff
     from phalanx.errors import (
         BackendError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         BusTimeout,
         BusUnavailable,
         ConfigError,
+        DatabaseError,
         Fenced,
         HookFailed,
         IdentityError,
@@ -47,9 +49,11 @@ if TYPE_CHECKING:
         NodeIdTaken,
         NotActive,
         PhalanxError,
+        ReplicaUnavailable,
         RevisionCompacted,
         SessionLost,
         StartError,
+        SyncTimeout,
         WrongRevision,
         WrongValue,
     )
@@ -75,6 +79,7 @@ _WHERE = {
         "TcpCheck",
         "Timings",
     ),
+    "phalanx.data.reading": ("StaleConnection",),
     "phalanx.decide.backoff": ("Backoff",),
     "phalanx.errors": (
         "BackendError",
@@ -82,6 +87,7 @@ _WHERE = {
         "BusTimeout",
         "BusUnavailable",
         "ConfigError",
+        "DatabaseError",
         "Fenced",
         "HookFailed",
         "IdentityError",
@@ -93,9 +99,11 @@ _WHERE = {
         "NodeIdTaken",
         "NotActive",
         "PhalanxError",
+        "ReplicaUnavailable",
         "RevisionCompacted",
         "SessionLost",
         "StartError",
+        "SyncTimeout",
         "WrongRevision",
         "WrongValue",
     ),
@@ -157,6 +165,10 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "LockLost",
     "HookFailed",
     "BackendError",
+    "DatabaseError",
+    "SyncTimeout",
+    "ReplicaUnavailable",
+    "StaleConnection",
     "InternalError",
     "__version__",
 ]
