@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import sqlite3
@@ -16,6 +17,7 @@ from tests.e2e.origin import Entry, Killed, Origin, Reader, Steps, check_equal
 from phalanx.data import ltx
 from phalanx.data import replica as replica_module
 from phalanx.data.replica import Replica
+from phalanx.data.wal_files import scan_wal, wal_path
 from phalanx.types import Position
 
 PAGES = 20
@@ -265,11 +267,48 @@ def content(case: Case, replica: Replica) -> str:
     return hashlib.sha256(case.live.read_bytes()).hexdigest()
 
 
+def check_primed(case: Case) -> None:
+    """Litestream's newest file is the last frame of the log, as it would have captured it."""
+    txid = len(case.entries)
+    primed = ltx.decode((case.folder / "capture" / "ltx" / "0" / ltx.file_name(txid, txid)).read_bytes())
+    wal_header, frames = scan_wal(wal_path(case.live))
+    assert wal_header is not None
+    frame = list(frames)[-1]
+    header, frame_bytes = primed.header, 24 + wal_header.page_size
+    assert header.wal_offset == 32 + (frame.frame - 1) * frame_bytes
+    assert header.wal_size == frame_bytes
+    with wal_path(case.live).open("rb") as log:
+        log.seek(header.wal_offset)
+        data = log.read(frame_bytes)
+    assert [page.number for page in primed.pages] == [int.from_bytes(data[:4], "big")]
+    assert primed.pages[0].data == data[24:]
+    assert int.from_bytes(data[4:8], "big") == header.commit
+    assert data[8:16] == header.wal_salt1.to_bytes(4, "big") + header.wal_salt2.to_bytes(4, "big")
+
+
 @pytest.mark.parametrize("reader", [False, True], indirect=True)
+@pytest.mark.parametrize("is_long", [False, True])
 def test_kill_at_any_step_of_a_promotion(
-    tmp_path: Path, story: tuple[Origin, list[Entry]], reader: Reader | None
+    tmp_path: Path,
+    story: tuple[Origin, list[Entry]],
+    reader: Reader | None,
+    is_long: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It is a replica still, or the live database with all of its files; never both, never neither."""
+    """It is a replica still, or the live database with all of its files; never both, never neither.
+
+    Its log goes along as it is, or is begun anew if it is long.
+    """
+    pages = [20]
+
+    def open_replica(case: Case) -> Replica:
+        return Replica.open(case.folder, pages[-1])
+
+    def prepare(case: Case) -> None:
+        end_story(case)
+        pages.append(2 if is_long else 100)
+
+    monkeypatch.setattr(Case, "open", open_replica)
 
     def check(case: Case, ended: bool) -> None:
         replica = case.open()
@@ -285,13 +324,13 @@ def test_kill_at_any_step_of_a_promotion(
         assert replica.describe().sealed == 100
         assert replica.position.txid == txid
         assert not list(case.folder.glob("gen-*/replica.db*"))
-        primed = case.folder / "capture" / "ltx" / "0" / ltx.file_name(txid, txid)
-        assert [page.number for page in ltx.decode(primed.read_bytes()).pages] == [1]
+        check_primed(case)
         assert content(case, replica) == case.origin.fingerprint(txid)
         replica.close()
 
-    labels = kill_at_every_step(tmp_path, story, promote, end_story, check, reader)
+    labels = kill_at_every_step(tmp_path, story, promote, prepare, check, reader)
     assert {"promote: move", "promote: move-wal", "promote: move-shm", "capture: write"} <= set(labels)
+    assert ("wal: header" in labels) == is_long
 
 
 def go_live(case: Case) -> None:
@@ -379,3 +418,82 @@ def test_kill_at_any_step_of_setting_aside(tmp_path: Path, story: tuple[Origin, 
         replica.close()
 
     kill_at_every_step(tmp_path, story, act, prepare, check)
+
+
+# --- losses of power
+
+
+def state_on_disk(case: Case) -> str:
+    """The role that a next opening finds."""
+    return json.loads((case.folder / "state.json").read_bytes())["role"]
+
+
+def test_promotion_waits_for_the_disk_four_times(tmp_path: Path, story: tuple[Origin, list[Entry]]) -> None:
+    """For what Litestream goes on from, and for the state that decides; a log not yet synced costs two more."""
+    case = Case(tmp_path / "folder", *story)
+    end_story(case)
+    replica = Replica.open(case.folder, 100)
+    replica.sync()
+    replica.skip(replica.position.sequence + 1)
+    with Steps() as steps:
+        replica.promote(case.live, 9, 100)
+    decided = ["capture: sync", "capture: sync folder", "state: sync", "state: sync folder"]
+    assert [label for label in steps.labels if "sync" in label] == decided
+    assert steps.labels.index("state: sync folder") < steps.labels.index("promote: move-wal")
+    replica.close()
+
+
+def test_state_of_a_promotion_is_saved_after_the_names_that_it_is_about(
+    tmp_path: Path, story: tuple[Origin, list[Entry]]
+) -> None:
+    """Once nothing else is to be done, or with the next state: what is said to be live must be there."""
+    case = Case(tmp_path / "folder", *story)
+    end_story(case)
+    promote(case)
+    for act in (Replica.rest, lambda replica: replica.resume(10, 200)):
+        replica = case.open()
+        assert (state_on_disk(case), replica.role) == ("promoting", "live")
+        with Steps() as steps:
+            act(replica)
+        assert steps.labels[0] == "state: sync what it is about"
+        assert steps.labels[-1] == "state: sync folder"
+        assert state_on_disk(case) == "live"
+        with Steps() as steps:
+            replica.rest()
+        assert not any(label.startswith("state") for label in steps.labels)
+        replica.close()
+        state = json.loads((case.folder / "state.json").read_bytes())
+        (case.folder / "state.json").write_text(json.dumps(state | {"role": "promoting"}))
+
+
+@pytest.mark.parametrize("undone", [0, 1, 2, 3])
+def test_loss_of_power_after_a_promotion_takes_nothing_that_was_committed(
+    tmp_path: Path, story: tuple[Origin, list[Entry]], undone: int
+) -> None:
+    """Names that were not on the disk yet are the old ones again; the program's commits are in the files."""
+    case = Case(tmp_path / "folder", *story)
+    go_live(case)
+    wanted = live_content(case)
+    assert state_on_disk(case) == "promoting"
+    generation = next(case.folder.glob("gen-*"))
+    for suffix in ("", "-shm", "-wal")[:undone]:
+        case.live.with_name(case.live.name + suffix).rename(generation / f"replica.db{suffix}")
+    replica = case.open()
+    assert replica.role == "live"
+    assert live_content(case) == wanted
+    assert not list(case.folder.glob("gen-*/replica.db*"))
+    replica.close()
+
+
+def test_database_that_is_gone_before_the_state_was_saved_is_one_that_has_vanished(
+    tmp_path: Path, story: tuple[Origin, list[Entry]]
+) -> None:
+    """Its node goes on: what it does with a database that is not there, it does here too."""
+    case = Case(tmp_path / "folder", *story)
+    go_live(case)
+    case.live.unlink()
+    replica = case.open()
+    assert replica.role == "live"
+    replica.reset()
+    assert replica.state == "empty"
+    replica.close()

@@ -25,6 +25,9 @@ from phalanx.types import Position
 log = logging.getLogger("phalanx.data")
 
 CAPTURE, CAPTURE_REPLICA = "capture", "capture-replica"
+LEVEL0 = Path(CAPTURE, "ltx", "0")
+"""Where Litestream puts its files."""
+
 SUFFIXES = ("-wal", "-shm", "")
 """The order in which files move: the database comes last, when its log is there."""
 
@@ -51,20 +54,42 @@ def wal_info(live: Path, salt1: int, salt2: int, offset: int) -> WalInfo:
 
 
 def clear_capture(folder: Path) -> None:
-    """Nothing of an earlier reign is left for Litestream."""
-    for name in (CAPTURE, CAPTURE_REPLICA):
-        if (folder / name).exists():
-            disk.on_step("capture: clear")
-            shutil.rmtree(folder / name)
+    """Nothing of an earlier reign is left for Litestream, whose own folder is there, on the disk.
 
-
-def prime_capture(folder: Path, files: WalFiles, page: ltx.Page, txid: int, now: float) -> None:
-    """Make Litestream believe that it has captured *txid* itself, as the last frame of the log: *page*.
-
-    It compares salts and place of its newest file with the log and goes on from there (db.go, verify). A file
-    of its snapshot level that is newer than the interval keeps it from writing a whole snapshot (store.go).
+    It takes its time: done long before a promotion, it does not have to be done then.
     """
-    clear_capture(folder)
+    level0 = folder / LEVEL0
+    if not _is_clear(folder):
+        for name in (CAPTURE, CAPTURE_REPLICA):
+            if (folder / name).exists():
+                disk.on_step("capture: clear")
+                shutil.rmtree(folder / name)
+        disk.on_step("capture: make")
+        level0.mkdir(mode=0o700, parents=True)
+    for path in (level0.parent, level0.parent.parent, folder):
+        disk.sync_folder(path, "capture: sync folders")
+
+
+def ensure_clear(folder: Path) -> None:
+    """The same, if it was not done before."""
+    if not _is_clear(folder):
+        clear_capture(folder)
+
+
+def _is_clear(folder: Path) -> bool:
+    try:
+        found = [os.listdir(path) for path in (folder / CAPTURE, (folder / LEVEL0).parent, folder / LEVEL0)]
+    except FileNotFoundError:
+        return False
+    return found == [[LEVEL0.parts[1]], [LEVEL0.parts[2]], []]
+
+
+def prime_capture(folder: Path, files: WalFiles, txid: int, now: float) -> None:
+    """Make Litestream believe that it has captured *txid* itself, as the last frame of the log.
+
+    It compares salts, place and page of its newest file with the log and goes on from there (db.go, verify).
+    """
+    ensure_clear(folder)
     state = files.log_state
     assert state is not None
     frame_bytes = files.page_size + 24
@@ -80,10 +105,13 @@ def prime_capture(folder: Path, files: WalFiles, page: ltx.Page, txid: int, now:
         wal_salt2=int.from_bytes(state.salts[4:], "big"),
     )
     # A file of the first transaction has every page.
-    pages = _all_pages(files) if txid == 1 else [page]
-    own = folder / CAPTURE / "ltx" / "0" / ltx.file_name(txid, txid)
-    _write_new(own, ltx.encoded(header, pages), folder)
-    _write_new(folder / CAPTURE_REPLICA / "ltx" / "9" / ltx.file_name(1, txid), (), folder)
+    pages = _all_pages(files) if txid == 1 else _last_page(files)
+    _write_new(folder / LEVEL0 / ltx.file_name(txid, txid), ltx.encoded(header, pages))
+
+
+def _last_page(files: WalFiles) -> list[ltx.Page]:
+    last = files.newer_pages(files.frames - 1)
+    return [ltx.Page(number, files.read_frame(frame)) for number, frame in last.items()]
 
 
 def _all_pages(files: WalFiles) -> Iterator[ltx.Page]:
@@ -95,8 +123,7 @@ def _all_pages(files: WalFiles) -> Iterator[ltx.Page]:
                 yield ltx.Page(number, chunk[at : at + size])
 
 
-def _write_new(path: Path, pieces: Iterable[bytes], root: Path) -> None:
-    path.parent.mkdir(mode=0o700, parents=True)
+def _write_new(path: Path, pieces: Iterable[bytes]) -> None:
     descriptor, at = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), 0
     try:
         for piece in pieces:
@@ -105,17 +132,14 @@ def _write_new(path: Path, pieces: Iterable[bytes], root: Path) -> None:
         disk.sync(descriptor, "capture: sync")
     finally:
         os.close(descriptor)
-    parent = path.parent
-    while parent != root.parent:
-        disk.sync_folder(parent, "capture: sync")
-        parent = parent.parent
+    disk.sync_folder(path.parent, "capture: sync folder")
 
 
 # --- moving files
 
 
 def finish(folder: Folder) -> None:
-    """Do the rest of what the state says. Nothing, as a rule."""
+    """Do the rest of what the state says, and make room for the next promotion."""
     state = folder.state
     if state.role == "promoting":
         _finish_promotion(folder, state)
@@ -124,6 +148,8 @@ def finish(folder: Folder) -> None:
     elif state.role == "replica" and state.live:
         _remove_live(Path(state.live), state.leftover)
         folder.save(msgspec.structs.replace(state, live="", leftover=""))
+    if folder.state.role in ("empty", "replica"):
+        clear_capture(folder.path)
 
 
 def _finish_promotion(folder: Folder, state: State) -> None:
@@ -134,12 +160,8 @@ def _finish_promotion(folder: Folder, state: State) -> None:
         part = source.with_name(source.name + suffix)
         if part.exists():
             disk.rename(part, live.with_name(live.name + suffix), f"promote: move{suffix}")
-    if not live.exists():
-        raise DatabaseError(f"{live} was to be there after a promotion, and is not", "restore a snapshot")
-    disk.sync_folder(live.parent, "promote: sync folder")
-    if source.parent.exists():
-        disk.sync_folder(source.parent, "promote: sync generation")
-    folder.save(msgspec.structs.replace(state, role="live"))
+    # A loss of power may undo some of that, but not what the state says: it would just be done once more.
+    folder.assume(msgspec.structs.replace(state, role="live"), (live.parent, source.parent))
 
 
 def _clear_way(live: Path, epoch: int, suffixes: Sequence[str]) -> None:
@@ -232,7 +254,7 @@ def set_aside(folder: Folder, live: Path, target: Path) -> Aside:
         folder.save(msgspec.structs.replace(state, role="setting-aside", live=str(live), target=str(target)))
         disk.rename(live, target, "set aside: move")
         disk.sync_folder(target.parent, "set aside: sync target")
-        _finish_setting_aside(folder, folder.state)
+        finish(folder)
     finally:
         if files is not None:
             files.close()

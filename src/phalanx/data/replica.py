@@ -290,7 +290,8 @@ class Replica:
                 log.warning("checkpoint of the replica: %s", error)
 
     def rest(self) -> None:
-        """What can be done while nothing comes: checkpoint, remove old generations."""
+        """What can be done while nothing comes: save the state, checkpoint, remove old generations."""
+        self._folder.save_assumed()
         state = self._folder.state
         if self._files is not None and self._files.frames > self._files.backfilled:
             self.checkpoint()
@@ -412,20 +413,23 @@ class Replica:
         if state.role == "empty":
             if self._position.txid:
                 raise DatabaseError(f"the replica is empty, the log is at {self._position}")
-            handover.clear_capture(self._folder.path)
+            handover.ensure_clear(self._folder.path)
             self._switch(place)
             return Promoted(0, 0, live.exists())
         if live.exists():
             raise DatabaseError(f"{live} exists already", "move it away")
         files, _ = self._ready()
         began = time.time()
-        self.checkpoint()
-        self._try_restart()
-        page = ltx.Page(1, files.read_page(1))
-        self._transact(self._position, [page], files.commit)
-        handover.prime_capture(self._folder.path, files, page, self._position.txid, began)
-        self._is_synced = False
-        self.sync()
+        if files.frames > self._checkpoint_pages * 9 // 10:
+            # At 1000 frames a program's commit waits for a checkpoint: the first ones had better not.
+            self.checkpoint()
+            self._try_restart()
+        if not files.frames:
+            # Litestream goes on from the last frame.
+            self._transact(self._position, [ltx.Page(1, files.read_page(1))], files.commit)
+        handover.prime_capture(self._folder.path, files, self._position.txid, began)
+        if not files.is_synced:  # of the journal's position alone the state will tell
+            self.sync()
         handover.prepare_files(files.path, live, epoch)
         page_size = files.page_size
         self._folder.save(msgspec.structs.replace(place, role="promoting"))

@@ -13,6 +13,7 @@ import fcntl
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -60,6 +61,7 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._to_sync: tuple[Path, ...] = ()
         self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -96,8 +98,24 @@ class Folder:
 
     def save(self, state: State) -> None:
         """Replace the state, on the disk when it returns. Raises OSError: it may be old or new then."""
+        for path in self._to_sync:
+            if path.exists():
+                disk.sync_folder(path, "state: sync what it is about")
+        self._to_sync = ()
         disk.replace_file(self.path / "state.json", msgspec.json.encode(state), "state")
         self.state = state
+
+    def assume(self, state: State, moved: Sequence[Path]) -> None:
+        """Be in *state* without waiting for the disk: what it says by now leads there at the next opening.
+
+        :meth:`save_assumed` or the next :meth:`save` puts the names in the folders *moved* on the disk first.
+        """
+        self.state, self._to_sync = state, tuple(moved)
+
+    def save_assumed(self) -> None:
+        """Save what was assumed; nothing if that is done. Raises OSError."""
+        if self._to_sync:
+            self.save(self.state)
 
     # --- generations
 

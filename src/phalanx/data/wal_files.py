@@ -149,6 +149,8 @@ class WalFiles:
         self._maps: list[mmap.mmap] = []
         self._shown = self._state = IndexHeader(0, False, 0, 0, 0, (0, 0), _NO_SALTS)
         self._log_header: WalHeader | None = None
+        self.is_synced = False
+        """Whether the disk has all frames that count."""
 
     @classmethod
     def open(cls, path: Path) -> WalFiles:
@@ -385,6 +387,7 @@ class WalFiles:
     def append(self, transaction: Transaction) -> None:
         """Write what was prepared, and show it to readers. Raises OSError: nothing of it counts then."""
         state, after = self._state, transaction.after
+        self.is_synced = False
         view, offset = memoryview(transaction.data), frame_offset(state.frames + 1, state.page_size)
         for at in range(0, len(view), _WRITE_BYTES):
             disk.write_at(self._log, view[at : at + _WRITE_BYTES], offset + at, "wal: frames")
@@ -411,7 +414,9 @@ class WalFiles:
 
     def sync(self) -> None:
         """Have the disk hold the log."""
-        disk.sync(self._log, "wal: sync")
+        if not self.is_synced:
+            disk.sync(self._log, "wal: sync")
+            self.is_synced = True
 
     # --- reading
 
