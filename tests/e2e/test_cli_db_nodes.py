@@ -78,6 +78,7 @@ async def test_three_nodes_db_status_names_the_live_one_and_its_followers(platfo
     assert view["silent"] == []
     roles = {node["node"]: node["role"] for node in view["nodes"]}
     assert roles == {"n1": "following", "n2": "following", "n3": "following", active: "live"}
+    assert {node["page_size"] for node in view["nodes"]} == {4096}
     live = await platform.node(active)
     assert live["position"]["txid"] > 0
     assert live["size_bytes"] > 0

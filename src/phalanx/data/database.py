@@ -31,7 +31,7 @@ from phalanx.data.image_process import ImageSource, check, fingerprint
 from phalanx.data.log import LogEnd, LogWentBack, WalLog
 from phalanx.data.objects import ObjectStore
 from phalanx.data.owner import check_owner
-from phalanx.data.reading import Readers
+from phalanx.data.reading import Readers, page_size
 from phalanx.data.reign import ADOPTS, DataReign
 from phalanx.data.replica_client import ReplicaProcess
 from phalanx.data.settlement import Settlements
@@ -494,6 +494,8 @@ class AppDatabase:
                 epoch=follower.epoch,
                 page_size=(await self.replica.state()).page_size,
             )
+        if self._phase in (Phase.LIVE, Phase.KEPT):
+            status = replace(status, page_size=await asyncio.to_thread(page_size, self.live))
         if reign is not None and reign.capture is not None and reign.shipper is not None:
             return replace(
                 status,

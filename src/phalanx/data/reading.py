@@ -8,6 +8,7 @@ instead of showing old data.
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import weakref
 from collections.abc import Iterable
@@ -64,6 +65,33 @@ class ReadOnlyConnection(sqlite3.Connection):
         return super().cursor(factory)
 
 
+def page_size(path: Path) -> int:
+    """Of the database at *path*, in bytes; 0 where there is none, or that cannot be told. Blocks briefly."""
+    try:
+        with contextlib.closing(_open_read_only(path, sqlite3.Connection)) as connection:
+            (found,) = connection.execute("PRAGMA page_size").fetchone()
+            return int(found)
+    except sqlite3.Error:
+        return 0
+
+
+def _open_read_only(path: Path, factory: type[sqlite3.Connection]) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        f"file:{quote(str(path))}?mode=ro",
+        uri=True,
+        timeout=BUSY_SECONDS,
+        isolation_level=None,
+        factory=factory,
+    )
+    try:
+        # Opening alone touches nothing: a file that is gone would show only at the first query.
+        connection.execute("PRAGMA schema_version").fetchone()
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
+
+
 class Readers:
     """The connections that were handed out and are still held by somebody."""
 
@@ -74,17 +102,10 @@ class Readers:
     def connect(self, path: Path) -> sqlite3.Connection:
         """A read-only connection to the database at *path*. Raises ReplicaUnavailable."""
         try:
-            connection = sqlite3.connect(
-                f"file:{quote(str(path))}?mode=ro",
-                uri=True,
-                timeout=BUSY_SECONDS,
-                isolation_level=None,
-                factory=ReadOnlyConnection,
-            )
-            # Opening alone touches nothing: a file that is gone would show only at the first query.
-            connection.execute("PRAGMA schema_version").fetchone()
+            connection = _open_read_only(path, ReadOnlyConnection)
         except sqlite3.Error as error:
             raise ReplicaUnavailable(self._app, f"its database cannot be read now: {error}") from error
+        assert isinstance(connection, ReadOnlyConnection)
         self._open.add(connection)
         return connection
 
