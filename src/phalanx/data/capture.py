@@ -112,7 +112,7 @@ class Capture:
         self._wal: FileId | None = None
         self._ready, self._full = False, False
         self._announced, self._restarts = 0, 0
-        self._last_failing = ("", 0.0)
+        self._last_failing, self._trouble = ("", 0.0), ""
         loop = asyncio.get_running_loop()
         self._kept: asyncio.Future[None] = loop.create_future()
         """Done once the guard keeps the WAL; not where there is none yet."""
@@ -135,6 +135,11 @@ class Capture:
     def pid(self) -> int | None:
         """Litestream's process id, None while there is none."""
         return self._litestream.pid if self._litestream else None
+
+    @property
+    def trouble(self) -> str:
+        """Why commits cannot be captured at present, though it is tried again and again; else empty."""
+        return "" if self._ready else self._trouble
 
     @property
     def is_running(self) -> bool:
@@ -198,14 +203,25 @@ class Capture:
     # --- supervision
 
     async def _supervise(self, first: asyncio.Future[None]) -> None:
-        """Keep a Litestream at work. *first* is done when one is ready; until then errors are raised."""
+        """Keep a Litestream at work. *first* is done when one is ready; until then errors are raised, each as
+        a DatabaseError, and from then on ``failed`` tells of them: this never ends in silence."""
+        try:
+            await self._keep_at_work(first)
+        except Exception as error:
+            if not first.done():
+                raise self._as_database_error(error) from error
+            self._note_bug(error)
+
+    async def _keep_at_work(self, first: asyncio.Future[None]) -> None:
         delay = 0.0
         while True:
-            if not _has_content(self._paths.live):
-                _set(first)
-                await self._wait_for_database()
             began = system.now()
             try:
+                if not _has_content(self._paths.live):
+                    _set(first)
+                    self._trouble = ""
+                    await self._wait_for_database()
+                    began = system.now()
                 await self._run(first)
             except Exception as error:
                 full = isinstance(error, RunEnded) and error.full
@@ -247,10 +263,13 @@ class Capture:
                 self._fail(DatabaseError(str(error), "stop the program, so that it opens its database anew"))
                 return False
             case _:
-                log.error("capturing has failed", exc_info=error)
-                self._fail(DatabaseError(f"capturing has failed: {type(error).__name__}: {error}"))
+                self._note_bug(error)
                 return False
         return True
+
+    def _note_bug(self, error: Exception) -> None:
+        log.error("capturing has failed", exc_info=error)
+        self._fail(DatabaseError(f"capturing has failed: {type(error).__name__}: {error}"))
 
     def _fail(self, error: DatabaseError) -> None:
         self._event("broken", str(error))
@@ -261,6 +280,7 @@ class Capture:
     def _event(self, kind: str, detail: str) -> None:
         now = system.now()
         if kind == "failing":
+            self._trouble = detail
             if self._last_failing[0] == detail and now - self._last_failing[1] < REPEAT_SECONDS:
                 return
             self._last_failing = (detail, now)
@@ -285,6 +305,8 @@ class Capture:
 
     async def _run(self, first: asyncio.Future[None]) -> None:
         """One Litestream, from its start to its end, which is raised."""
+        assert self._watch is not None
+        self._watch.renew()
         guard = await self._keep_wal()
         page_size = await guard.page_size()
         await child.in_thread(partial(self._records.prepare, page_size, full=self._full))
@@ -432,6 +454,7 @@ class Capture:
         await guard.release()
         self._tail.learn(await guard.page_of("_litestream_seq"))
         self._wal, self._full, self._ready = _file_id(self._paths.wal), False, True
+        self._trouble = ""
         self._event("started", f"Litestream {litestream.pid}, transaction {txid}")
 
     async def _rest(self, began: float, *, is_busy: bool) -> None:

@@ -208,6 +208,8 @@ class DataReign:
             return ""
         if self._capture.failed.done():
             return f"its database is not captured: {self._capture.failed.result()}"
+        if trouble := self._capture.trouble:
+            return f"its database is not captured: {trouble}"
         trouble = self._shipper.trouble or self._shipper.failing
         return f"its database does not get into the log: {trouble}" if trouble else ""
 
