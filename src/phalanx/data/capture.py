@@ -7,6 +7,7 @@ lost meanwhile, as the guard (``data.wal_guard``) keeps the WAL, and a gap is ma
 
 * its own checkpoints, VACUUM, any page size: nothing to notice. ``journal_mode = DELETE`` fails, as the file
   is in use.
+* a program that is killed within a commit: what was captured of that is withdrawn (``data.committed``).
 * another file at the path, or none: Litestream and the guard begin anew with it, by a full record.
 * the ``-wal`` removed, or the file replaced without removing it: the program itself works on pages that are
   nowhere any more. Nobody can mend that from outside; ``failed`` says so, and the program has to be stopped.
@@ -26,6 +27,7 @@ from pathlib import Path
 
 from phalanx import child, system
 from phalanx.data.barrier import Barrier, answer
+from phalanx.data.committed import Mark, Verdict, WalIndex
 from phalanx.data.litestream import MONITOR_SECONDS, Litestream, Paths, check_path
 from phalanx.data.records import FilesLost, Records, frames_between
 from phalanx.data.syncing import RunEnded, Syncing, is_disk_full
@@ -60,6 +62,10 @@ SETTLED_SECONDS = 30.0
 """A Litestream that has run so long is restarted at once again."""
 REPLACED_SECONDS = 0.25
 """Who replaces a database with care removes its WAL first; so long it may take until the new one is there."""
+DOUBT_SECONDS = 0.0005
+"""How often it is looked whether a commit under way has come to its end."""
+BEHIND_SYNCS = 3
+"""So many syncs in a row may leave out what was committed before them."""
 REPEAT_SECONDS = 60.0
 """What fails in the same way again and again is reported again only after that time."""
 
@@ -76,9 +82,9 @@ class Capture:
     """Of one live database, for one active section.
 
     *on_captured*: called with the last captured transaction whenever it has grown. *on_event*: (kind, detail)
-    for the audit trail. Kinds: ``started``, ``exited``, ``stalled``, ``failing``, ``gap``, ``disk-full``,
-    ``disk-recovered``, ``database-replaced``, ``database-deleted``, ``broken``. Both are called from the
-    event loop, and must not raise.
+    for the audit trail. Kinds: ``started``, ``exited``, ``stalled``, ``failing``, ``gap``, ``withdrawn``,
+    ``disk-full``, ``disk-recovered``, ``database-replaced``, ``database-deleted``, ``broken``. Both are
+    called from the event loop, and must not raise.
     """
 
     def __init__(
@@ -101,6 +107,8 @@ class Capture:
         self._registered = False
         self._records = Records(self._paths)
         self._tail = WalTail(self._paths.wal)
+        self._index = WalIndex(self._paths.live)
+        self._behind = 0
         self._syncing = Syncing(self._paths.level0, stall_seconds, self._event)
         self._guard: WalGuard | None = None
         self._watch: WalWatch | None = None
@@ -215,7 +223,7 @@ class Capture:
     async def _keep_at_work(self, first: asyncio.Future[None]) -> None:
         delay = 0.0
         while True:
-            began = system.now()
+            began, withdrawn = system.now(), False
             try:
                 if not _has_content(self._paths.live):
                     _set(first)
@@ -225,16 +233,17 @@ class Capture:
                 await self._run(first)
             except Exception as error:
                 full = isinstance(error, RunEnded) and error.full
-                await self._end_run(adopt=not full)
+                withdrawn = isinstance(error, RunEnded) and error.withdrawn
+                await self._end_run(adopt=not full and not withdrawn)
                 # A full record mends what it was asked for, unless it was asked for before.
-                if not first.done() and (not full or self._full):
+                if not first.done() and not withdrawn and (not full or self._full):
                     raise self._as_database_error(error) from error
                 if not self._note_end(error):
                     return
             except asyncio.CancelledError:
                 await self._end_run(adopt=True)
                 raise
-            if system.now() - began > SETTLED_SECONDS:
+            if withdrawn or system.now() - began > SETTLED_SECONDS:
                 delay = 0.0
             await asyncio.sleep(delay)
             delay = min(max(NEXT_RESTART_SECONDS, 2 * delay), LONGEST_RESTART_SECONDS)
@@ -313,7 +322,11 @@ class Capture:
         if guard.holds:
             _set(self._kept)
         self._litestream = litestream = Litestream(
-            self._paths, self._resource, self._register, self._monitor_seconds, self._on_exit
+            self._paths,
+            self._resource,
+            self._register,
+            self._monitor_seconds,
+            self._on_exit,
         )
         try:
             await litestream.start()
@@ -370,8 +383,19 @@ class Capture:
         else:
             with contextlib.suppress(DatabaseError):
                 await guard.hold()
-            if adopt and litestream is not None and not self._records.adopt():
+            if adopt and litestream is not None and not self._adopt():
                 self._full = True
+
+    def _adopt(self) -> bool:
+        """Accept what Litestream has written last, as far as it can be told that it was committed.
+
+        False: it does not follow on what was accepted before.
+        """
+        with contextlib.suppress(OSError, DatabaseError):
+            verdicts = {self._index.judge(file, None) for file in self._records.unaccepted()}
+            if verdicts - {Verdict.COMMITTED}:
+                return True  # the next run captures it again, or what is in its place then
+        return self._records.adopt()
 
     def _wal_is_gone(self) -> bool:
         return self._wal is not None and _file_id(self._paths.wal) != self._wal
@@ -426,6 +450,7 @@ class Capture:
         began = system.now()
         # Whoever asks from here on may have committed after the sync began, and waits for the next one.
         waiters, before = self._barrier.take(), self._records.end
+        committed = self._index.look()
         try:
             self._check_files()
             await self._check_wal()
@@ -433,15 +458,17 @@ class Capture:
             txid = await self._syncing.sync(litestream, self._check_files, first=not self._ready)
             self._check_files()
             await self._check_wal()
+            await self._see_committed(litestream, guard, txid, committed)
             if not self._records.accept(txid):
                 missing = f"after transaction {self._records.newest} commits may be missing"
                 raise RunEnded("gap", f"{missing}: the whole database is captured anew", full=True)
             if not self._ready and txid:
                 await self._become_ready(litestream, guard, txid)
+            has_all = self._has_reached(committed)
         except BaseException:
             self._barrier.put_back(waiters)
             raise
-        if self._ready:
+        if self._ready and has_all:
             answer(waiters, self.captured)
         else:
             self._barrier.put_back(waiters)
@@ -449,6 +476,38 @@ class Capture:
             self._announced = self.captured
             self._on_captured(self.captured)
         await self._rest(began, is_busy=frames_between(before, self._records.end) > BUSY_FRAMES)
+
+    async def _see_committed(
+        self, litestream: Litestream, guard: WalGuard, txid: int, before: Mark | None
+    ) -> None:
+        """Wait until what was captured, up to *txid*, is committed. Raises RunEnded: some of it never was.
+
+        *before*: what was committed before this sync.
+        """
+        for file in self._records.unaccepted(txid):
+            while (verdict := self._index.judge(file, before)) is Verdict.IN_DOUBT:
+                await asyncio.sleep(DOUBT_SECONDS)
+                self._check_files()
+                await self._check_wal()
+                if litestream.exited:
+                    raise RunEnded("exited", f"Litestream {litestream.how}")
+            if verdict is Verdict.PHANTOM:
+                self._records.withdraw()
+                await guard.overwrite()
+                detail = "a program was killed within its commit: what was captured of that is withdrawn"
+                raise RunEnded("withdrawn", detail, withdrawn=True)
+
+    def _has_reached(self, committed: Mark | None) -> bool:
+        """Whether all that was *committed* is captured. Raises RunEnded when it is not for the third time."""
+        end = self._records.end
+        if self._index.covers(end, committed) or self._tail.is_only_ours(end):
+            self._behind = 0
+            return True
+        self._behind += 1
+        if self._behind >= BEHIND_SYNCS:
+            self._behind = 0
+            raise RunEnded("gap", f"Litestream is at {end} and does not go on to {committed}", full=True)
+        return False
 
     async def _become_ready(self, litestream: Litestream, guard: WalGuard, txid: int) -> None:
         await guard.release()

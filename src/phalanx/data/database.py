@@ -25,6 +25,7 @@ from phalanx import system
 from phalanx.aio import wait_at_most
 from phalanx.config import SQLite
 from phalanx.data.bootstrap import Bootstrap
+from phalanx.data.committed import close_removed
 from phalanx.data.entries import Seal
 from phalanx.data.following import Follower
 from phalanx.data.image_process import ImageSource, check, fingerprint
@@ -388,6 +389,7 @@ class AppDatabase:
         guard, self.guard = self.guard, None
         if guard is not None:
             await asyncio.to_thread(guard.close)
+            close_removed()
 
     # --- the active section (ports.SectionDatabase)
 

@@ -16,9 +16,11 @@ The file's checksum covers everything but itself, with each page's data *uncompr
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 import lz4.block
@@ -211,6 +213,48 @@ def holds_every_page(file: Readable) -> bool:
     """Whether that one needs nothing before it. Reads all of it; raises LtxError as :func:`open_pages`."""
     header, pages = open_pages(file)
     return sum(1 for _ in pages) == page_count(header.commit, header.page_size)
+
+
+def read_pages(path: Path, numbers: Collection[int]) -> dict[int, bytes]:
+    """Some of the pages of the file at *path*, found by its index; those that it does not have are left out.
+
+    Checks no more than it must: not the file's checksum. Raises LtxError, OSError.
+    """
+    found: dict[int, bytes] = {}
+    with path.open("rb") as file:
+        page_size = decode_header(file.read(HEADER_BYTES)).page_size
+        end = file.seek(-TRAILER_BYTES - 8, os.SEEK_END)
+        index_bytes = int.from_bytes(file.read(8), "big")
+        if not 0 < index_bytes <= end:
+            raise LtxError(f"an index of {index_bytes} bytes")
+        file.seek(end - index_bytes)
+        for number, at, size in _index_entries(file.read(index_bytes)):
+            if number not in numbers:
+                continue
+            file.seek(at)
+            page = file.read(size)
+            _, flags = _PAGE.unpack_from(page)
+            content = page[_PAGE.size :]
+            if flags & _HAS_SIZE:
+                found[number] = _unpack_block(content[4:], page_size, number)
+            else:
+                found[number] = _unpack_frame(content, page_size, number)
+    return found
+
+
+def _index_entries(index: bytes) -> Iterator[tuple[int, int, int]]:
+    """Page number, place and size in bytes of each page; a page number of 0 ends them."""
+    values: list[int] = []
+    value = shift = 0
+    for byte in index:
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if byte < 0x80:
+            values.append(value)
+            value = shift = 0
+            if len(values) == 3:
+                yield values[0], values[1], values[2]
+                values.clear()
 
 
 class _Reader:

@@ -152,6 +152,15 @@ class Records:
         self._end = None
         return True
 
+    def unaccepted(self, up_to_txid: int | None = None) -> list[Path]:
+        """What Litestream has written beyond that, in order; None: whatever is there. Raises OSError."""
+        last = max(self._list(), default=0) if up_to_txid is None else up_to_txid
+        return [self._path(txid) for txid in range(self.newest + 1, last + 1)]
+
+    def withdraw(self) -> None:
+        """Remove what was not accepted: it will be captured again. Raises OSError."""
+        self._discard_after(self.newest)
+
     def adopt(self) -> bool:
         """Litestream has ended; accept what it wrote last, of which it came to no answer. See accept()."""
         try:

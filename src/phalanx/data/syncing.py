@@ -28,10 +28,13 @@ _DISK_FULL = ("no space left on device", "disk full", "disk quota exceeded", "da
 
 
 class RunEnded(Exception):
-    """A run of Litestream is over: what to report, and whether the next one begins with a full record."""
+    """A run of Litestream is over: what to report, and whether the next one begins with a full record.
 
-    def __init__(self, kind: str, detail: str, *, full: bool = False) -> None:
-        self.kind, self.detail, self.full = kind, detail, full
+    *withdrawn*: what it has written last is no good, and that is over: the next run may begin at once.
+    """
+
+    def __init__(self, kind: str, detail: str, *, full: bool = False, withdrawn: bool = False) -> None:
+        self.kind, self.detail, self.full, self.withdrawn = kind, detail, full, withdrawn
         super().__init__(detail)
 
 

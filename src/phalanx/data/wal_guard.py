@@ -113,6 +113,30 @@ class WalGuard:
             # Also where the database came to WAL mode only now: one read, and this connection counts.
             self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchall()
 
+    async def overwrite(self) -> None:
+        """Commit something that changes nothing: it takes the place of frames that were never committed, and
+        whose checksums then no longer follow. Raises DatabaseError, also while another one writes."""
+        await self._call(self._overwrite)
+
+    def _overwrite(self) -> None:
+        connection = self._connection
+        if connection is None:
+            return
+        holds = connection.in_transaction
+        try:
+            connection.rollback()
+            connection.execute("BEGIN IMMEDIATE")
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            connection.execute(f"PRAGMA user_version = {version}")  # writes its page in any case
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                connection.rollback()
+            raise _unreadable(self._live, error) from None
+        finally:
+            if holds:
+                self._hold()
+
     async def page_size(self) -> int:
         """The database's, in bytes. Raises DatabaseError."""
         return await self._call(self._page_size)
