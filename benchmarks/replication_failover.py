@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from phalanx.observe.audit import AuditEntry, read_audit
 from phalanx.testing.history import Event
 
 MEGABYTES = 100
+ROWS_PER_MEGABYTE = 500
+FILL_SECONDS = 120.0
 LOST_TTL = 2.0
 RATE = 500.0
 LOAD_SECONDS = (1.0, 2.0)
@@ -65,18 +68,29 @@ async def _serves(stage: DataStage, since: float) -> Event:
 async def _fill(stage: DataStage, megabytes: int) -> None:
     active, standby = await stage.pair()
     await asyncio.to_thread(fill, stage.live(active), megabytes)
-    await asyncio.sleep(1.0)
+    deadline = system.now() + FILL_SECONDS
+    while await asyncio.to_thread(_rows, stage.readable(standby)) < megabytes * ROWS_PER_MEGABYTE:
+        if system.now() > deadline:
+            raise TimeoutError(f"{standby} has not got all of it\n{stage.last_words()}")
+        await asyncio.sleep(LOOK_SECONDS)
     await stage.wait_following(standby, 120)
+
+
+def _rows(database: Path) -> int:
+    """How much of :func:`fill` is there; 0 while it can't be read."""
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(programs.open_reader(database)) as connection:
+        return connection.execute("SELECT coalesce(max(number), 0) FROM filling").fetchone()[0]
+    return 0
 
 
 def fill(database: Path, megabytes: int) -> None:
     """Write so much (10**6 bytes), half of which compresses, in transactions of 1 MB."""
-    row = 2000
+    row = 1_000_000 // ROWS_PER_MEGABYTE
     with contextlib.closing(programs.open_writer(str(database))) as connection:
         connection.execute("CREATE TABLE IF NOT EXISTS filling (number INTEGER PRIMARY KEY, content BLOB)")
         for _ in range(megabytes):
             connection.execute("BEGIN")
-            rows = [(random.randbytes(row // 2) + b"a" * (row // 2),) for _ in range(1_000_000 // row)]
+            rows = [(random.randbytes(row // 2) + b"a" * (row // 2),) for _ in range(ROWS_PER_MEGABYTE)]
             connection.executemany("INSERT INTO filling (content) VALUES (?)", rows)
             connection.execute("COMMIT")
 
