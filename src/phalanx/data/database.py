@@ -63,7 +63,10 @@ LATE_WRITERS_SECONDS = 60.0
 """How long a live database that has become a replica refuses late writers; then its space is given up."""
 
 LAG_LOOK_SECONDS = 5.0
-"""How often it is looked whether the replica is too far behind."""
+"""How long a replica that has to catch up may stand still."""
+
+LOOK_SECONDS = 1.0
+"""How often it is looked whether the replica is too far behind, and whether its process answers."""
 
 LAG_HANDICAP_SECONDS = (0.05, 0.5)
 """Least and most that a candidate waits longer because its replica is behind."""
@@ -184,7 +187,11 @@ class AppDatabase:
         return self._told
 
     def _ineligible(self) -> str:
-        if self._phase in (Phase.LIVE, Phase.KEPT):
+        if self._phase is Phase.LIVE:
+            return ""
+        if self.replica.is_silent:
+            return "its replica process does not answer"
+        if self._phase is Phase.KEPT:
             return ""
         if self._phase is not Phase.FOLLOWING or self.follower is None:
             return f"its database is {self._phase}" + (f": {self._reason}" if self._reason else "")
@@ -245,9 +252,12 @@ class AppDatabase:
             await self._wait(again)
 
     async def _wait(self, seconds: float | None) -> None:
-        """Until there is something to tend; meanwhile it is told when the replica falls too far behind."""
+        """Until there is something to tend; meanwhile it is told when the replica falls too far behind, and a
+        process that hangs is ended."""
         deadline = system.now() + seconds if seconds is not None else float("inf")
-        while not await wait_at_most(self._wake, min(LAG_LOOK_SECONDS, deadline - system.now())):
+        while not await wait_at_most(self._wake, min(LOOK_SECONDS, deadline - system.now())):
+            if self.replica.is_running and not self._section_has_turn:
+                self.replica.look()
             if system.now() >= self._release_at:
                 self._release_at = float("inf")
                 with contextlib.suppress(DatabaseError):  # it has ended, and with it its hold
@@ -398,15 +408,17 @@ class AppDatabase:
         await self._take_turn()
         if self._phase not in (Phase.FOLLOWING, Phase.KEPT):
             raise DatabaseError(f"the database is {self._phase}: {self._reason}", "see: phalanx db status")
+        # Before the log is sealed in vain: another node may have a process that answers.
+        await self.replica.hurry(self.replica.state())
         self.reign = DataReign(self, epoch, kept=self._phase is Phase.KEPT)
-        await self.reign.seal()
+        await self.replica.hurry(self.reign.seal())
 
     async def promote(self) -> None:
         """See ``ports.SectionDatabase``."""
         reign = self._own_reign()
         await self._stop_follower()
         self.readers.revoke("this node leads now")
-        await reign.promote()
+        await self.replica.hurry(reign.promote())
         self._set_phase(Phase.LIVE)
 
     async def start_capture(self, section: SectionContext) -> None:

@@ -16,7 +16,7 @@ from phalanx.data.capture import Capture
 from phalanx.data.entries import Seal, SealKind
 from phalanx.data.following import confirmed
 from phalanx.data.in_place import restore_if_asked
-from phalanx.data.log import LogEnd
+from phalanx.data.log import LogEnd, WalLog
 from phalanx.data.schedule import SnapshotSchedule
 from phalanx.data.shipping import Shipper
 from phalanx.errors import DatabaseError, PhalanxError, SyncTimeout
@@ -42,11 +42,22 @@ ADOPTS = "adopts a database that was there before"
 """The reason in a seal whose node has the only copy of the database, until its first record."""
 
 
-def _missing(last: Seal | None) -> str:
-    """What is known to be missing from the log when a reign follows on *last*."""
+async def what_is_missing(wal: WalLog, before: LogEnd) -> str:
+    """What is known to be missing from the log when a reign follows on *before*."""
+    last, record = before.last_seal, before.last_record
     if last is None or last.kind is SealKind.CLOSE:
         return "nothing"
-    return f"unknown until {last.node} returns"
+    if record is None or record.epoch == last.epoch:
+        return f"unknown until {last.node} returns"
+    # Who sealed last has shipped nothing: as a rule it was never active, and who led before it died.
+    seals = await wal.seals(0)
+    reign = [seal for seal in seals if seal.epoch == record.epoch]
+    others = [seal.node for seal in seals if seal.epoch > record.epoch]
+    if any(seal.kind is SealKind.CLOSE for seal in reign):
+        return f"unknown until {' or '.join(dict.fromkeys(others))} returns"
+    wrote = reign[0].node if reign else f"the node of epoch {record.epoch}"
+    empty = ", ".join(node for node in dict.fromkeys(others) if node != wrote)
+    return f"unknown until {wrote} returns" + (f" (or {empty}, which has shipped nothing)" if empty else "")
 
 
 class DataReign:
@@ -97,7 +108,7 @@ class DataReign:
         if self._kept:
             await self._check_kept(before, sealed)
             return
-        self._missing = _missing(before.last_seal)
+        self._missing = await what_is_missing(database.log, before)
         follower = database.follower
         if follower is None:
             raise DatabaseError("its replica does not follow the log")

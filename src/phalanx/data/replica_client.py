@@ -7,12 +7,13 @@ import logging
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
+from phalanx import system
 from phalanx.child import how_ended
 from phalanx.data.replica_state import CHECKPOINT_PAGES, Aside, Promoted, ReplicaState, WalInfo
 from phalanx.data.replica_wire import LENGTH_BYTES, Reply, Request, decode_reply, framed
@@ -32,6 +33,16 @@ SECONDS = 15.0
 LONG_SECONDS = 600.0
 """Deadline of what may copy the whole database."""
 
+BRIEF_SECONDS, APPLY_SECONDS, SYNC_SECONDS = 10.0, 20.0, 60.0
+"""How long at most the process may owe an answer to what takes milliseconds, to a record, and to what waits
+for the disk. The time begins with its last answer."""
+
+SILENT_PART, HURRY_PART = 0.1, 0.2
+"""After this part of that time the process had better not be relied on; and a node that becomes active waits
+no longer, as another one may have a process that answers."""
+
+_HURRY_LOOK_SECONDS = 0.25
+
 _CLOSE_SECONDS = 5.0
 _CHECK = """
 import sqlite3, sys
@@ -45,6 +56,15 @@ except sqlite3.OperationalError:
 except sqlite3.DatabaseError as error:  # so damaged that it cannot even be checked
     print(error)
 """
+
+
+class _Request(NamedTuple):
+    """What was asked and is not answered yet; ``patience``: see :data:`BRIEF_SECONDS`."""
+
+    answer: asyncio.Future[Any]
+    size: int
+    operation: str
+    patience: float
 
 
 class ReplicaProcess:
@@ -61,7 +81,8 @@ class ReplicaProcess:
         self._folder, self._on_exit, self._checkpoint_pages = folder, on_exit, checkpoint_pages
         self._process: subprocess.Popen[bytes] | None = None
         self._transport: asyncio.WriteTransport | None = None
-        self._requests: dict[int, tuple[asyncio.Future[Any], int]] = {}
+        self._requests: dict[int, _Request] = {}
+        self._heard_at = 0.0
         self._bytes = 0
         self._turn, self._room = asyncio.Lock(), asyncio.Event()
         self._number = 0
@@ -143,32 +164,79 @@ class ReplicaProcess:
             process.kill()
             await asyncio.to_thread(process.wait)
 
+    # --- signs of life
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it has owed an answer for so long that it may hang. Answers come in order, so none to the
+        oldest request is none at all."""
+        if not self._requests:
+            return False
+        oldest = next(iter(self._requests.values()))
+        return system.now() - self._heard_at > SILENT_PART * oldest.patience
+
+    def look(self, *, hurried: bool = False) -> None:
+        """Kill it when it has owed an answer for too long; where it owes none, ask for a sign of life. To be
+        called every second or so: a process that hangs is not noticed otherwise while nothing is asked of it.
+        """
+        if not self._requests:
+            self._post("state", (), 0, BRIEF_SECONDS).cancel()  # nobody waits for it
+            return
+        oldest = next(iter(self._requests.values()))
+        is_short = oldest.patience <= SYNC_SECONDS
+        limit = HURRY_PART * oldest.patience if hurried and is_short else oldest.patience
+        if system.now() - self._heard_at > limit and self.is_running:
+            self.kill(f"the replica process gave no answer to {oldest.operation} for {limit:g} s")
+
+    async def hurry(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do *work*; what it asks of the process fails as soon as that has been silent for some 2 s."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                self.look(hurried=True)
+                await asyncio.wait({task}, timeout=_HURRY_LOOK_SECONDS)
+            return await task
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
     # --- requests
 
-    async def _call(self, operation: str, *arguments: object, timeout: float = SECONDS) -> Any:
+    async def _call(
+        self, operation: str, *arguments: object, timeout: float = SECONDS, patience: float = 0.0
+    ) -> Any:
+        patience = patience or (timeout if timeout > SECONDS else BRIEF_SECONDS)
         try:
             async with asyncio.timeout(timeout):
-                return await self._send(operation, arguments)
+                return await self._send(operation, arguments, patience)
         except TimeoutError:
             problem = f"no answer to {operation} within {timeout:g} s"
             self.kill(problem)
             raise DatabaseError(f"the replica process gave {problem}") from None
 
-    async def _send(self, operation: str, arguments: tuple[object, ...]) -> Any:
+    async def _send(self, operation: str, arguments: tuple[object, ...], patience: float) -> Any:
         size = sum(len(argument) for argument in arguments if isinstance(argument, bytes))
         async with self._turn:  # in the order of the calls
             while not self._has_room(size):
                 self._room.clear()
                 await self._room.wait()
-            transport = self._transport
-            if transport is None or transport.is_closing():
-                raise DatabaseError("the replica process does not run")
-            self._number += 1
-            answer = asyncio.get_running_loop().create_future()
-            self._requests[self._number] = (answer, size)
-            self._bytes += size
-            transport.write(framed(Request(self._number, operation, arguments)))
+            answer = self._post(operation, arguments, size, patience)
         return await answer
+
+    def _post(
+        self, operation: str, arguments: tuple[object, ...], size: int, patience: float
+    ) -> asyncio.Future[Any]:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            raise DatabaseError("the replica process does not run")
+        if not self._requests:
+            self._heard_at = system.now()
+        self._number += 1
+        answer = asyncio.get_running_loop().create_future()
+        self._requests[self._number] = _Request(answer, size, operation, patience)
+        self._bytes += size
+        transport.write(framed(Request(self._number, operation, arguments)))
+        return answer
 
     def _has_room(self, size: int) -> bool:
         return not self._requests or (len(self._requests) < MAX_REQUESTS and self._bytes + size <= MAX_BYTES)
@@ -180,8 +248,10 @@ class ReplicaProcess:
 
     async def apply(self, sequence: int, txid: int, data: bytes | Path) -> Position:
         """Apply an LTX file, or what lies at that path. Raises LtxError, too."""
-        what = data if isinstance(data, bytes) else str(data)
-        return await self._ask(Position, "apply", sequence, txid, what, timeout=LONG_SECONDS)
+        what, patience = (data, APPLY_SECONDS) if isinstance(data, bytes) else (str(data), LONG_SECONDS)
+        return await self._ask(
+            Position, "apply", sequence, txid, what, timeout=LONG_SECONDS, patience=patience
+        )
 
     async def skip(self, sequence: int) -> Position:
         """A seal: nothing to apply."""
@@ -189,7 +259,7 @@ class ReplicaProcess:
 
     async def sync(self) -> Position:
         """Put on the disk what is applied; up to where."""
-        return await self._ask(Position, "sync", timeout=LONG_SECONDS)
+        return await self._ask(Position, "sync", timeout=LONG_SECONDS, patience=SYNC_SECONDS)
 
     async def checkpoint(self) -> bool:
         """Move the WAL into the file; False if readers keep some of it."""
@@ -237,8 +307,16 @@ class ReplicaProcess:
             WalInfo, "live_wal_info", str(live), salt1, salt2, offset, timeout=LONG_SECONDS
         )
 
-    async def _ask(self, kind: type[T], operation: str, *arguments: object, timeout: float = SECONDS) -> T:
-        return msgspec.convert(await self._call(operation, *arguments, timeout=timeout), kind)
+    async def _ask(
+        self,
+        kind: type[T],
+        operation: str,
+        *arguments: object,
+        timeout: float = SECONDS,
+        patience: float = 0.0,
+    ) -> T:
+        answer = await self._call(operation, *arguments, timeout=timeout, patience=patience)
+        return msgspec.convert(answer, kind)
 
     async def verify(self, timeout: float = LONG_SECONDS) -> list[str]:
         """What SQLite's integrity check finds in the replica, nothing as a rule. In a process of its own:
@@ -277,7 +355,8 @@ class ReplicaProcess:
             level, text = reply.result
             log.log(level, "replica in %s: %s", self._folder, text)
             return
-        answer, size = self._requests.pop(reply.number)
+        answer, size, _, _ = self._requests.pop(reply.number)
+        self._heard_at = system.now()
         self._bytes -= size
         self._room.set()
         if reply.state is not None:
@@ -301,9 +380,9 @@ class ReplicaProcess:
         reason = self._killed_because or f"the replica process {how_ended(process.returncode)}"
         requests, self._requests = self._requests, {}
         self._bytes = 0
-        for answer, _ in requests.values():
-            if not answer.done():
-                answer.set_exception(DatabaseError(reason))
+        for request in requests.values():
+            if not request.answer.done():
+                request.answer.set_exception(DatabaseError(reason))
         self._room.set()
         self._ending = None
         if not self._closing:

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,12 @@ class Server:
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self._replica: Replica | None = None
-        self._has_rested = True
+        self._has_rested, self._rests_at = True, 0.0
 
     def run(self) -> None:
         """Until the node closes its end. Raises what no request can be blamed for."""
         while True:
-            self._channel.settimeout(None if self._has_rested else REST_SECONDS)
+            self._channel.settimeout(self._rest_seconds())
             try:
                 head = self._channel.recv(1)
             except TimeoutError:
@@ -54,7 +55,11 @@ class Server:
             length = int.from_bytes(head + self._receive(LENGTH_BYTES - 1), "big")
             request = decode_request(self._receive(length))
             self._send(self._answer(request.number, request.operation, request.arguments))
-            self._has_rested = False
+            if request.operation != "state":  # the node only looks whether this process answers
+                self._has_rested, self._rests_at = False, time.monotonic() + REST_SECONDS
+
+    def _rest_seconds(self) -> float | None:
+        return None if self._has_rested else max(0.001, self._rests_at - time.monotonic())
 
     def _receive(self, count: int) -> bytearray:
         data = bytearray(count)
