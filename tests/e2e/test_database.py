@@ -16,6 +16,7 @@ from phalanx import system
 from phalanx.bus.connection import NatsBus
 from phalanx.client import PlatformClient
 from phalanx.config import NatsOptions
+from phalanx.data.entries import SealKind
 from phalanx.data.log import WalLog
 from phalanx.data.status import RestoreRequest
 from phalanx.names import Names
@@ -211,6 +212,27 @@ async def test_g3_a_node_that_returns_after_the_log_was_purged_does_not_lead_wit
         assert [e.details["exact"] for e in entries] == ["false"]
         assert Path(entries[0].details["file"]) in set_aside(tmp_path)
         running.check()
+
+
+async def test_g3_a_kept_database_whose_node_ends_between_seal_and_resume_stays_the_database(
+    tmp_path: Path, nats_server: NatsServer
+) -> None:
+    """A seal of its own under which nothing was written does not make it the database of somebody else."""
+    with database_stage(tmp_path, nats_server, count=1, sync_every=0, commit_seconds=0.003) as running:
+        node = await running.nodes.wait_for_active("wiki")
+        await running.nodes.wait_until(
+            lambda: len(running.history.events("committed")) > 100, 20, "too few commits"
+        )
+        since = since_now()
+        kill_all_of(running.nodes[node])
+        written = max(e.data["number"] for e in running.history.events("committed"))
+        async with client(nats_server) as platform:
+            wal = WalLog(platform.bus, Names("test"), "wiki")
+            await wal.seal((await wal.last()).epoch + 1, node, SealKind.OPEN, "becomes active")
+        running.nodes[node].start()
+        opened = await running.wait_for("opened", since, node=node)
+        assert opened.data["number"] == written
+        assert not set_aside(tmp_path)
 
 
 async def test_restored_in_place_all_nodes_go_back_and_go_on(tmp_path: Path, nats_server: NatsServer) -> None:

@@ -9,7 +9,9 @@ from phalanx.decide.settling import (
     LocalDatabase,
     LoggedReign,
     MakeReplica,
+    SealedAt,
     SetAside,
+    is_void,
     settle,
 )
 
@@ -44,3 +46,12 @@ def test_what_cannot_be_told_is_never_taken_for_nothing() -> None:
     assert settle(LocalDatabase(5, 12, 0), unknown) == SetAside(40, 12, 0, exact=False)
     assert settle(LocalDatabase(5, 15, None, 3), unknown) == SetAside(40, 12, 0, exact=False)
     assert settle(LocalDatabase(5, 0, 0), later) == SetAside(40, 12, 0, exact=True)
+
+
+def test_a_reign_of_this_node_that_only_sealed_is_void() -> None:
+    """Not one that wrote, and not another node's: that one may have begun."""
+    seals = [SealedAt(5, "n1", 12), SealedAt(7, "n1", 12), SealedAt(9, "n2", 12)]
+    assert [is_void(seals, 12, at, "n1") for at in range(3)] == [True, True, False]
+    wrote = [SealedAt(5, "n1", 12), SealedAt(7, "n1", 13)]
+    assert [is_void(wrote, 13, at, "n1") for at in range(2)] == [False, True]
+    assert not is_void(wrote, 14, 1, "n1")

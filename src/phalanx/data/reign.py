@@ -18,6 +18,7 @@ from phalanx.data.following import confirmed
 from phalanx.data.in_place import restore_if_asked
 from phalanx.data.log import LogEnd, WalLog
 from phalanx.data.schedule import SnapshotSchedule
+from phalanx.data.settlement import later_reigns
 from phalanx.data.shipping import Shipper
 from phalanx.errors import DatabaseError, PhalanxError, SyncTimeout
 from phalanx.ports import SectionContext
@@ -135,9 +136,10 @@ class DataReign:
     async def _check_kept(self, before: LogEnd, sealed: Seal) -> None:
         """Nobody has led between the reign whose database was kept and this one, so it is all there is."""
         state = await self._database.replica.state()
-        seals = await self._database.log.seals(state.sealed)
-        others = [s for s in seals if s.sequence < sealed.sequence and s.epoch != state.epoch]
-        if others or before.epoch > state.epoch:  # the seals of others may be purged
+        seals = [s for s in await self._database.log.seals(state.sealed) if s.sequence < sealed.sequence]
+        others = later_reigns(seals, sealed.txid, state.epoch, self._database.node)
+        known = {state.epoch, *(seal.epoch for seal in seals)}
+        if others or before.epoch not in known:  # the seals of others may be purged
             who = f"node {others[0].node}" if others else f"epoch {before.epoch}"
             raise DatabaseError(f"{who} has led since: this node's database has to be settled first")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,16 @@ from phalanx.data.entries import LogRecord, Seal
 from phalanx.data.log import LogEnd
 from phalanx.data.replica_state import ReplicaState, WalInfo
 from phalanx.data.status import DivergedFile, lacking
-from phalanx.decide.settling import Keep, LocalDatabase, LoggedReign, MakeReplica, SetAside, settle
+from phalanx.decide.settling import (
+    Keep,
+    LocalDatabase,
+    LoggedReign,
+    MakeReplica,
+    SealedAt,
+    SetAside,
+    is_void,
+    settle,
+)
 from phalanx.errors import LtxError
 
 if TYPE_CHECKING:
@@ -69,6 +79,16 @@ def _info_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.json")
 
 
+def later_reigns(seals: Sequence[Seal], end_txid: int, epoch: int, node: str) -> list[Seal]:
+    """The seals of reigns after *epoch*, but those of *node* itself that came to nothing. See ``is_void``."""
+    all_of_them = [SealedAt(seal.epoch, seal.node, seal.txid) for seal in seals]
+    return [
+        seal
+        for at, seal in enumerate(seals)
+        if seal.epoch != epoch and not is_void(all_of_them, end_txid, at, node)
+    ]
+
+
 class Settlements:
     """Of one app's database on this node."""
 
@@ -111,8 +131,10 @@ class Settlements:
         wal_log = self._database.log
         seals = await wal_log.seals(sealed)
         oldest = await wal_log.oldest()  # after the seals: what is there now was there when they were read
-        newest = max([epoch, end.epoch, *(seal.epoch for seal in seals)])
-        following = next((seal for seal in seals if seal.epoch != epoch), None)
+        others = later_reigns(seals, end.txid, epoch, self._database.node)
+        void = {seal.epoch for seal in seals} - {seal.epoch for seal in others}
+        newest = max(epoch, *(seal.epoch for seal in others), 0 if end.epoch in void else end.epoch)
+        following = others[0] if others else None
         # Snapshots of a later reign let the log go from its beginning on: then the first seal that is left
         # need not be the one that ended this reign.
         is_whole = (

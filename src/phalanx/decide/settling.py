@@ -8,6 +8,7 @@ it has more than the log ever will, and is set aside.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import msgspec
@@ -57,6 +58,25 @@ class SetAside(msgspec.Struct, frozen=True):
     txid: int
     commits: int
     exact: bool
+
+
+class SealedAt(msgspec.Struct, frozen=True):
+    """What a seal says: who, which epoch, and the last transaction in the log before it."""
+
+    epoch: int
+    node: str
+    txid: int
+
+
+def is_void(seals: Sequence[SealedAt], end_txid: int, at: int, node: str) -> bool:
+    """Whether the reign of ``seals[at]`` was this node's own, and never began: its database is as it was.
+
+    A node notes a new reign beside its database before anything is written under it, so one that still has
+    the note of an older reign has only sealed, and came to an end before it went on. *end_txid*: the last
+    transaction in the log now.
+    """
+    after = seals[at + 1].txid if at + 1 < len(seals) else end_txid
+    return seals[at].node == node and after == seals[at].txid
 
 
 Settlement: TypeAlias = Keep | MakeReplica | SetAside
