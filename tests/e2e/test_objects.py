@@ -7,6 +7,7 @@ import io
 import os
 import resource
 import secrets
+import time
 from collections.abc import AsyncIterator
 
 import nats
@@ -15,9 +16,10 @@ from nats.js.client import JetStreamContext
 from nats.js.errors import ObjectNotFoundError
 from tests.e2e.wal import APP, NAMES, connected, make_log
 
+from phalanx import system
 from phalanx.bus.connection import NatsBus
 from phalanx.data import objects as objects_module
-from phalanx.data.objects import ObjectStore
+from phalanx.data.objects import ObjectInfo, ObjectStore
 from phalanx.errors import BusError, DatabaseError
 from phalanx.testing.nats import NatsCluster, NatsServer
 
@@ -158,6 +160,72 @@ async def test_sweep_removes_what_a_dead_writer_left(store: ObjectStore, bus: Na
     assert await store.sweep(0) == 2
     assert await content(store, "a") == b"kept"
     assert await messages(bus) == 2
+
+
+@pytest.mark.parametrize("hours", [2, -2])
+async def test_sweep_while_the_wall_clock_is_wrong_spares_a_put_under_way(
+    store: ObjectStore, bus: NatsBus, monkeypatch: pytest.MonkeyPatch, hours: int
+) -> None:
+    """Only NATS's own time tells how old chunks are: a host hours ahead takes nothing that is in use."""
+    await bus.write(NAMES.object_chunks(BUCKET, "dead"), b"left")
+    wall = time.time
+    monkeypatch.setattr(system, "wall", lambda: wall() + 3600 * hours)
+    stored, swept = asyncio.Event(), asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        for _ in range(20):
+            yield bytes(262_144)
+        stored.set()
+        await swept.wait()
+        yield b"end"
+
+    putting = asyncio.create_task(store.put("a", slowly()))
+    await stored.wait()
+    assert await ObjectStore(bus, NAMES, APP).sweep() == 0
+    swept.set()
+    await putting
+    assert len(await content(store, "a")) == 20 * 262_144 + 3
+    assert await store.sweep(-60) == 1  # and what is nobody's goes whatever this clock says
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_put_whose_chunks_were_removed_fails_and_writes_no_entry(
+    store: ObjectStore, bus: NatsBus, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Chunks are purged during a put, or between its last look and its entry: the old object stays."""
+    await store.put("a", pieces(b"old"))
+    other, check = ObjectStore(bus, NAMES, APP), ObjectStore._check_stored  # pyright: ignore[reportPrivateUsage]
+
+    async def purged() -> AsyncIterator[bytes]:
+        for number in range(40):
+            if number == 30 and not late:
+                assert await other.sweep(-60) == 1
+            yield bytes(262_144)
+
+    async def look_and_purge(self: ObjectStore, name: str, nuid: str, count: int) -> None:
+        await check(self, name, nuid, count)
+        if late:
+            assert await other.sweep(-60) == 1
+
+    monkeypatch.setattr(ObjectStore, "_check_stored", look_and_purge)
+    with pytest.raises(BusError, match="of 40 chunks were there"):
+        await store.put("a", purged())
+    assert await content(store, "a") == b"old"
+    assert await messages(bus) == 2
+
+
+async def test_sweep_that_a_lagging_replica_answers_spares_a_finished_object(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list of objects is behind: an object with old chunks that was finished just now stays."""
+    await store.put("a", pieces(b"kept"))
+
+    async def nothing(_: ObjectStore) -> list[ObjectInfo]:
+        return []
+
+    monkeypatch.setattr(ObjectStore, "list_objects", nothing)
+    assert await store.sweep(-60) == 0
+    assert await content(store, "a") == b"kept"
 
 
 async def test_damaged_object_is_never_taken_for_right(

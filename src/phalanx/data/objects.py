@@ -5,6 +5,9 @@ are. The entry is written last and replaces the one before: half an object is ne
 every NATS client can read what is written here, and the other way round.
 
 Objects are read by direct get, so no consumer is needed, and memory stays flat both ways.
+
+The entry is stored only if the chunks are all there at that very moment: the server compares with the last
+one's sequence. So whoever removes left-overs meanwhile, rightly or not, fails the put, and damages nothing.
 """
 
 from __future__ import annotations
@@ -16,17 +19,19 @@ import hashlib
 import logging
 import secrets
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from datetime import UTC, datetime
+from typing import TypeVar
 
 import msgspec
 
 from phalanx import system
-from phalanx.errors import BusError, BusTimeout, BusUnavailable, DatabaseError
+from phalanx.errors import BusError, BusTimeout, BusUnavailable, DatabaseError, WrongRevision
 from phalanx.names import Names
-from phalanx.ports import Bus, Record
+from phalanx.ports import Bus, Fence, Record
 
 log = logging.getLogger("phalanx.objects")
+T = TypeVar("T")
 
 CHUNK_BYTES = 256 << 10
 WINDOW = 16
@@ -105,12 +110,14 @@ class ObjectStore:
         """Store what *chunks* yields (pieces of any size) under *name*, instead of what was there.
 
         All or nothing: until this returns, readers see the object that was there before. Raises
-        DatabaseError when chunks were stored in a wrong order, and whatever *chunks* raises.
+        DatabaseError when chunks were stored in a wrong order, BusError when some were removed meanwhile,
+        and whatever *chunks* raises.
         """
         before = await self.info(name)
         nuid = secrets.token_hex(11)
         try:
-            size, count, digest = await self._send(self._chunks(nuid), chunks)
+            size, count, digest, last = await self._send(self._chunks(nuid), chunks)
+            await self._check_stored(name, nuid, count)
         except BaseException:
             await self._purge_quietly(nuid)
             raise
@@ -125,13 +132,18 @@ class ObjectStore:
             metadata=dict(metadata) if metadata else None,
             options=_Options(self._chunk_bytes),
         )
-        await self._write_entry(entry)
+        # No chunk is stored under that subject any more, so the last one stands for all of them.
+        try:
+            await self._write_entry(entry, Fence(self._chunks(nuid), last) if count else None)
+        except WrongRevision:
+            await self._purge_quietly(nuid)
+            raise self._chunks_lost(name, count, 0) from None
         if before is not None:
             await self._purge_quietly(before.nuid)
         return _info(entry, system.wall())
 
-    async def _send(self, subject: str, chunks: AsyncIterable[bytes]) -> tuple[int, int, bytes]:
-        """Store *chunks*, some of them under way at once; size, number and SHA-256.
+    async def _send(self, subject: str, chunks: AsyncIterable[bytes]) -> tuple[int, int, bytes, int]:
+        """Store *chunks*, some of them under way at once; size, number, SHA-256 and the last sequence.
 
         One connection and one server's queue keep their order; that it was kept is checked.
         """
@@ -163,23 +175,27 @@ class ObjectStore:
             for task in window:
                 task.cancel()
             await asyncio.gather(*window, return_exceptions=True)
-        return size, count, digest.digest()
+        return size, count, digest.digest(), last
 
-    async def _write_entry(self, entry: _Entry) -> None:
+    async def _check_stored(self, name: str, nuid: str, count: int) -> None:
+        """Whether the stream's leader holds so many chunks. Raises BusError."""
+        subject = self._chunks(nuid)
+        _, subjects = await _answered(lambda: self._subjects(subject))
+        if (stored := subjects.get(subject, 0)) != count:
+            raise self._chunks_lost(name, count, stored)
+
+    def _chunks_lost(self, name: str, count: int, stored: int) -> BusError:
+        problem = f"{stored} of {count} chunks were there when it should have been finished"
+        return BusError(f"store object {name!r} of app {self._app!r}", problem)
+
+    async def _write_entry(self, entry: _Entry, fence: Fence | None = None) -> None:
         """The same entry may be stored twice: it is tried until an answer comes.
 
-        When none comes at all, the chunks stay where they are: an entry may yet turn up for them.
+        *fence*: what has to be so; raises WrongRevision. When no answer comes at all, the chunks stay where
+        they are: an entry may yet turn up for them.
         """
         subject, data = self._names.object_entry(self._bucket, entry.name), _encode(entry)
-        deadline = system.now() + ENTRY_SECONDS
-        while True:
-            try:
-                await self._bus.write(subject, data, headers={"Nats-Rollup": "sub"})
-                return
-            except (BusTimeout, BusUnavailable):
-                if system.now() >= deadline:
-                    raise
-            await asyncio.sleep(0.1)
+        await _answered(lambda: self._bus.write(subject, data, fence=fence, headers={"Nats-Rollup": "sub"}))
 
     async def delete(self, name: str) -> bool:
         """Remove an object; whether there was one."""
@@ -194,21 +210,38 @@ class ObjectStore:
     async def sweep(self, older_than_seconds: float = ORPHAN_SECONDS) -> int:
         """Remove chunks that belong to no object and are that old: what interrupted writers left.
 
-        Returns of how many objects. A put that takes longer than that between two chunks would suffer.
+        By the clock of the server that answers, which has nothing to do with this host's. Returns of how many
+        objects. A put that takes longer than that between two chunks fails, see :meth:`put`.
         """
-        chunks = self._chunks("*")
-        info = await self._bus.api(f"STREAM.INFO.{self._stream}", {"subjects_filter": chunks})
-        subjects: dict[str, int] = info["state"].get("subjects") or {}
+        now, subjects = await self._subjects(self._chunks("*"))
         # Read after the chunks: what was finished in between is among these.
         known = {info.nuid for info in await self.list_objects()}
         swept = 0
         for nuid in {subject.rpartition(".")[2] for subject in subjects} - known:
             last = await self._bus.read(self._stream, self._chunks(nuid))
-            if last is not None and last.time < system.wall() - older_than_seconds:
-                log.info("object store %s: removing chunks of an unfinished object", self._bucket)
-                await self._purge(nuid)
-                swept += 1
+            if last is None or last.time >= now - older_than_seconds:
+                continue
+            # From here on its writer, should he still be there, cannot finish it.
+            await self._bus.write(self._chunks(nuid), b"")
+            if nuid in await self._finished():
+                continue
+            log.info("object store %s: removing chunks of an unfinished object", self._bucket)
+            await self._purge(nuid)
+            swept += 1
         return swept
+
+    async def _finished(self) -> set[str]:
+        """The ids of all objects, by the stream's leader: no replica that may be behind is asked."""
+        _, subjects = await self._subjects(self._names.object_entries(self._bucket))
+        records = [await self._bus.read(self._stream, subject) for subject in subjects]
+        return {info.nuid for record in records if record is not None and (info := self._parse(record))}
+
+    async def _subjects(self, pattern: str) -> tuple[float, dict[str, int]]:
+        """The leader's time (Unix seconds), and how many messages each subject holds."""
+        info = await self._bus.api(f"STREAM.INFO.{self._stream}", {"subjects_filter": pattern})
+        # Nanoseconds: fromisoformat takes what is more than microseconds, and leaves it out.
+        now = datetime.fromisoformat(info["ts"]).timestamp()
+        return now, info["state"].get("subjects") or {}
 
     async def _purge_quietly(self, nuid: str) -> None:
         try:
@@ -328,6 +361,18 @@ class ObjectStore:
         except ValueError as error:
             raise DatabaseError(f"object store {self._bucket}: entry {record.subject}: {error}") from None
         return None if entry.deleted else _info(entry, record.time)
+
+
+async def _answered(call: Callable[[], Awaitable[T]]) -> T:
+    """Call until an answer comes, for ENTRY_SECONDS at most."""
+    deadline = system.now() + ENTRY_SECONDS
+    while True:
+        try:
+            return await call()
+        except (BusTimeout, BusUnavailable):
+            if system.now() >= deadline:
+                raise
+        await asyncio.sleep(0.1)
 
 
 def _info(entry: _Entry, time: float) -> ObjectInfo:
