@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from phalanx import system
-from phalanx.data import capture, committed, ltx
+from phalanx.data import capture, ltx, wal_index
 from phalanx.data.capture import Capture
 from phalanx.errors import DatabaseError, SyncTimeout
 from phalanx.ports import SectionContext
@@ -139,7 +139,7 @@ class Bench:
         for guard in self.guards:
             guard.close()
         self.guards.clear()
-        committed.close_removed()
+        wal_index.close_removed()
 
     async def dispose(self) -> None:
         for one in self.captures:

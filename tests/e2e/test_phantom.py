@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import struct
@@ -19,13 +20,15 @@ from tests.e2e.test_capture import Bench, rebuild
 
 from phalanx import system
 from phalanx.data import ltx
-from phalanx.data.committed import Mark, Verdict, WalIndex
+from phalanx.data.committed import Committed, Verdict
+from phalanx.data.handover import wal_info
 from phalanx.data.sqlite_wal import (
     INDEX_HEADER_BYTES,
     decode_index_header,
     encode_frame,
     frame_offset,
 )
+from phalanx.data.wal_index import Mark, WalIndex
 
 PAGE = 4096
 
@@ -165,11 +168,11 @@ def test_judge(bench: Bench) -> None:
     db = bench.connect()
     db.execute("PRAGMA wal_autocheckpoint = 0")
     db.execute("INSERT INTO t (x) VALUES ('one')")
-    index = WalIndex(bench.live)
-    before = index.look()
+    index = Committed(bench.live)
+    before = index.mark()
     assert before is not None
     db.execute("INSERT INTO t (x) VALUES (?)", ("two" * 4000,))
-    now = index.look()
+    now = index.mark()
     assert now is not None
     assert now.frames > before.frames
     wal = bench.live.with_name("a.db-wal").read_bytes()
@@ -209,3 +212,20 @@ def test_judge(bench: Bench) -> None:
     assert index.judge(captured(now.frames + 1, now.frames + 2), now) is Verdict.IN_DOUBT
     db.execute("ROLLBACK")
     assert index.judge(captured(now.frames + 1, now.frames + 2), now) is Verdict.PHANTOM
+
+
+def test_phantom_counts_once_nobody_has_the_database_open(bench: Bench) -> None:
+    """Until then the next writer overwrites it; then SQLite makes the index anew from all that is there."""
+    db = bench.connect()
+    db.execute("PRAGMA wal_autocheckpoint = 0")
+    mark = WalIndex(bench.live).look()
+    assert mark is not None
+    leave_phantom_elsewhere(bench.live, 2)
+    found = wal_info(bench.live, mark.salt1, mark.salt2, frame_offset(mark.frames + 1, PAGE))
+    assert (found.frames, found.later_commits) == (mark.frames, 0)
+    copy = bench.folder / "copy" / "a.db"
+    copy.parent.mkdir()
+    for suffix in ("", "-wal", "-shm"):
+        shutil.copy(f"{bench.live}{suffix}", f"{copy}{suffix}")
+    found = wal_info(copy, mark.salt1, mark.salt2, frame_offset(mark.frames + 1, PAGE))
+    assert (found.frames, found.later_commits) == (mark.frames + 2, 1)

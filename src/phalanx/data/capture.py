@@ -32,6 +32,7 @@ from phalanx.data.litestream import MONITOR_SECONDS, Litestream, Paths, check_pa
 from phalanx.data.records import FilesLost, Records, frames_between
 from phalanx.data.syncing import RunEnded, Syncing, is_disk_full
 from phalanx.data.wal_guard import WalGuard
+from phalanx.data.wal_index import Mark
 from phalanx.data.wal_tail import WalTail
 from phalanx.data.wal_watch import WalWatch
 from phalanx.errors import DatabaseError, PhalanxError, SyncTimeout
@@ -392,9 +393,10 @@ class Capture:
         False: it does not follow on what was accepted before.
         """
         with contextlib.suppress(OSError, DatabaseError):
-            verdicts = {self._index.judge(file, None) for file in self._records.unaccepted()}
+            verdicts = {self._committed.judge(file, None) for file in self._records.unaccepted()}
             if verdicts - {Verdict.COMMITTED}:
-                return True  # the next run captures it again, or what is in its place then
+                self._records.withdraw()  # the next run captures it again, or what is in its place then
+                return True
         return self._records.adopt()
 
     def _wal_is_gone(self) -> bool:
@@ -450,7 +452,7 @@ class Capture:
         began = system.now()
         # Whoever asks from here on may have committed after the sync began, and waits for the next one.
         waiters, before = self._barrier.take(), self._records.end
-        committed = self._index.look()
+        committed = self._committed.mark()
         try:
             self._check_files()
             await self._check_wal()
@@ -485,7 +487,7 @@ class Capture:
         *before*: what was committed before this sync.
         """
         for file in self._records.unaccepted(txid):
-            while (verdict := self._index.judge(file, before)) is Verdict.IN_DOUBT:
+            while (verdict := self._committed.judge(file, before)) is Verdict.IN_DOUBT:
                 await asyncio.sleep(DOUBT_SECONDS)
                 self._check_files()
                 await self._check_wal()
@@ -500,7 +502,7 @@ class Capture:
     def _has_reached(self, committed: Mark | None) -> bool:
         """Whether all that was *committed* is captured. Raises RunEnded when it is not for the third time."""
         end = self._records.end
-        if self._index.covers(end, committed) or self._tail.is_only_ours(end):
+        if self._committed.covers(end, committed) or self._tail.is_only_ours(end):
             self._behind = 0
             return True
         self._behind += 1

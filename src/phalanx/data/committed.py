@@ -18,48 +18,21 @@ others than those in the file.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import struct
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
 
 from phalanx.data import ltx
 from phalanx.data.records import WalPlace
-from phalanx.data.sqlite_wal import (
-    FRAME_HEADER_BYTES,
-    INDEX_HEADER_BYTES,
-    WAL_HEADER_BYTES,
-    WRITE_LOCK,
-    decode_index_header,
-    frame_offset,
-)
+from phalanx.data.sqlite_wal import FRAME_HEADER_BYTES, WAL_HEADER_BYTES, frame_offset
+from phalanx.data.wal_index import Mark, WalIndex
 
 COMPARED_FRAMES = 64
 """So many frames at the end of a file are compared. Who overwrites a phantom has written all frames up to
 there, so that one would do but for transactions that end in just the same pages."""
 
-_ATTEMPTS = 100
 _FRAME_BEGIN = struct.Struct(">II8s")
-_FLOCK = struct.Struct("@hhqqi4x")
-_GET_LOCK = getattr(fcntl, "F_OFD_GETLK", fcntl.F_GETLK)
-
-_descriptors: dict[tuple[int, int], int] = {}
-"""Of each wal-index that was ever looked at, by device and inode. They are not closed while the file is
-there: this would drop the locks of all of this process's connections to that database."""
-
-
-class Mark(NamedTuple):
-    """How far a WAL is committed: its salts as in its header, and the number of frames."""
-
-    salt1: int
-    salt2: int
-    frames: int
-
-    def is_of(self, place: WalPlace) -> bool:
-        """Whether both are of the same WAL."""
-        return (self.salt1, self.salt2) == (place.salt1, place.salt2)
 
 
 class Verdict(Enum):
@@ -72,54 +45,15 @@ class Verdict(Enum):
     """Its last transaction was never committed."""
 
 
-class WalIndex:
-    """The index of one database. It is only read."""
+class Committed:
+    """Looks at what was captured of one live database."""
 
     def __init__(self, live: Path) -> None:
-        self._path = live.with_name(f"{live.name}-shm")
-        self._wal = live.with_name(f"{live.name}-wal")
+        self._index, self._wal = WalIndex(live), live.with_name(f"{live.name}-wal")
 
-    def look(self) -> Mark | None:
-        """What is committed now; None where there is no index, or none that is in use yet."""
-        descriptor = self._descriptor()
-        if descriptor is None:
-            return None
-        for _ in range(_ATTEMPTS):
-            # A writer sets the second copy first: both are equal but for some nanoseconds.
-            data = os.pread(descriptor, 2 * INDEX_HEADER_BYTES, 0)
-            if len(data) < 2 * INDEX_HEADER_BYTES:
-                return None
-            if data[:INDEX_HEADER_BYTES] == data[INDEX_HEADER_BYTES:]:
-                header = decode_index_header(data[:INDEX_HEADER_BYTES])
-                if header is None:
-                    return None
-                salts = header.salts
-                return Mark(int.from_bytes(salts[:4], "big"), int.from_bytes(salts[4:], "big"), header.frames)
-        return None
-
-    def is_being_written(self) -> bool:
-        """Whether some connection, in whatever process, is in a write transaction. (Where the system cannot
-        tell of this process's own connections, those are overlooked.)"""
-        descriptor = self._descriptor()
-        if descriptor is None:
-            return False
-        question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, WRITE_LOCK, 1, 0)
-        return _FLOCK.unpack(fcntl.fcntl(descriptor, _GET_LOCK, question))[0] != fcntl.F_UNLCK
-
-    def _descriptor(self) -> int | None:
-        try:
-            status = os.stat(self._path)
-            if (known := _descriptors.get((status.st_dev, status.st_ino))) is not None:
-                return known
-            close_removed()
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            status = os.fstat(descriptor)
-        except OSError:
-            return None
-        # Should it be known after all, this one stays open, too: closing it would drop locks.
-        return _descriptors.setdefault((status.st_dev, status.st_ino), descriptor)
-
-    # --- what was captured
+    def mark(self) -> Mark | None:
+        """What is committed now; None where there is no index yet."""
+        return self._index.look()
 
     def judge(self, file: Path, before: Mark | None) -> Verdict:
         """What the captured *file* is. *before*: what was committed when Litestream had not read it yet.
@@ -132,18 +66,18 @@ class WalIndex:
         place = WalPlace(
             header.wal_salt1, header.wal_salt2, header.wal_offset + header.wal_size, header.page_size
         )
-        now = self.look()
-        if now is None or not now.is_of(place):
+        now = self._index.look()
+        if now is None or not is_of(now, place):
             return Verdict.COMMITTED
         last = frames_at(place)
         if last > now.frames:
-            if self.is_being_written():
+            if self._index.is_being_written():
                 return Verdict.IN_DOUBT
             # Whoever has written it set the index before it let go of the lock, unless it was killed.
-            now = self.look()
-            if now is not None and now.is_of(place) and last > now.frames:
+            now = self._index.look()
+            if now is not None and is_of(now, place) and last > now.frames:
                 return Verdict.PHANTOM
-        certain = before.frames if before is not None and before.is_of(place) else 0
+        certain = before.frames if before is not None and is_of(before, place) else 0
         begin = (header.wal_offset - WAL_HEADER_BYTES) // (FRAME_HEADER_BYTES + header.page_size)
         first = max(certain, begin, last - COMPARED_FRAMES) + 1
         if first <= last and not self._is_as_captured(file, header, first, last):
@@ -176,7 +110,7 @@ class WalIndex:
         """Whether what is captured, up to *end*, has all that was committed at *mark*."""
         if end is None or mark is None or mark.frames == 0:
             return True
-        if mark.is_of(end):
+        if is_of(mark, end):
             return frames_at(end) >= mark.frames
         # SQLite counts the first salt up with each new beginning (wal.c, walRestartHdr).
         return 0 < (end.salt1 - mark.salt1) & 0xFFFFFFFF < 1 << 31
@@ -187,9 +121,6 @@ def frames_at(place: WalPlace) -> int:
     return (place.offset - WAL_HEADER_BYTES) // (FRAME_HEADER_BYTES + place.page_size)
 
 
-def close_removed() -> None:
-    """Let go of the indexes that are no longer in any folder. For when a database has been closed."""
-    for key, descriptor in list(_descriptors.items()):
-        if os.fstat(descriptor).st_nlink == 0:
-            del _descriptors[key]
-            os.close(descriptor)
+def is_of(mark: Mark, place: WalPlace) -> bool:
+    """Whether both are of the same WAL."""
+    return (mark.salt1, mark.salt2) == (place.salt1, place.salt2)

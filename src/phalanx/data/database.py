@@ -25,7 +25,6 @@ from phalanx import system
 from phalanx.aio import wait_at_most
 from phalanx.config import SQLite
 from phalanx.data.bootstrap import Bootstrap
-from phalanx.data.committed import close_removed
 from phalanx.data.entries import Seal
 from phalanx.data.following import Follower
 from phalanx.data.image_process import ImageSource, check, fingerprint
@@ -38,6 +37,7 @@ from phalanx.data.replica_client import ReplicaProcess
 from phalanx.data.settlement import Settlements
 from phalanx.data.snapshots import Progress, Snapshot, Snapshots, no_progress
 from phalanx.data.status import DbStatus, DbVerified
+from phalanx.data.wal_index import close_removed
 from phalanx.decide.backoff import Backoff
 from phalanx.errors import BusError, DatabaseError, NotActive, PhalanxError, ReplicaUnavailable
 from phalanx.names import Names

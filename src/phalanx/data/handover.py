@@ -7,6 +7,7 @@ the next opening finishes what a kill has interrupted (:func:`finish`).
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import time
@@ -19,6 +20,7 @@ from phalanx.data import disk, ltx
 from phalanx.data.replica_state import Aside, WalInfo
 from phalanx.data.replica_store import Folder, State
 from phalanx.data.wal_files import WalFiles, index_path, is_wal_database, scan_wal, wal_path
+from phalanx.data.wal_index import WalIndex
 from phalanx.errors import DatabaseError
 from phalanx.types import Position
 
@@ -41,13 +43,26 @@ def wal_info(live: Path, salt1: int, salt2: int, offset: int) -> WalInfo:
     header, frames = scan_wal(wal_path(live))
     if header is None:
         return WalInfo(0, 0, 0, 0, None)
+    limit = _committed_frames(live, header.salts)
     salts = int.from_bytes(header.salts[:4], "big"), int.from_bytes(header.salts[4:], "big")
     commits = later = last = 0
     for frame in frames:
+        if frame.frame > limit:
+            break
         if frame.commit:
             commits, last = commits + 1, frame.frame
             later += 32 + frame.frame * (header.page_size + 24) > offset
     return WalInfo(*salts, last, commits, later if salts == (salt1, salt2) else None)
+
+
+def _committed_frames(live: Path, salts: bytes) -> float:
+    """How many frames count. While somebody has the database open, those are not more than the index says: a
+    program killed within its commit has left some that the next writer overwrites."""
+    index = WalIndex(live)
+    mark = index.look() if index.is_in_use() else None
+    if mark is None or mark.salt1.to_bytes(4, "big") + mark.salt2.to_bytes(4, "big") != salts:
+        return math.inf
+    return mark.frames
 
 
 # --- Litestream's folders
