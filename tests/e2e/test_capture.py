@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from phalanx import system
-from phalanx.data import capture, ltx, wal_index
+from phalanx.data import capture, checkpoints, ltx, wal_index
 from phalanx.data.capture import Capture
 from phalanx.errors import DatabaseError, SyncTimeout
 from phalanx.ports import SectionContext
@@ -344,8 +344,11 @@ async def test_forgotten_files_are_gone_but_the_newest(bench: Bench) -> None:
     assert not is_full(one.files(last)[0][1])
 
 
-async def test_long_reader_beyond_the_checkpoint_size_makes_no_endless_loop(bench: Bench) -> None:
+async def test_long_reader_beyond_the_checkpoint_size_makes_no_endless_loop(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While a reader keeps the WAL from being begun anew, Litestream's own rows get no syncs for answer."""
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_BYTES", 0)
     db = bench.connect()
     one = bench.capture()
     await one.start()

@@ -27,7 +27,8 @@ from pathlib import Path
 
 from phalanx import child, system
 from phalanx.data.barrier import Barrier, answer
-from phalanx.data.committed import Mark, Verdict, WalIndex
+from phalanx.data.checkpoints import BUSY_FRAMES, Checkpoints, Gate, checkpoint_pages
+from phalanx.data.committed import Committed, Verdict
 from phalanx.data.litestream import MONITOR_SECONDS, Litestream, Paths, check_path
 from phalanx.data.records import FilesLost, Records, frames_between
 from phalanx.data.syncing import RunEnded, Syncing, is_disk_full
@@ -44,8 +45,6 @@ log = logging.getLogger("phalanx.capture")
 PACE_SECONDS = 0.003
 """The least time from one start of a sync to the next while commits keep coming. Each sync costs two fsyncs,
 a file and some 1 ms of a core, and the program's own commits need the same. After a rest nobody waits."""
-BUSY_FRAMES = 64
-"""A sync that has captured more than so many pages found a program that writes as fast as it can."""
 REST_FACTORS = (2, 6)
 """So many times as long as a sync took passes until the next one starts; the second one under a busy program:
 then its commits come first, and what waits is captured in one go."""
@@ -96,6 +95,7 @@ class Capture:
         *,
         on_captured: Callable[[int], None],
         on_event: Callable[[str, str], None],
+        gate: Gate | None = None,
         monitor_seconds: float = MONITOR_SECONDS,
         pace_seconds: float = PACE_SECONDS,
         stall_seconds: float = STALL_SECONDS,
@@ -108,8 +108,9 @@ class Capture:
         self._registered = False
         self._records = Records(self._paths)
         self._tail = WalTail(self._paths.wal)
-        self._index = WalIndex(self._paths.live)
+        self._committed = Committed(self._paths.live)
         self._behind = 0
+        self._checkpoints = Checkpoints(self._paths, self._tail, gate)
         self._syncing = Syncing(self._paths.level0, stall_seconds, self._event)
         self._guard: WalGuard | None = None
         self._watch: WalWatch | None = None
@@ -327,6 +328,7 @@ class Capture:
             self._resource,
             self._register,
             self._monitor_seconds,
+            checkpoint_pages(page_size),
             self._on_exit,
         )
         try:
@@ -370,6 +372,7 @@ class Capture:
         litestream, self._litestream = self._litestream, None
         if litestream is not None:
             await litestream.kill()
+        await self._checkpoints.open()
         guard, same = self._guard, self._file == _file_id(self._paths.live)
         if guard is None:
             return
@@ -457,6 +460,7 @@ class Capture:
             self._check_files()
             await self._check_wal()
             self._watch.take()  # what has changed until here is in this sync
+            await self._checkpoints.before_sync(before, litestream.pid or 0, hurried=bool(waiters))
             txid = await self._syncing.sync(litestream, self._check_files, first=not self._ready)
             self._check_files()
             await self._check_wal()
@@ -477,6 +481,7 @@ class Capture:
         if self.captured > self._announced:
             self._announced = self.captured
             self._on_captured(self.captured)
+        await self._checkpoints.after_sync(before, self._records.end)
         await self._rest(began, is_busy=frames_between(before, self._records.end) > BUSY_FRAMES)
 
     async def _see_committed(

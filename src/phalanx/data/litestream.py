@@ -48,9 +48,8 @@ LOCK_SECONDS = 5.0
 """Until then a Litestream that was left over has to be gone."""
 MONITOR_SECONDS = 10.0
 """How often Litestream looks by itself. We tell it of every change: this is for the time when we cannot."""
-CHECKPOINT_PAGES = 500
-"""From how many pages on Litestream checkpoints the WAL, if nobody is in the way. Below SQLite's own 1000:
-from there on each commit of the program tries a checkpoint, in vain, and sorts the WAL's index for it."""
+CHECKPOINT_SECONDS = 60.0
+"""A database whose file is older, and has changed since, is checkpointed by the next sync in any case."""
 LAST_WORDS = 5
 MAX_SOCKET_PATH = 100
 """A unix socket's path has at most 107 bytes on Linux, 103 on macOS."""
@@ -119,7 +118,7 @@ def check_path(live: Path) -> None:
 # --- before the start
 
 
-def prepare(paths: Paths, socket: Path, monitor_seconds: float) -> None:
+def prepare(paths: Paths, socket: Path, monitor_seconds: float, checkpoint_pages: int) -> None:
     """Write what Litestream needs. Blocks; raises OSError."""
     paths.level0.mkdir(mode=0o700, parents=True, exist_ok=True)
     (paths.replica / "ltx" / "0" / f"{1:016x}-{1:016x}.ltx.tmp").mkdir(
@@ -131,11 +130,11 @@ def prepare(paths: Paths, socket: Path, monitor_seconds: float) -> None:
     (snapshots / f"{1:016x}-{(1 << 63) - 1:016x}.ltx").touch(0o600)
     fresh = paths.config.with_suffix(".new")
     fresh.touch(0o600)
-    fresh.write_text(_config(paths, socket, monitor_seconds))
+    fresh.write_text(_config(paths, socket, monitor_seconds, checkpoint_pages))
     fresh.replace(paths.config)
 
 
-def _config(paths: Paths, socket: Path, monitor_seconds: float) -> str:
+def _config(paths: Paths, socket: Path, monitor_seconds: float, checkpoint_pages: int) -> str:
     never = f"{_NEVER_HOURS}h"
     config = {
         "socket": {"enabled": True, "path": str(socket), "permissions": 0o600},
@@ -149,7 +148,8 @@ def _config(paths: Paths, socket: Path, monitor_seconds: float) -> str:
                 "path": str(paths.live),
                 "meta-path": str(paths.capture),
                 "monitor-interval": f"{round(monitor_seconds * 1000)}ms",
-                "min-checkpoint-page-count": CHECKPOINT_PAGES,
+                "checkpoint-interval": f"{CHECKPOINT_SECONDS:g}s",
+                "min-checkpoint-page-count": checkpoint_pages,
                 "replica": {"type": "file", "path": str(paths.replica), "sync-interval": never},
             }
         ],
@@ -195,7 +195,8 @@ def _end_leftovers(paths: Paths) -> None:
 
 
 class Litestream:
-    """One process, from :meth:`start` to :meth:`kill`."""
+    """One process, from :meth:`start` to :meth:`kill`. *checkpoint_pages*: from how many pages of the WAL on
+    it is to checkpoint."""
 
     def __init__(
         self,
@@ -203,10 +204,12 @@ class Litestream:
         resource: Resource,
         register: Register,
         monitor_seconds: float,
+        checkpoint_pages: int,
         on_exit: Callable[[], None],
     ) -> None:
         self._paths, self._resource, self._register = paths, resource, register
         self._monitor_seconds, self._on_exit = monitor_seconds, on_exit
+        self._checkpoint_pages = checkpoint_pages
         self._child: child.Child | None = None
         self._socket_folder: Path | None = None
         self._socket: ControlSocket | None = None
@@ -253,7 +256,7 @@ class Litestream:
         binary = litestream_binary()
         self._socket_folder = folder = _socket_folder()
         socket = folder / "s"
-        prepare(self._paths, socket, self._monitor_seconds)
+        prepare(self._paths, socket, self._monitor_seconds, self._checkpoint_pages)
         env = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
         env[system.MARKER_ENV] = self._resource.id
         lock = _take_lock(self._paths)

@@ -181,6 +181,7 @@ class DataReign:
             section,
             on_captured=self._on_captured,
             on_event=self._on_capture_event,
+            gate=lambda closed, passing: database.replica.gate(database.live, closed, passing),
         )
         await capture.begin(self._base.txid)
         capture.failed.add_done_callback(self._on_capture_failed)

@@ -293,6 +293,11 @@ class ReplicaProcess:
         """The live database, exactly at that position, becomes the replica. See ``Replica.demote``."""
         return await self._ask(Position, "demote", str(live), sequence, txid, seen, timeout=LONG_SECONDS)
 
+    async def gate(self, live: Path, closed: bool, passing: int = 0) -> bool:
+        """Keep programs from checkpoints of the live database for a moment, all but the process *passing*, or
+        let them again; whether the gate is closed now. See ``CheckpointGate``."""
+        return await self._ask(bool, "gate", str(live), closed, passing)
+
     async def release_old(self) -> None:
         """Let go of the file that :meth:`demote` has replaced: late writers may do as they like now."""
         await self._call("release_old")

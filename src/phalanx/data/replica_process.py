@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from phalanx.data.checkpoint_gate import CheckpointGate
 from phalanx.data.handover import wal_info
 from phalanx.data.replica import Replica
 from phalanx.data.replica_state import WalInfo
@@ -38,17 +39,13 @@ class Server:
     def __init__(self, channel: socket.socket) -> None:
         self._channel = channel
         self._replica: Replica | None = None
+        self._gate = CheckpointGate()
         self._has_rested, self._rests_at = True, 0.0
 
     def run(self) -> None:
         """Until the node closes its end. Raises what no request can be blamed for."""
         while True:
-            self._channel.settimeout(self._rest_seconds())
-            try:
-                head = self._channel.recv(1)
-            except TimeoutError:
-                self._rest()
-                continue
+            head = self._next()
             if not head:
                 return
             self._channel.settimeout(None)
@@ -60,6 +57,19 @@ class Server:
 
     def _rest_seconds(self) -> float | None:
         return None if self._has_rested else max(0.001, self._rests_at - time.monotonic())
+
+    def _next(self) -> bytes:
+        """The first byte of the next request, empty at the end. What was to be done by then is done."""
+        while True:
+            look, rest = self._gate.look_seconds, self._rest_seconds()
+            self._channel.settimeout(rest if look is None else look)
+            try:
+                return self._channel.recv(1)
+            except TimeoutError:
+                if look is not None:
+                    self._gate.look()
+                else:
+                    self._rest()
 
     def _receive(self, count: int) -> bytearray:
         data = bytearray(count)
@@ -90,10 +100,21 @@ class Server:
                 self._open(*arguments)
             if self._replica is None:
                 raise DatabaseError("no replica is open")
-            result = _perform(self._replica, operation, arguments)
+            if operation == "gate":
+                result = self._set_gate(*arguments)
+            else:
+                if operation != "state":
+                    self._gate.open()  # whatever it is needs the locks itself
+                result = _perform(self._replica, operation, arguments)
             return Reply(number, result, state=self._replica.describe())
         except (DatabaseError, OSError) as error:
             return Reply(number, failure=Failure.of(error))
+
+    def _set_gate(self, live: str, closed: bool, passing: int) -> bool:
+        if closed:
+            return self._gate.close(Path(live), passing)
+        self._gate.open()
+        return False
 
     def _open(self, folder: str, checkpoint_pages: int) -> None:
         if self._replica is not None:

@@ -6,6 +6,7 @@ process that also has connections does no harm.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from pathlib import Path
@@ -39,12 +40,10 @@ class WalTail:
         """
         if end is None or not self._sequence_page:
             return False
+        frame_bytes = _FRAME_HEADER.size + end.page_size
         try:
-            if self._descriptor < 0:
-                self._descriptor = os.open(self._wal, os.O_RDONLY | os.O_CLOEXEC)
-            header = os.pread(self._descriptor, _HEADER_BYTES, 0)
-            frame_bytes = _FRAME_HEADER.size + end.page_size
-            frames = os.pread(self._descriptor, frame_bytes + _FRAME_HEADER.size, end.offset)
+            header = self._read(_HEADER_BYTES, 0)
+            frames = self._read(frame_bytes + _FRAME_HEADER.size, end.offset)
         except OSError:
             return False
         salts = (end.salt1, end.salt2)
@@ -58,6 +57,26 @@ class WalTail:
         if len(frames) < frame_bytes + _FRAME_HEADER.size:
             return True
         return tuple(_FRAME_HEADER.unpack_from(frames, frame_bytes)[2:4]) != salts
+
+    def reaches(self, end: WalPlace, frames: int) -> bool:
+        """Whether the WAL has that many frames, if it is still the one of *end*. False when in doubt."""
+        try:
+            head = self._read(
+                _FRAME_HEADER.size, _HEADER_BYTES + (frames - 1) * (_FRAME_HEADER.size + end.page_size)
+            )
+        except OSError:
+            return False
+        return len(head) == _FRAME_HEADER.size and _FRAME_HEADER.unpack(head)[2:4] == (end.salt1, end.salt2)
+
+    def _read(self, size: int, offset: int) -> bytes:
+        if self._descriptor < 0:
+            self._descriptor = os.open(self._wal, os.O_RDONLY | os.O_CLOEXEC)
+        return os.pread(self._descriptor, size, offset)
+
+    def flush(self) -> None:
+        """Put what it has on the disk, as far as that is possible. Blocks; for any thread."""
+        with contextlib.suppress(OSError), open(self._wal, "rb") as file:
+            os.fdatasync(file.fileno())
 
     def close(self) -> None:
         """Let go of the file. Twice is harmless."""

@@ -1,0 +1,105 @@
+"""The checkpoints of a live database while it is captured: Litestream's, and nobody else's in between.
+
+Litestream checkpoints at the end of a sync, under the database's write lock: all who write wait. So it is not
+to do so often, nor to have more to put on the disk then than it must. In between, programs had better not
+try (``data.checkpoint_gate`` says why): the gate is closed while the WAL is long or grows fast, and lets
+Litestream pass in each sync at whose end it may checkpoint. A gate that opened too late costs an attempt in
+vain; the next sync checkpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+
+from phalanx import system
+from phalanx.data.checkpoint_gate import GATE_SECONDS
+from phalanx.data.litestream import CHECKPOINT_SECONDS, Paths
+from phalanx.data.records import WalPlace, frames_between
+from phalanx.data.wal_tail import WalTail
+from phalanx.errors import DatabaseError
+
+Gate = Callable[[bool, int], Awaitable[bool]]
+"""Closes the gate (True) for ``GATE_SECONDS``, for all but one process (0: for all), or opens it; whether it
+is closed then. May raise DatabaseError."""
+
+CHECKPOINT_BYTES = 64 << 20
+"""About so long the WAL becomes before Litestream checkpoints it. Each time programs wait for some 20 ms."""
+LEAST_PAGES = 1000
+FLUSH_BYTES = 4 << 20
+"""Whenever so much has been captured, the WAL is put on the disk beforehand: not within a checkpoint."""
+CLOSE_FRAMES = 900
+"""From so many frames on programs are kept from checkpoints: by default they begin at 1000."""
+BUSY_FRAMES = 64
+"""A sync that has captured more than so many pages found a program that writes as fast as it can."""
+
+_MARGIN_SECONDS = 2.0
+_ANSWER_SECONDS = 0.5
+
+
+def checkpoint_pages(page_size: int) -> int:
+    """From how many pages on Litestream is to checkpoint."""
+    return max(LEAST_PAGES, CHECKPOINT_BYTES // page_size)
+
+
+class Checkpoints:
+    """Of one live database. *gate*: that of the process that has the lock; None: programs do as they like."""
+
+    def __init__(self, paths: Paths, tail: WalTail, gate: Gate | None) -> None:
+        self._paths, self._tail, self._gate = paths, tail, gate
+        self._closed_until = 0.0
+        self._is_busy = False
+        self._unflushed = 0
+
+    async def before_sync(self, end: WalPlace | None, litestream: int, *, hurried: bool) -> None:
+        """Everything is captured up to *end*. Lets the process *litestream* pass if it may checkpoint in this
+        sync. *hurried*: somebody waits for the sync, so nothing is done before it that can be left out."""
+        if end is None:
+            return
+        if self._unflushed >= FLUSH_BYTES and not hurried:
+            self._unflushed = 0
+            await asyncio.to_thread(self._tail.flush)
+        if self._closed_until > system.now() and (self._is_busy or self._is_due(end)):
+            await self._ask(True, litestream)
+            self._closed_until = 0.0  # it may open by itself at any moment
+
+    def _is_due(self, end: WalPlace) -> bool:
+        """Whether Litestream will checkpoint, if the program goes on as calmly as until now."""
+        if self._tail.reaches(end, checkpoint_pages(end.page_size) - BUSY_FRAMES):
+            return True
+        try:
+            age = system.wall() - os.stat(self._paths.live).st_mtime
+        except OSError:
+            return True
+        return age > CHECKPOINT_SECONDS - _MARGIN_SECONDS
+
+    async def after_sync(self, before: WalPlace | None, end: WalPlace | None) -> None:
+        """The sync has captured what lies between. Closes the gate, if that is of use."""
+        if end is None:
+            return
+        frames = frames_between(before, end)
+        restarted = before is not None and (before.salt1, before.salt2) != (end.salt1, end.salt2)
+        # Little is in a WAL that was just begun anew, whoever writes.
+        self._is_busy = frames > BUSY_FRAMES or (self._is_busy and restarted)
+        self._unflushed = 0 if restarted else self._unflushed + frames * end.page_size
+        if not self._is_busy and frames_between(None, end) < CLOSE_FRAMES:
+            return
+        if self._closed_until - system.now() < GATE_SECONDS * 2 / 3:
+            await self._ask(True, 0)
+
+    async def open(self) -> None:
+        """Let everybody checkpoint."""
+        if self._gate is not None:
+            await self._ask(False, 0)
+
+    async def _ask(self, closed: bool, passing: int) -> None:
+        if self._gate is None:
+            return
+        asked, self._closed_until = system.now(), 0.0
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                if await self._gate(closed, passing):
+                    self._closed_until = asked + GATE_SECONDS
+        except (DatabaseError, TimeoutError):
+            pass  # commits are slower, and nothing is lost; that the process is gone is told by its owner
