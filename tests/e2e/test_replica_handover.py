@@ -418,6 +418,40 @@ def test_mode_and_owner_of_the_database_stay_over_promotions(
             assert (status.st_uid, status.st_gid) == (12345, 23456)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize(
+    ("owner", "folder_mode", "file_owner", "file_mode"),
+    [
+        ((12345, 23456), 0o755, (12345, 23456), 0o644),
+        ((12345, 23456), 0o700, (12345, 23456), 0o600),
+        ((0, 23456), 0o2770, (0, 23456), 0o660),
+        ((0, 0), 0o755, (0, 0), 0o640),
+    ],
+)
+def test_replica_of_a_node_that_is_root_is_promoted_into_a_folder_of_another_user(
+    origin: Origin,
+    replica: Replica,
+    tmp_path: Path,
+    owner: tuple[int, int],
+    folder_mode: int,
+    file_owner: tuple[int, int],
+    file_mode: int,
+) -> None:
+    """They are that user's, or group's, and nobody's who may not enter the folder; root keeps its own."""
+    apply(replica, origin.record())
+    assert replica.path is not None
+    replica.path.chmod(0o640)
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    os.chown(folder, *owner)
+    folder.chmod(folder_mode)
+    replica.promote(folder / "live.db", 3)
+    for suffix in ("", "-wal", "-shm"):
+        status = (folder / f"live.db{suffix}").stat()
+        assert (status.st_uid, status.st_gid) == file_owner
+        assert status.st_mode & 0o777 == file_mode
+
+
 # --- setting aside
 
 
@@ -504,8 +538,14 @@ def test_commits_after_a_place_in_the_wal_are_counted(origin: Origin, tmp_path: 
         found = handover.wal_info(origin.path, *salts, offset)
         assert (found.commits, found.later_commits) == (4, 4 - number)
     assert handover.wal_info(origin.path, 1, 2, 32).later_commits is None
+    copy = tmp_path / "crashed" / "origin.db"
+    copy.parent.mkdir()
+    shutil.copy(origin.path, copy)
     data = bytearray(log.read_bytes())
     data[offsets[2] + 100] ^= 1
-    log.write_bytes(data)
-    assert handover.wal_info(origin.path, *salts, offsets[0]).later_commits == 2
+    copy.with_name("origin.db-wal").write_bytes(data)
+    assert handover.wal_info(copy, *salts, offsets[0]).later_commits == 2
+    origin.connection.execute("PRAGMA wal_checkpoint(restart)")
+    found = handover.wal_info(origin.path, *salts, offsets[1])
+    assert (found.frames, found.later_commits) == (0, 2), "all of it is in the database"
     assert handover.wal_info(tmp_path / "none", 1, 2, 32).commits == 0

@@ -196,14 +196,25 @@ def prepare_files(source: Path, live: Path, epoch: int) -> None:
     """Before a promotion is decided: nothing lies in its way, and the files have the owner that the program
     will expect."""
     _clear_way(live, epoch, ("-wal", "-shm", "-journal"))
-    owner = live.parent.stat()
-    status = source.stat()
+    user, group, mode = _rights(source.stat(), live.parent.stat())
     for suffix in SUFFIXES:
         part = source.with_name(source.name + suffix)
-        os.chmod(part, status.st_mode & 0o777)
-        if os.geteuid() == 0:
-            uid, gid = (status.st_uid, status.st_gid) if status.st_uid else (owner.st_uid, owner.st_gid)
-            os.chown(part, uid, gid)
+        os.chmod(part, mode)
+        status = part.stat()
+        if os.geteuid() == 0 and (status.st_uid, status.st_gid) != (user, group):
+            os.chown(part, user, group)
+
+
+def _rights(file: os.stat_result, folder: os.stat_result) -> tuple[int, int, int]:
+    """User, group and mode that a database should have in *folder*.
+
+    One that was live there before has them already. One that root has made is given to the folder's owner,
+    and nobody else may do more with it than with the folder.
+    """
+    if os.geteuid() or file.st_uid or not (folder.st_uid or folder.st_gid):
+        return file.st_uid, file.st_gid, file.st_mode & 0o777
+    mode = 0o664 if folder.st_mode & 0o020 else 0o644
+    return folder.st_uid, folder.st_gid, mode & (folder.st_mode | 0o600)
 
 
 def identity(path: Path) -> str:
