@@ -362,6 +362,29 @@ async def test_g2_lost_record_of_an_old_reign_that_arrives_after_a_newer_seal_is
     assert (end.sequence, end.epoch, end.txid) == (sealed.sequence, 6, 50)
 
 
+async def test_seal_comes_soon_after_an_election_of_the_logs_leader(
+    log: WalLog, bus: NatsBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody answers for some seconds: it is asked again and again, and no answer is waited for too long."""
+    await fill(log, 3, 1)
+    read, asked, timeouts = bus.read, [], []
+    elected = time.monotonic() + 4.0
+
+    async def silent_read(*args: Any, timeout: float) -> Any:
+        asked.append(time.monotonic())
+        timeouts.append(timeout)
+        if asked[-1] < elected:
+            await asyncio.sleep(timeout)
+            raise BusTimeout("read", "no answer")
+        return await read(*args, timeout=timeout)
+
+    monkeypatch.setattr(bus, "read", silent_read)
+    await log.seal(4, "n2", SealKind.OPEN)
+    assert len([at for at in asked if at < elected]) >= 5
+    assert max(timeouts) <= 1.0
+    assert asked[-1] - elected < 1.5
+
+
 async def test_server_that_answers_slowly_is_given_more_time(
     log: WalLog, bus: NatsBus, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,7 +48,7 @@ from phalanx.data.objects import ObjectStore
 from phalanx.data.patience import Patience, longest_seconds
 from phalanx.errors import BusError, BusTimeout, BusUnavailable, DatabaseError, Fenced, WrongRevision
 from phalanx.names import Names
-from phalanx.ports import Bus, Fence
+from phalanx.ports import Bus, Fence, Record
 
 log = logging.getLogger("phalanx.log")
 
@@ -63,6 +63,10 @@ REFUSALS = 3
 """After so many refusals in a row a seal is preceded by a claim."""
 
 RETRY_SECONDS = (0.02, 0.5)
+LOOK_SECONDS = 1.0
+"""The longest deadline of a look. While a new leader is elected nobody answers: what was asked then is lost,
+and the sooner it is asked again, the sooner it is known that there is one."""
+
 BEHIND_SECONDS = (0.02, 0.2)
 """Between looks at a leader whose log is shorter than it was: a new one may be about to catch up."""
 
@@ -175,7 +179,7 @@ class WalLog:
     async def _last_of(self, end: LogEnd, subject: str, kind: type[E], patience: float) -> E | None:
         if isinstance(end.entry, kind):
             return end.entry
-        found = await self._bus.read(self._stream, subject, timeout=patience)
+        found = await self._read(subject, patience)
         entry = parse(found) if found is not None else None
         if isinstance(entry, Foreign):
             entry = await self._newest(end.sequence, kind)
@@ -197,7 +201,7 @@ class WalLog:
         return end
 
     async def _look(self, patience: float) -> LogEnd:
-        record = await self._bus.read(self._stream, self._subjects, timeout=patience)
+        record = await self._read(self._subjects, patience)
         if record is None:
             return LogEnd((await self.state()).last)
         entry = parse(record)
@@ -207,6 +211,9 @@ class WalLog:
         ours = await self._newest(entry.sequence, Seal | LogRecord)
         epoch, txid = (ours.epoch, ours.txid) if isinstance(ours, Seal | LogRecord) else (0, 0)
         return LogEnd(entry.sequence, epoch, txid, entry)
+
+    async def _read(self, subject: str, patience: float) -> Record | None:
+        return await self._bus.read(self._stream, subject, timeout=min(patience, LOOK_SECONDS))
 
     async def _newest(self, up_to: int, kind: Any) -> LogEntry | None:
         """The last entry of that kind, where foreign ones hide it from a look by subject."""
@@ -269,7 +276,7 @@ class WalLog:
 
     async def _claim(self, epoch: int, patience: float) -> None:
         """Stop the appends of older leaders; of a newer one that has sealed they can't be stopped so."""
-        found = await self._bus.read(self._stream, self._seals, timeout=patience)
+        found = await self._read(self._seals, patience)
         last = parse(found) if found is not None else None
         if isinstance(last, Seal) and last.epoch > epoch:
             raise Fenced(self._app, epoch)
@@ -372,7 +379,8 @@ class WalLog:
                 if not isinstance(error, BusUnavailable | BusTimeout) and error.code not in NO_LEADER:
                     raise
                 failure = error
-                passed += isinstance(error, BusTimeout)
+                if isinstance(error, BusTimeout):
+                    passed, delay = passed + 1, RETRY_SECONDS[0]  # it was waited for already
             if system.now() + delay >= deadline:
                 raise failure or BusTimeout(f"WAL log of {self._app}", f"not settled within {timeout:g} s")
             await asyncio.sleep(delay)
