@@ -545,7 +545,4 @@ def test_commits_after_a_place_in_the_wal_are_counted(origin: Origin, tmp_path: 
     data[offsets[2] + 100] ^= 1
     copy.with_name("origin.db-wal").write_bytes(data)
     assert handover.wal_info(copy, *salts, offsets[0]).later_commits == 2
-    origin.connection.execute("PRAGMA wal_checkpoint(restart)")
-    found = handover.wal_info(origin.path, *salts, offsets[1])
-    assert (found.frames, found.later_commits) == (0, 2), "all of it is in the database"
     assert handover.wal_info(tmp_path / "none", 1, 2, 32).commits == 0

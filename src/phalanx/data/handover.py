@@ -7,7 +7,6 @@ the next opening finishes what a kill has interrupted (:func:`finish`).
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import time
@@ -19,8 +18,14 @@ import msgspec
 from phalanx.data import disk, ltx
 from phalanx.data.replica_state import Aside, WalInfo
 from phalanx.data.replica_store import Folder, State
-from phalanx.data.wal_files import WalFiles, index_path, is_wal_database, scan_wal, wal_path
-from phalanx.data.wal_index import WalIndex
+from phalanx.data.sqlite_wal import (
+    FRAME_HEADER_BYTES,
+    WAL_HEADER_BYTES,
+    WalHeader,
+    decode_wal_header,
+    frame_offset,
+)
+from phalanx.data.wal_files import WalFiles, index_path, is_wal_database, wal_path
 from phalanx.errors import DatabaseError
 from phalanx.types import Position
 
@@ -39,30 +44,39 @@ _POLL_SECONDS = 0.01
 
 def wal_info(live: Path, salt1: int, salt2: int, offset: int) -> WalInfo:
     """What the log of the database at *live* holds, and how much of it after byte *offset* of a log with
-    these salts."""
-    header, frames = scan_wal(wal_path(live))
-    if header is None:
+    these salts. Raises DatabaseError, OSError.
+
+    As whoever opens the database sees it: by the index where that is in use, since a program killed within
+    its commit has left frames that the next writer overwrites; else all that SQLite recovers from the log.
+    """
+    if not live.exists() or not is_wal_database(live):
         return WalInfo(0, 0, 0, 0, None)
-    limit = _committed_frames(live, header.salts)
+    files = WalFiles.open(live)
+    try:
+        state = files.log_state
+        with wal_path(live).open("rb") as log_file:
+            header = decode_wal_header(log_file.read(WAL_HEADER_BYTES))
+        if state is None or header is None or header.salts != state.salts:
+            return WalInfo(0, 0, 0, 0, None)
+        ends = _commits(wal_path(live), header, state.frames)
+    finally:
+        files.close()
     salts = int.from_bytes(header.salts[:4], "big"), int.from_bytes(header.salts[4:], "big")
-    commits = later = last = 0
-    for frame in frames:
-        if frame.frame > limit:
-            break
-        if frame.commit:
-            commits, last = commits + 1, frame.frame
-            later += 32 + frame.frame * (header.page_size + 24) > offset
-    return WalInfo(*salts, last, commits, later if salts == (salt1, salt2) else None)
+    later = sum(end > offset for end in ends) if salts == (salt1, salt2) else None
+    return WalInfo(*salts, state.frames, len(ends), later)
 
 
-def _committed_frames(live: Path, salts: bytes) -> float:
-    """How many frames count. While somebody has the database open, those are not more than the index says: a
-    program killed within its commit has left some that the next writer overwrites."""
-    index = WalIndex(live)
-    mark = index.look() if index.is_in_use() else None
-    if mark is None or mark.salt1.to_bytes(4, "big") + mark.salt2.to_bytes(4, "big") != salts:
-        return math.inf
-    return mark.frames
+def _commits(log: Path, header: WalHeader, limit: int) -> list[int]:
+    """Where each transaction in the first *limit* frames ends, in bytes."""
+    ends: list[int] = []
+    with log.open("rb", buffering=0) as file:
+        for frame in range(1, limit + 1):
+            head = os.pread(file.fileno(), FRAME_HEADER_BYTES, frame_offset(frame, header.page_size))
+            if len(head) < FRAME_HEADER_BYTES or head[8:16] != header.salts:
+                break
+            if head[4:8] != bytes(4):
+                ends.append(frame_offset(frame + 1, header.page_size))
+    return ends
 
 
 # --- Litestream's folders
