@@ -623,7 +623,7 @@ class App:
             change = LeaderChange(self.name, after, before, new.revision, new.reason)
             self._queue_event("on_leader_change", change)
             self._running_parts.journal.leader_seen(self.name, after, new.revision, new.reason)
-        if self.database is not None:
+        if self.database is not None and after != self.node:  # else the activation needs its turn
             self.database.look()
         self._wake()
 
