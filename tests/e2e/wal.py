@@ -15,6 +15,7 @@ from phalanx.config import NatsOptions
 from phalanx.data import ltx
 from phalanx.data.entries import Draft
 from phalanx.data.log import WalLog
+from phalanx.data.records import Backlog
 from phalanx.data.shipping import Captured
 from phalanx.errors import DatabaseError
 from phalanx.names import Names
@@ -137,10 +138,15 @@ class Folder:
             if file.txid <= up_to_txid:
                 file.path.unlink()
 
-    def files(self, after: int) -> Sequence[Captured]:
+    def files(self, after: int, limit: int | None = None) -> Sequence[Captured]:
         """See ``shipping.Source``."""
         found = [(ltx.parse_file_name(path.name), path) for path in self.path.iterdir()]
         return sorted(
             (Captured(txids[1], path) for txids, path in found if txids and txids[1] > after),
             key=lambda each: each.txid,
-        )
+        )[:limit]
+
+    def backlog(self, after: int) -> Backlog:
+        """See ``shipping.Source``."""
+        files = self.files(after)
+        return Backlog(len(files), sum(file.path.stat().st_size for file in files))

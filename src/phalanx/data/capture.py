@@ -30,7 +30,7 @@ from phalanx.data.barrier import Barrier, answer
 from phalanx.data.checkpoints import BUSY_FRAMES, Checkpoints, Gate, checkpoint_pages
 from phalanx.data.committed import Committed, Verdict
 from phalanx.data.litestream import MONITOR_SECONDS, Litestream, Paths, check_path
-from phalanx.data.records import FilesLost, Records, frames_between
+from phalanx.data.records import Backlog, FilesLost, Records, frames_between
 from phalanx.data.syncing import RunEnded, Syncing, is_disk_full
 from phalanx.data.wal_guard import WalGuard
 from phalanx.data.wal_index import Mark
@@ -111,7 +111,7 @@ class Capture:
         self._committed = Committed(self._paths.live)
         self._behind = 0
         self._checkpoints = Checkpoints(self._paths, self._tail, gate)
-        self._syncing = Syncing(self._paths.level0, stall_seconds, self._event)
+        self._syncing = Syncing(lambda: self._records.progress, stall_seconds, self._event)
         self._guard: WalGuard | None = None
         self._watch: WalWatch | None = None
         self._litestream: Litestream | None = None
@@ -559,9 +559,13 @@ class Capture:
         if self._supervisor is None or self._supervisor.done():
             raise DatabaseError("nothing is being captured", "wait until the app is active")
 
-    def files(self, after_txid: int) -> list[tuple[int, Path]]:
-        """The LTX files of the transactions after *after_txid*, in order."""
-        return self._records.files(after_txid)
+    def files(self, after_txid: int, limit: int | None = None) -> list[tuple[int, Path]]:
+        """The LTX files of the transactions after *after_txid*, in order; at most *limit* of them."""
+        return self._records.files(after_txid, limit)
+
+    def backlog(self, after_txid: int) -> Backlog:
+        """How many these are, and how large."""
+        return self._records.backlog(after_txid)
 
     def forget(self, up_to_txid: int) -> None:
         """Remove the files up to *up_to_txid*: they are safe elsewhere. The newest stays."""

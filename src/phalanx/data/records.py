@@ -13,7 +13,9 @@ truncated by another process"). It may be shipped then as well as before.
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections import deque
 from pathlib import Path
 
 import msgspec
@@ -27,6 +29,13 @@ _WAL_HEADER_BYTES = 32
 _FRAME_HEADER_BYTES = 24
 
 
+class Backlog(msgspec.Struct, frozen=True):
+    """What is captured and not in the log yet."""
+
+    files: int = 0
+    bytes: int = 0
+
+
 class FilesLost(DatabaseError):
     """Files that nobody else has are gone: only a new reign, with a full record, helps."""
 
@@ -38,6 +47,9 @@ class Records:
         self._paths = paths
         self._unverified = paths.capture / "unverified"
         self._oldest = 1
+        self._sizes: deque[int] = deque()
+        """In bytes, from the oldest one to the newest. There may be very many: they are not counted each time."""
+        self._bytes = 0
         self.newest = 0
         """The last transaction that may be shipped."""
         self._base = 0
@@ -74,6 +86,9 @@ class Records:
         for txid in found:
             if txid < self._oldest:
                 self._path(txid).unlink()
+        self._sizes = deque(self._size(txid) for txid in range(self._oldest, self.newest + 1))
+        self._bytes = sum(self._sizes)
+        self.forget(last_txid - 1)
 
     def prepare(self, page_size: int, *, full: bool) -> None:
         """Before every start of Litestream; *full*: it has to write all pages first. Blocks; OSError.
@@ -148,23 +163,35 @@ class Records:
                 return False
             self._verified = True
             self._unverified.unlink(missing_ok=True)
+        for accepted in range(self.newest + 1, txid + 1):
+            size = self._size(accepted)
+            self._sizes.append(size)
+            self._bytes += size
         self.newest = txid
         self._end = None
         return True
 
     def unaccepted(self, up_to_txid: int | None = None) -> list[Path]:
         """What Litestream has written beyond that, in order; None: whatever is there. Raises OSError."""
-        last = max(self._list(), default=0) if up_to_txid is None else up_to_txid
+        last = self._last() if up_to_txid is None else up_to_txid
         return [self._path(txid) for txid in range(self.newest + 1, last + 1)]
+
+    def _last(self) -> int:
+        """The newest one that Litestream has written. Does not list the folder: it may hold very many."""
+        txid = self.newest
+        while self._path(txid + 1).exists():
+            txid += 1
+        return txid
 
     def withdraw(self) -> None:
         """Remove what was not accepted: it will be captured again. Raises OSError."""
-        self._discard_after(self.newest)
+        for path in self.unaccepted():
+            path.unlink(missing_ok=True)
 
     def adopt(self) -> bool:
         """Litestream has ended; accept what it wrote last, of which it came to no answer. See accept()."""
         try:
-            return self.accept(max(self._list(), default=0))
+            return self.accept(self._last())
         except (OSError, DatabaseError):
             return False
 
@@ -178,6 +205,15 @@ class Records:
             if same_wal and header.wal_offset == last.wal_offset + last.wal_size:
                 return True
         return _is_full(path, header)
+
+    @property
+    def progress(self) -> object:
+        """Something that changes while Litestream writes: its newest file, and how much of the next one."""
+        last = self._last()
+        try:
+            return last, self._path(last + 1).with_suffix(".ltx.tmp").stat().st_size
+        except OSError:
+            return last, 0
 
     @property
     def end(self) -> WalPlace | None:
@@ -194,10 +230,17 @@ class Records:
 
     # --- for the shipper
 
-    def files(self, after_txid: int) -> list[tuple[int, Path]]:
-        """The files after *after_txid*, in order."""
+    def files(self, after_txid: int, limit: int | None = None) -> list[tuple[int, Path]]:
+        """The files after *after_txid*, in order; at most *limit* of them."""
         first = max(after_txid + 1, self._oldest)
-        return [(txid, self._path(txid)) for txid in range(first, self.newest + 1)]
+        last = self.newest if limit is None else min(self.newest, first + limit - 1)
+        return [(txid, self._path(txid)) for txid in range(first, last + 1)]
+
+    def backlog(self, after_txid: int) -> Backlog:
+        """The same, counted. As quick as there are few files up to *after_txid*."""
+        before = min(max(0, after_txid + 1 - self._oldest), len(self._sizes))
+        bytes_before = sum(itertools.islice(self._sizes, before))
+        return Backlog(len(self._sizes) - before, self._bytes - bytes_before)
 
     def forget(self, up_to_txid: int) -> None:
         """Remove the files up to *up_to_txid*, but not the newest, in which Litestream looks."""
@@ -205,6 +248,13 @@ class Records:
         while self._oldest <= last:
             self._path(self._oldest).unlink(missing_ok=True)
             self._oldest += 1
+            self._bytes -= self._sizes.popleft()
+
+    def _size(self, txid: int) -> int:
+        try:
+            return self._path(txid).stat().st_size
+        except FileNotFoundError:
+            return 0  # whoever reads it will say so
 
     def _path(self, txid: int) -> Path:
         return self._paths.level0 / ltx.file_name(txid, txid)

@@ -148,7 +148,8 @@ class DataReign:
         database = self._database
         began = system.now()
         if self._kept:
-            await asyncio.to_thread(database.settlements.drop_broken_chain, self._base.txid)
+            files = await database.settlements.captured()
+            await asyncio.to_thread(files.drop_broken_chain, self._base.txid)
             await database.replica.resume(self.epoch, self._sealed)
             how, position = "went on with its own database", self._base
         else:

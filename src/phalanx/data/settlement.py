@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,8 @@ import msgspec
 from msgspec.structs import replace
 
 from phalanx import system
-from phalanx.data import disk, ltx
+from phalanx.data import disk
+from phalanx.data.captured_files import CapturedFiles
 from phalanx.data.entries import LogRecord, Seal
 from phalanx.data.log import LogEnd
 from phalanx.data.replica_state import ReplicaState, WalInfo
@@ -28,7 +28,6 @@ from phalanx.decide.settling import (
     is_void,
     settle,
 )
-from phalanx.errors import LtxError
 
 if TYPE_CHECKING:
     from phalanx.data.database import AppDatabase
@@ -70,11 +69,6 @@ class Diverged(msgspec.Struct, frozen=True):
         )
 
 
-def _header(path: Path) -> ltx.Header:
-    with path.open("rb") as file:
-        return ltx.decode_header(file.read(ltx.HEADER_BYTES))
-
-
 def _info_path(target: Path) -> Path:
     return target.with_name(f"{target.name}.json")
 
@@ -99,18 +93,20 @@ class Settlements:
         """Settle the live database of the reign in *state*; False where it has to be kept for now."""
         database = self._database
         if not database.live.exists():
+            files = await self.captured()
             await database.replica.reset()
-            if self._captured():
+            if files.last:
                 reason = f"{database.live} is gone; it is made anew from the log"
                 database.report("database-vanished", reason, level=logging.ERROR)
             return True
         logged = await self._logged(state.epoch, state.sealed, end)
-        wal = await self._wal_after(logged.last_txid) if logged.known else None
+        files = await self.captured()
+        wal = await self._wal_after(files, logged.last_txid) if logged.known else None
         unlogged = wal.later_commits if wal is not None else None
-        files = 0
+        count = 0
         if unlogged is None and logged.known:
-            files = await asyncio.to_thread(self._files_after, logged.last_txid)
-        local = LocalDatabase(state.epoch, self._captured(), unlogged, files)
+            count = await asyncio.to_thread(files.count_after, logged.last_txid)
+        local = LocalDatabase(state.epoch, files.last, unlogged, count)
         match settle(local, logged):
             case Keep():
                 return False
@@ -151,51 +147,15 @@ class Settlements:
 
     # --- what lies on disk
 
-    def _files(self) -> list[tuple[int, Path]]:
-        folder = self._database.folder / "capture" / "ltx" / "0"
-        found = [(ltx.parse_file_name(path.name), path) for path in folder.glob("*.ltx")]
-        return sorted((txids[1], path) for txids, path in found if txids is not None)
+    async def captured(self) -> CapturedFiles:
+        """What Litestream has left."""
+        return await asyncio.to_thread(CapturedFiles, self._database.folder)
 
-    def drop_broken_chain(self, logged_txid: int) -> None:
-        """Remove captured files that cannot follow on the log's last transaction: some between are gone.
-
-        So it is where NATS has lost what was shipped: the next record then holds every page.
-        """
-        files = self._files()
-        if files and [txid for txid, _ in files if txid > logged_txid] != list(
-            range(logged_txid + 1, files[-1][0] + 1)
-        ):
-            log.warning("app %s: captured files do not follow on %d", self._database.app, logged_txid)
-            for _, path in files:
-                path.unlink()
-
-    def _captured(self) -> int:
-        files = self._files()
-        return files[-1][0] if files else 0
-
-    def _files_after(self, logged_txid: int) -> int:
-        """How many files after those of *logged_txid* hold a transaction each, at least. One that holds every
-        page may have been made after a gap, and hold nothing new."""
-        count = 0
-        for txid, path in self._files():
-            if txid > logged_txid:
-                # A file that cannot be read counts for nothing: the number is a lower bound.
-                with contextlib.suppress(LtxError, OSError), path.open("rb") as file:
-                    count += not ltx.holds_every_page(file)
-        return count
-
-    async def _wal_after(self, logged_txid: int) -> WalInfo | None:
+    async def _wal_after(self, files: CapturedFiles, logged_txid: int) -> WalInfo | None:
         """What the WAL has after those of *logged_txid*; None where it is not known where those end."""
-        database, files = self._database, dict(self._files())
-        if logged_txid in files:
-            header = _header(files[logged_txid])
-            offset = header.wal_offset + header.wal_size
-        elif logged_txid + 1 in files:
-            header = _header(files[logged_txid + 1])
-            offset = header.wal_offset
-        else:
-            return None
-        return await database.replica.live_wal_info(database.live, header.wal_salt1, header.wal_salt2, offset)
+        database = self._database
+        place = await asyncio.to_thread(files.place_after, logged_txid)
+        return None if place is None else await database.replica.live_wal_info(database.live, *place)
 
     # --- setting aside
 

@@ -10,19 +10,16 @@ removed once it is in the log and a newer one is, too: Litestream goes on from t
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import msgspec
-
-from phalanx import system
 from phalanx.aio import wait_at_most
 from phalanx.data import ltx
 from phalanx.data.entries import Draft, Seal, SealKind
 from phalanx.data.log import WalLog
+from phalanx.data.records import Backlog
 from phalanx.errors import BusError, DatabaseError, PhalanxError
 from phalanx.ports import Connection
 from phalanx.types import Position
@@ -35,7 +32,10 @@ LOOK_SECONDS = 5.0
 """Between looks at the folder that nothing asked for."""
 
 MEASURE_SECONDS = 0.2
-"""At least this long between two measurements of the backlog."""
+"""At least this long between two looks at the backlog."""
+
+PAGE_FILES = 256
+"""So many files are listed at once: while NATS is away there may come to be hundreds of thousands."""
 
 _WAL_HEADER_BYTES = 32
 _FRAME_HEADER_BYTES = 24
@@ -50,18 +50,15 @@ class Captured(NamedTuple):
 
 
 class Source(Protocol):
-    """Where captured files come from."""
+    """Where captured files come from. Neither call may take long: both are made in the event loop."""
 
-    def files(self, after_txid: int, /) -> Sequence[tuple[int, Path]]:
-        """Transaction and path of those after *after_txid*, in order."""
+    def files(self, after_txid: int, limit: int, /) -> Sequence[tuple[int, Path]]:
+        """Transaction and path of the first *limit* of those after *after_txid*, in order."""
         ...
 
-
-class Backlog(msgspec.Struct, frozen=True):
-    """What is captured and not in the log yet."""
-
-    files: int = 0
-    bytes: int = 0
+    def backlog(self, after_txid: int, /) -> Backlog:
+        """All those after *after_txid*."""
+        ...
 
 
 class Shipper:
@@ -167,7 +164,7 @@ class Shipper:
 
     async def _run(self) -> None:
         try:
-            self._remove_earlier()
+            await self._remove_earlier()
             while True:
                 await wait_at_most(self._captured, LOOK_SECONDS)
                 self._captured.clear()
@@ -182,7 +179,7 @@ class Shipper:
             self._on_fenced(self._trouble)
 
     async def _ship_all(self) -> None:
-        while files := self._source.files(self._shipped.txid):
+        while files := self._source.files(self._shipped.txid, PAGE_FILES):
             for txid, path in files:
                 file = Captured(txid, path)
                 await self._ship(file)
@@ -231,11 +228,15 @@ class Shipper:
             await wait_at_most(self._connected, delay)
             delay = min(longest, 2 * delay)
 
-    def _remove_earlier(self) -> None:
+    async def _remove_earlier(self) -> None:
         """What an earlier reign has shipped and could not remove any more."""
-        shipped = [Captured(*file) for file in self._source.files(0) if file[0] <= self._shipped.txid]
-        for file in shipped:
-            self._remove_before(file)
+        last = 0
+        while last < self._shipped.txid and (files := self._source.files(last, PAGE_FILES)):
+            for file in files:
+                if file[0] <= self._shipped.txid:
+                    self._remove_before(Captured(*file))
+            last = files[-1][0]
+            await asyncio.sleep(0)
 
     def _remove_before(self, file: Captured) -> None:
         """*file* is in the log and stays until a newer one is, too; the one before it goes."""
@@ -273,22 +274,13 @@ class Shipper:
         while True:
             await self._to_measure.wait()
             self._to_measure.clear()
-            began = system.now()
             try:
-                self._backlog = self._look()
+                self._backlog = self._source.backlog(self._shipped.txid)
                 if self._on_backlog is not None:
                     self._on_backlog(self._backlog.bytes)
             except Exception:
                 log.exception("the backlog could not be measured")
-            # Very many files: looking at them must not become what this node does.
-            await asyncio.sleep(max(MEASURE_SECONDS, 20 * (system.now() - began)))
-
-    def _look(self) -> Backlog:
-        sizes: list[int] = []
-        for _, path in self._source.files(self._shipped.txid):
-            with contextlib.suppress(FileNotFoundError):
-                sizes.append(path.stat().st_size)
-        return Backlog(len(sizes), sum(sizes))
+            await asyncio.sleep(MEASURE_SECONDS)
 
 
 # --- counting transactions

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
 
 from phalanx import system
 from phalanx.data.control_socket import Lost, Refused
@@ -39,10 +37,12 @@ class RunEnded(Exception):
 
 
 class Syncing:
-    """Syncs, for as long as Litestream and the disk let it. *level0*: the folder in which files appear."""
+    """Syncs, for as long as Litestream and the disk let it. *progress*: gives what changes while it works."""
 
-    def __init__(self, level0: Path, stall_seconds: float, on_event: Callable[[str, str], None]) -> None:
-        self._level0, self._stall_seconds, self._on_event = level0, stall_seconds, on_event
+    def __init__(
+        self, progress: Callable[[], object], stall_seconds: float, on_event: Callable[[str, str], None]
+    ) -> None:
+        self._progress, self._stall_seconds, self._on_event = progress, stall_seconds, on_event
         self._disk_full = False
 
     async def sync(self, litestream: Litestream, check: Callable[[], None], *, first: bool) -> int:
@@ -112,15 +112,6 @@ class Syncing:
         except TimeoutError:
             detail = f"a sync got nowhere for {self._stall_seconds:g} s; {await litestream.diagnosis()}"
             raise RunEnded("stalled", detail) from None
-
-    def _progress(self) -> object:
-        """Something that changes while Litestream writes: its newest file and that one's size."""
-        try:
-            with os.scandir(self._level0) as entries:
-                newest = max(entries, key=lambda entry: entry.name, default=None)
-                return (newest.name, newest.stat().st_size) if newest is not None else None
-        except OSError:
-            return None
 
 
 def is_disk_full(text: str) -> bool:
