@@ -15,8 +15,9 @@ from tests.e2e.site import Site, litestream
 from tests.e2e.wal import NAMES, connected, make_log
 
 from phalanx.bus.connection import NatsBus
+from phalanx.data.copy_folder import CopyFolder
 from phalanx.data.log import WalLog
-from phalanx.data.second_copy import BASES, RECORDS, Copied, FolderDestination, SecondCopy
+from phalanx.data.second_copy import BASES, RECORDS, Copied, SecondCopy
 from phalanx.data.snapshots import Snapshots
 from phalanx.errors import DatabaseError
 from phalanx.testing.nats import NatsServer
@@ -46,7 +47,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def copy(site: Site, folder: Path) -> SecondCopy:
     """The copy of the site."""
-    return SecondCopy(FolderDestination(folder), site.snapshots, NAMES.platform)
+    return SecondCopy(CopyFolder(folder), site.snapshots, NAMES.platform)
 
 
 def restored(folder: Path, *options: str) -> bytes:
@@ -135,7 +136,7 @@ async def test_copy_that_fell_behind_the_log_begins_anew(site: Site, copy: Secon
     assert restored(folder) == site.expected(5)
 
 
-class Failing(FolderDestination):
+class Failing(CopyFolder):
     """A folder whose operation number *at* fails, before or after it was done."""
 
     def __init__(self, folder: Path, at: int, *, done: bool) -> None:
@@ -190,7 +191,7 @@ async def test_log_that_lost_writes_is_followed(
     await copy.update()
     assert len(names(folder, RECORDS)) == 5
     async with after_a_loss(site, bus) as other:
-        again = SecondCopy(FolderDestination(folder), other.snapshots, NAMES.platform)
+        again = SecondCopy(CopyFolder(folder), other.snapshots, NAMES.platform)
         for _ in range(commits):
             await other.commit(rows=1)
         assert (await again.update()).waits_for == "a snapshot"
@@ -228,7 +229,7 @@ async def test_g8_interrupted_new_beginning_leaves_a_copy_that_can_be_restored(
             with contextlib.suppress(OSError):
                 await SecondCopy(failing, other.snapshots, NAMES.platform).update()
             assert restored(folder) in states, at
-            await SecondCopy(FolderDestination(folder), other.snapshots, NAMES.platform).update()
+            await SecondCopy(CopyFolder(folder), other.snapshots, NAMES.platform).update()
             assert restored(folder) == states[-1]
             await asyncio.to_thread(shutil.rmtree, folder)
 
@@ -253,7 +254,7 @@ async def test_g8_interrupted_update_leaves_a_copy_that_can_be_restored(
             if names(folder, BASES) or names(folder, RECORDS):
                 assert restored(folder) in [site.expected(txid) for txid in range(1, site.txid + 1)]
         assert not [name for level in (BASES, RECORDS) for name in names(folder, level) if "tmp" in name]
-        await SecondCopy(FolderDestination(folder), site.snapshots, NAMES.platform).update()
+        await SecondCopy(CopyFolder(folder), site.snapshots, NAMES.platform).update()
         assert restored(folder) == site.expected(site.txid)
         await site.commit()
 
@@ -264,14 +265,14 @@ async def test_destination_with_something_else_is_refused(
     """Litestream's own replica, another app's copy, a damaged note: nothing there is touched."""
     await site.commit()
     await site.snapshots.create(site.source)
-    own = SecondCopy(FolderDestination(site.second), site.snapshots, NAMES.platform)
+    own = SecondCopy(CopyFolder(site.second), site.snapshots, NAMES.platform)
     with pytest.raises(DatabaseError, match="did not make"):
         await own.update()
     await copy.update()
     other = Snapshots(site.snapshots.objects, WalLog(bus, NAMES, "wiki"), "shop")
     with pytest.raises(DatabaseError, match="'wiki' of platform 'prod'"):
-        await SecondCopy(FolderDestination(folder), other, NAMES.platform).update()
-    await FolderDestination(folder).write_note(b"{")
+        await SecondCopy(CopyFolder(folder), other, NAMES.platform).update()
+    await CopyFolder(folder).write_note(b"{")
     with pytest.raises(DatabaseError, match="damaged"):
         await copy.update()
     assert restored(folder) == site.expected(1)

@@ -90,8 +90,10 @@ async def test_process_that_is_busy_for_long_is_let_alone(
 async def test_looks_do_not_keep_the_wal_from_its_file(process: ReplicaProcess, tmp_path: Path) -> None:
     """A process that is only looked at is at rest."""
     origin = Origin(tmp_path)
-    await process.apply(1, 1, origin.record().data)
-    await looking(process, lambda: process.path.read_bytes() == origin.images[1])
+    await process.apply(1, 1, origin.round().data)
+    await process.apply(2, 2, origin.round().data)
+    assert process.path.read_bytes() != origin.images[2]
+    await looking(process, lambda: process.path.read_bytes() == origin.images[2])
     origin.close()
 
 

@@ -14,7 +14,8 @@ import msgspec
 
 from phalanx import system
 from phalanx.aio import wait_at_most
-from phalanx.data.second_copy import FolderDestination, SecondCopy
+from phalanx.data.copy_folder import CopyFolder
+from phalanx.data.second_copy import SecondCopy
 from phalanx.data.status import SnapshotProgress, SnapshotRequest
 from phalanx.decide.retention import Limits
 from phalanx.errors import BusError, DatabaseError, PhalanxError
@@ -36,6 +37,12 @@ TIDY_SECONDS = 600.0
 FAILED_SECONDS = 60.0
 """After a failure it is tried again."""
 
+STOP_SECONDS = 3.0
+"""How long the end of a reign waits for the task to end."""
+
+HANGS_SECONDS = 3.0
+"""A call to the second copy's folder that has taken so long is reported when it is left behind."""
+
 
 class SnapshotSchedule:
     """Of one reign."""
@@ -48,20 +55,32 @@ class SnapshotSchedule:
         self._copy: SecondCopy | None = None
         self._copy_waits = False
         self._tidy_at = 0.0
+        self._folder: CopyFolder | None = None
         if copy_to := str(database.config.copy_to):
-            destination = FolderDestination(Path(copy_to))
-            self._copy = SecondCopy(destination, database.snapshots, database.names.platform)
+            self._folder = CopyFolder(Path(copy_to))
+            self._copy = SecondCopy(self._folder, database.snapshots, database.names.platform)
 
     async def start(self) -> None:
         """Begin."""
         self._task = asyncio.create_task(self._run(), name=f"{self._database.app} snapshots")
 
     async def stop(self) -> None:
-        """End at once; a snapshot that is half made leaves nothing behind."""
+        """End at once; a snapshot that is half made leaves nothing behind. The next leader does not wait for
+        a disk that hangs, least of all for that of the second copy: that is reported, and left alone."""
         task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        if task is None:
+            return
+        hung = self._folder.hanging_seconds if self._folder is not None else 0.0
+        task.cancel()
+        await asyncio.wait({task}, timeout=STOP_SECONDS)
+        if hung > HANGS_SECONDS:
+            self._report_left(f"{self._database.config.copy_to} has not answered for {hung:.0f} s")
+        if not task.done():
+            self._report_left(f"the snapshots' task has not ended within {STOP_SECONDS:g} s")
+            task.add_done_callback(_ended_late)
+
+    def _report_left(self, what: str) -> None:
+        self._database.report("snapshot-left", f"{what}: it is left alone", level=logging.ERROR)
 
     async def _run(self) -> None:
         database, failed = self._database, ""
@@ -147,3 +166,8 @@ class SnapshotSchedule:
             database.report(
                 "snapshots-tidied", f"{len(done.snapshots)} snapshots and {done.entries} log entries removed"
             )
+
+
+def _ended_late(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("%s ended late", task.get_name(), exc_info=error)

@@ -18,17 +18,14 @@ each file is written under another name first, and why there are two orders:
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
-import os
-from collections.abc import AsyncGenerator, AsyncIterable, Callable
-from pathlib import Path
+from collections.abc import AsyncGenerator, AsyncIterable
 from typing import Protocol
 
 import msgspec
 
-from phalanx.data import disk, image_process, ltx
+from phalanx.data import image_process, ltx
 from phalanx.data.entries import LogRecord
 from phalanx.data.snapshots import Snapshot, Snapshots
 from phalanx.errors import DatabaseError
@@ -39,7 +36,7 @@ log = logging.getLogger("phalanx.snapshots")
 RECORDS, BASES = 0, 9
 """Litestream's levels that are used. It compacts into those between; we don't."""
 
-_NOTE = "phalanx.json"
+NOTE = "phalanx.json"
 _FORMAT = 1
 
 
@@ -75,65 +72,6 @@ class Destination(Protocol):
     async def write_note(self, data: bytes) -> None:
         """Keep *data* instead of what was there."""
         ...
-
-
-class FolderDestination:
-    """A folder, such as one on another disk or a mounted share."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    async def list_files(self, level: int) -> list[Copied]:
-        """See :class:`Destination`."""
-        return await asyncio.to_thread(self._list, level)
-
-    def _list(self, level: int) -> list[Copied]:
-        found: list[Copied] = []
-        with contextlib.suppress(FileNotFoundError):
-            for entry in os.scandir(self._level(level)):
-                if (txids := ltx.parse_file_name(entry.name)) is not None:
-                    found.append(Copied(level, *txids, entry.stat().st_size))
-        return sorted(found)
-
-    async def write(self, file: Copied, chunks: AsyncIterable[bytes], time: float) -> None:
-        """See :class:`Destination`."""
-        path = self._path(file)
-        temporary = path.with_name(f"{path.name}.tmp")
-        await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
-        opened = await asyncio.to_thread(temporary.open, "wb", 1 << 20)
-        try:
-            try:
-                async for chunk in chunks:
-                    await asyncio.to_thread(opened.write, chunk)
-                await asyncio.to_thread(_finish, opened.fileno(), opened.flush)
-            finally:
-                await asyncio.to_thread(opened.close)
-            await asyncio.to_thread(_publish, temporary, path, time)
-        except BaseException:
-            _remove(temporary)
-            raise
-
-    async def delete(self, file: Copied) -> None:
-        """See :class:`Destination`."""
-        await asyncio.to_thread(self._path(file).unlink, missing_ok=True)
-
-    async def read_note(self) -> bytes:
-        """See :class:`Destination`."""
-        try:
-            return await asyncio.to_thread((self._folder / _NOTE).read_bytes)
-        except FileNotFoundError:
-            return b""
-
-    async def write_note(self, data: bytes) -> None:
-        """See :class:`Destination`."""
-        await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True)
-        await asyncio.to_thread(disk.replace_file, self._folder / _NOTE, data, "second copy: note")
-
-    def _level(self, level: int) -> Path:
-        return self._folder / "ltx" / str(level)
-
-    def _path(self, file: Copied) -> Path:
-        return self._level(file.level) / ltx.file_name(file.min_txid, file.max_txid)
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):
@@ -213,7 +151,7 @@ class SecondCopy:
             note = msgspec.json.decode(data, type=Note)
         except ValueError as error:  # msgspec's errors are ValueErrors, too
             raise DatabaseError(
-                f"{_NOTE} of the second copy is damaged: {error}", "empty the folder"
+                f"{NOTE} of the second copy is damaged: {error}", "empty the folder"
             ) from None
         if (note.format, note.platform, note.app) != (_FORMAT, self._platform, self._app):
             raise DatabaseError(
@@ -314,18 +252,3 @@ class SecondCopy:
 
 def _position(note: Note) -> Position:
     return Position(note.sequence, note.txid)
-
-
-def _finish(descriptor: int, flush: Callable[[], None]) -> None:
-    flush()
-    os.fsync(descriptor)
-
-
-def _publish(temporary: Path, path: Path, time: float) -> None:
-    os.utime(temporary, (time, time))
-    temporary.replace(path)
-    disk.sync_folder(path.parent, "second copy: sync folder")
-
-
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
