@@ -34,8 +34,9 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
     ``empty``: nobody. ``replica``: generation ``generation``, whose journal has the position. ``live``: the
     program, at ``live``, since ``epoch`` began at ``sealed`` (a sequence of the log) after ``txid``.
-    ``promoting``: the files are on their way there. ``setting-aside``: on their way from ``live`` to
-    ``target``. ``leftover``: which file at ``live`` became a replica and has to be removed.
+    ``promoting``: the files are on their way there, or there already (see :meth:`Folder.assume`).
+    ``setting-aside``: they are on their way from ``live`` to ``target``. ``leftover``: which file at ``live``
+    became a replica and has to be removed.
     """
 
     format: int = FORMAT
