@@ -151,6 +151,32 @@ async def test_process_that_does_not_answer_is_killed_at_the_deadline(
     await process.state()
 
 
+async def test_brief_calls_behind_a_long_one_wait_for_it(
+    origin: Origin, process: ReplicaProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Their time begins when the process turns to them: it is not killed within a record that takes long."""
+    monkeypatch.setattr(client_module, "SECONDS", 0.3)
+    await process.apply(1, 1, origin.record().data)
+    file = tmp_path / "record.ltx"
+    file.write_bytes(origin.round().data)
+    os.kill(process.pid, signal.SIGSTOP)  # it is busy with the record for longer than the others may take
+    applying = asyncio.create_task(process.apply(2, 2, file))
+    await asyncio.sleep(0)
+    behind = [asyncio.create_task(ask) for ask in (process.state(), process.skip(3), process.release_old())]
+    began = system.now()
+    await eventually(lambda: system.now() - began > 1)
+    assert process.known.position == Position(1, 1)  # for those who only want to know
+    os.kill(process.pid, signal.SIGCONT)
+    assert await applying == Position(2, 2)
+    await asyncio.gather(*behind)
+    assert process.position == Position(3, 2)
+    assert not exits
+    # But it is, when it does not turn to them at all.
+    os.kill(process.pid, signal.SIGSTOP)
+    with pytest.raises(DatabaseError, match="no answer to state"):
+        await process.state()
+
+
 async def test_requests_are_answered_in_order_and_few_are_under_way(
     origin: Origin, process: ReplicaProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -506,7 +506,7 @@ class AppDatabase:
                 lag_seconds=follower.lag_seconds,
                 lag_bytes=follower.lag_bytes,
                 epoch=follower.epoch,
-                page_size=(await self.replica.state()).page_size,
+                page_size=self.replica.known.page_size,
             )
         if self._phase in (Phase.LIVE, Phase.KEPT):
             status = replace(status, page_size=await asyncio.to_thread(page_size, self.live))

@@ -29,7 +29,8 @@ MAX_REQUESTS, MAX_BYTES = 64, 32 << 20
 """What may be under way at once; more waits. One request may be larger."""
 
 SECONDS = 15.0
-"""Deadline of what takes milliseconds."""
+"""Deadline of what takes milliseconds. The process carries out one call after the other: the deadline of each
+begins with the answer to the one before, however long that took."""
 LONG_SECONDS = 600.0
 """Deadline of what may copy the whole database."""
 
@@ -59,11 +60,13 @@ except sqlite3.DatabaseError as error:  # so damaged that it cannot even be chec
 
 
 class _Request(NamedTuple):
-    """What was asked and is not answered yet; ``patience``: see :data:`BRIEF_SECONDS`."""
+    """What was asked and is not answered yet; ``seconds``: its deadline, ``patience``: see
+    :data:`BRIEF_SECONDS`."""
 
     answer: asyncio.Future[Any]
     size: int
     operation: str
+    seconds: float
     patience: float
 
 
@@ -83,6 +86,7 @@ class ReplicaProcess:
         self._transport: asyncio.WriteTransport | None = None
         self._requests: dict[int, _Request] = {}
         self._heard_at = 0.0
+        self._overdue: asyncio.TimerHandle | None = None
         self._bytes = 0
         self._turn, self._room = asyncio.Lock(), asyncio.Event()
         self._number = 0
@@ -102,6 +106,11 @@ class ReplicaProcess:
     def pid(self) -> int:
         """Its process id, 0 before the first start."""
         return self._process.pid if self._process else 0
+
+    @property
+    def known(self) -> ReplicaState:
+        """All about it as the last answer says: without a wait behind what it is busy with."""
+        return self._state
 
     @property
     def position(self) -> Position:
@@ -156,6 +165,8 @@ class ReplicaProcess:
             self._process.kill()
         if self._transport is not None:
             self._transport.abort()
+        self._fail_all(reason)  # it may take long to end, where a disk does not answer
+        self._room.set()
 
     async def _reap(self, process: subprocess.Popen[bytes]) -> None:
         try:
@@ -180,7 +191,7 @@ class ReplicaProcess:
         called every second or so: a process that hangs is not noticed otherwise while nothing is asked of it.
         """
         if not self._requests:
-            self._post("state", (), 0, BRIEF_SECONDS).cancel()  # nobody waits for it
+            self._post("state", (), 0, SECONDS, BRIEF_SECONDS).cancel()  # nobody waits for it
             return
         oldest = next(iter(self._requests.values()))
         is_short = oldest.patience <= SYNC_SECONDS
@@ -203,40 +214,45 @@ class ReplicaProcess:
     # --- requests
 
     async def _call(
-        self, operation: str, *arguments: object, timeout: float = SECONDS, patience: float = 0.0
+        self, operation: str, *arguments: object, timeout: float = 0.0, patience: float = 0.0
     ) -> Any:
-        patience = patience or (timeout if timeout > SECONDS else BRIEF_SECONDS)
-        try:
-            async with asyncio.timeout(timeout):
-                return await self._send(operation, arguments, patience)
-        except TimeoutError:
-            problem = f"no answer to {operation} within {timeout:g} s"
-            self.kill(problem)
-            raise DatabaseError(f"the replica process gave {problem}") from None
-
-    async def _send(self, operation: str, arguments: tuple[object, ...], patience: float) -> Any:
+        seconds = timeout or SECONDS
+        patience = patience or (seconds if seconds > SECONDS else BRIEF_SECONDS)
         size = sum(len(argument) for argument in arguments if isinstance(argument, bytes))
         async with self._turn:  # in the order of the calls
-            while not self._has_room(size):
+            while self.is_running and not self._has_room(size):
                 self._room.clear()
                 await self._room.wait()
-            answer = self._post(operation, arguments, size, patience)
+            answer = self._post(operation, arguments, size, seconds, patience)
         return await answer
 
     def _post(
-        self, operation: str, arguments: tuple[object, ...], size: int, patience: float
+        self, operation: str, arguments: tuple[object, ...], size: int, seconds: float, patience: float
     ) -> asyncio.Future[Any]:
         transport = self._transport
         if transport is None or transport.is_closing():
             raise DatabaseError("the replica process does not run")
-        if not self._requests:
-            self._heard_at = system.now()
         self._number += 1
         answer = asyncio.get_running_loop().create_future()
-        self._requests[self._number] = _Request(answer, size, operation, patience)
+        self._requests[self._number] = _Request(answer, size, operation, seconds, patience)
         self._bytes += size
+        if len(self._requests) == 1:
+            self._begin_next()
         transport.write(framed(Request(self._number, operation, arguments)))
         return answer
+
+    def _begin_next(self) -> None:
+        """The process turns to the oldest request: from now on that one's time runs."""
+        self._heard_at = system.now()
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
+        if self._requests:
+            oldest = next(iter(self._requests.values()))
+            self._overdue = asyncio.get_running_loop().call_later(oldest.seconds, self._give_up, oldest)
+
+    def _give_up(self, request: _Request) -> None:
+        self.kill(f"the replica process gave no answer to {request.operation} for {request.seconds:g} s")
 
     def _has_room(self, size: int) -> bool:
         return not self._requests or (len(self._requests) < MAX_REQUESTS and self._bytes + size <= MAX_BYTES)
@@ -317,7 +333,7 @@ class ReplicaProcess:
         kind: type[T],
         operation: str,
         *arguments: object,
-        timeout: float = SECONDS,
+        timeout: float = 0.0,
         patience: float = 0.0,
     ) -> T:
         answer = await self._call(operation, *arguments, timeout=timeout, patience=patience)
@@ -360,8 +376,8 @@ class ReplicaProcess:
             level, text = reply.result
             log.log(level, "replica in %s: %s", self._folder, text)
             return
-        answer, size, _, _ = self._requests.pop(reply.number)
-        self._heard_at = system.now()
+        answer, size, _, _, _ = self._requests.pop(reply.number)
+        self._begin_next()
         self._bytes -= size
         self._room.set()
         if reply.state is not None:
@@ -383,15 +399,18 @@ class ReplicaProcess:
         assert process is not None
         await self._reap(process)
         reason = self._killed_because or f"the replica process {how_ended(process.returncode)}"
-        requests, self._requests = self._requests, {}
-        self._bytes = 0
-        for request in requests.values():
-            if not request.answer.done():
-                request.answer.set_exception(DatabaseError(reason))
+        self._fail_all(reason)
+        self._requests, self._bytes = {}, 0
+        self._begin_next()
         self._room.set()
         self._ending = None
         if not self._closing:
             self._on_exit(reason)
+
+    def _fail_all(self, reason: str) -> None:
+        for request in self._requests.values():
+            if not request.answer.done():
+                request.answer.set_exception(DatabaseError(reason))
 
 
 class _Channel(asyncio.Protocol):
