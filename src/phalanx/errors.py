@@ -247,6 +247,17 @@ class LtxError(DatabaseError):
         super().__init__(f"LTX file: {problem}")
 
 
+class DiskFull(DatabaseError):
+    """There is no room for something in *folder*. Nothing is wrong with what was to be put there."""
+
+    def __init__(self, folder: object, what: str, needed_bytes: int) -> None:
+        self.needed_bytes = needed_bytes
+        super().__init__(
+            f"the disk of {folder} has no room for {what}, which needs {max(1, needed_bytes >> 20)} MiB",
+            "make room there, or choose another place",
+        )
+
+
 class SyncTimeout(DatabaseError):
     """``db.sync()`` was not confirmed in time. The commits are in the local database; whether they survive
     the loss of this node is unknown."""

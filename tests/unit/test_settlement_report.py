@@ -13,10 +13,10 @@ from phalanx.data import disk, ltx
 from phalanx.data.settlement import Settlements
 
 
-def settlements_in(folder: Path, report: Callable[..., None]) -> Settlements:
+def settlements_in(folder: Path, report: Callable[..., None], name: str = "wiki.db") -> Settlements:
     """Those of a node without anything else."""
     database: Any = SimpleNamespace(
-        live=folder / "wiki.db", folder=folder / ".wiki.db-phalanx", node="n1", app="wiki", report=report
+        live=folder / name, folder=folder / f".{name}-phalanx", node="n1", app="wiki", report=report
     )
     return Settlements(database)
 
@@ -78,3 +78,18 @@ def test_captured_files_that_the_log_lacks_are_a_lower_bound(tmp_path: Path) -> 
     capture(16, 2, damaged=True)
     assert settlements._files_after(12) == 2  # pyright: ignore[reportPrivateUsage]
     assert settlements._files_after(16) == 0  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize("name", ["wi[k]i.db", "*.db", "a?b.db"])
+def test_name_of_a_database_is_no_pattern(tmp_path: Path, name: str) -> None:
+    """What was set aside is found whatever its database is called, and nobody else's is."""
+    told: list[str] = []
+    settlements = settlements_in(tmp_path, lambda action, reason, **_: told.append(reason), name)
+    other = settlements_in(tmp_path, lambda *_, **__: None, "axb.db")
+    for each in (settlements, other):
+        aside = each.free_name("3")
+        aside.touch()
+        each.note(aside, epoch=3, sequence=10, txid=8, transactions=2, exact=True, size_bytes=4096)
+    assert [Path(what.file).name for what in settlements.diverged()] == [f"{name}.diverged-3"]
+    settlements.report_left()
+    assert len(told) == 1

@@ -12,7 +12,7 @@ from phalanx.cli import exits, output, progress, restore
 from phalanx.cli.target import Where
 from phalanx.client import PlatformClient
 from phalanx.data.snapshots import Snapshot
-from phalanx.errors import ConfigError, DatabaseError
+from phalanx.errors import ConfigError, DatabaseError, DiskFull
 
 snapshot = App(name="snapshot", help="Snapshots of an app's database, and restores from them.")
 snapshot.command(restore.restore)
@@ -138,7 +138,10 @@ async def _verify(client: PlatformClient, app: str, name: str | None, *, shown: 
                 try:
                     await snapshots.verify(each, progress=report)
                     found.append(Verified(each, True))
-                except (DatabaseError, OSError) as error:
+                except (DiskFull, OSError) as error:
+                    # It says nothing about the snapshot.
+                    raise exits.Failed(f"{each} cannot be looked at in TMPDIR: {error}") from None
+                except DatabaseError as error:
                     found.append(Verified(each, False, str(error)))
         return found
 

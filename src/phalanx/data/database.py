@@ -24,6 +24,7 @@ from msgspec.structs import replace
 from phalanx import system
 from phalanx.aio import wait_at_most
 from phalanx.config import SQLite
+from phalanx.data import disk
 from phalanx.data.bootstrap import Bootstrap
 from phalanx.data.entries import Seal
 from phalanx.data.following import Follower
@@ -146,7 +147,9 @@ class AppDatabase:
         self._changed = asyncio.Event()
         self._log_is_empty: bool | None = None
         self._readable = self.replica.path
-        self._failures = 0
+        self._failures, self._reported = 0, ""
+        self._is_full = False
+        """Whether the replica could not apply a record for want of room, and none since."""
         self._told = ""
         self._release_at = float("inf")
         self._tender: asyncio.Task[None] | None = None
@@ -239,7 +242,8 @@ class AppDatabase:
                         self.settlements.report_left()
                         left_is_reported = True
                     await self._prepare()
-                    self._failures = 0
+                    if not self._is_full:
+                        self._failures, self._reported = 0, ""
                     if self._phase is Phase.KEPT or self._reason:
                         again = KEPT_LOOK_SECONDS
                 except Exception as error:
@@ -269,7 +273,8 @@ class AppDatabase:
 
     def _fail(self, error: Exception) -> None:
         reason = str(error) or type(error).__name__
-        if (self._phase, self._reason) != (Phase.BROKEN, reason):
+        if reason != self._reported:  # also where something else was tried in between
+            self._reported = reason
             self.report("database-unavailable", reason, level=logging.ERROR)
         self._set_phase(Phase.BROKEN, reason)
 
@@ -295,6 +300,9 @@ class AppDatabase:
             return
         trouble = self.follower.trouble if self.follower is not None else None
         await self._stop_follower()
+        if trouble and state.state == "ready" and disk.is_full(trouble):
+            # Nothing has happened to the replica: it goes on from there, as soon as there is room.
+            raise DatabaseError(trouble, f"make room on the disk of {self.folder}")
         end_state = await self.log.state()
         why = trouble or await self.bootstrap.needed_because(state, end_state)
         if why:
@@ -369,11 +377,16 @@ class AppDatabase:
             await follower.stop()
 
     def _on_trouble(self, reason: str) -> None:
-        self.report("replica-lost", reason, level=logging.ERROR)
+        was_full, self._is_full = self._is_full, disk.is_full(reason)
+        if not self._is_full:
+            self.report("replica-lost", reason, level=logging.ERROR)
+        elif not was_full:
+            self.report("replica-disk-full", reason, level=logging.ERROR)
         self._set_phase(Phase.BROKEN, reason)
         self._wake.set()
 
     def _on_applied(self, position: Position) -> None:
+        self._is_full = False
         if self._log_is_empty and position.txid:
             # The platform has a database now: that may hold this node back, or let it go.
             self._log_is_empty = False

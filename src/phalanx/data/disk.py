@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from phalanx.errors import DiskFull
+
 
 def _go_on(label: str) -> None:
     """Nothing: outside of tests every step is taken."""
@@ -23,6 +25,7 @@ on_step: Callable[[str], None] = _go_on
 
 _FICLONE = 0x40049409
 _CHUNK_BYTES = 1 << 20
+_FULL = ("no space left on device", "disk full", "disk quota exceeded", "database or disk is full")
 _NO_CLONE = (errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL, errno.EXDEV, errno.ENOSYS, errno.EBADF)
 
 
@@ -99,6 +102,19 @@ def replace_file(path: Path, data: bytes, label: str) -> None:
     write_file(temporary, data, label)
     rename(temporary, path, f"{label}: rename")
     sync_folder(path.parent, f"{label}: sync folder")
+
+
+def check_room(folder: Path, what: str, needed_bytes: int) -> None:
+    """Raises DiskFull where *folder* has less room than that, and a tenth more so that others can go on."""
+    space = os.statvfs(folder)
+    if space.f_bavail * space.f_frsize < needed_bytes + needed_bytes // 10:
+        raise DiskFull(folder, what, needed_bytes)
+
+
+def is_full(error: object) -> bool:
+    """Whether *error*, or its text, says that the disk is full, whoever found that out."""
+    lower = str(error).lower()
+    return any(words in lower for words in _FULL)
 
 
 def copy(source: int, target: int, size: int, label: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import glob
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -241,7 +242,7 @@ class Settlements:
         """What was set aside on this node, oldest first."""
         live = self._database.live
         found: list[Diverged] = []
-        for path in sorted(live.parent.glob(f"{live.name}.diverged-*.json")):
+        for path in sorted(live.parent.glob(f"{glob.escape(live.name)}.diverged-*.json")):
             try:
                 found.append(msgspec.json.decode(path.read_bytes(), type=Diverged))
             except (OSError, msgspec.DecodeError) as error:

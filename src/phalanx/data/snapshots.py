@@ -18,14 +18,14 @@ from pathlib import Path
 import msgspec
 
 from phalanx import system
-from phalanx.data import image_process
+from phalanx.data import disk, image_process
 from phalanx.data.entries import LogEntry, LogRecord, Seal
 from phalanx.data.image_format import FORMAT, ImageHead
 from phalanx.data.image_process import ImageSource
 from phalanx.data.log import WalLog
 from phalanx.data.objects import ObjectInfo, ObjectStore
 from phalanx.decide import retention
-from phalanx.errors import BusError, DatabaseError
+from phalanx.errors import BusError, DatabaseError, DiskFull
 from phalanx.types import Position
 
 log = logging.getLogger("phalanx.snapshots")
@@ -199,9 +199,10 @@ class Snapshots:
     async def unpack(self, snapshot: Snapshot, target: Path, progress: Progress = no_progress) -> ImageHead:
         """Write its database to the new file *target*, on the disk. All or nothing.
 
-        Raises DatabaseError (it was deleted meanwhile, or is damaged), OSError.
+        Raises DatabaseError (it was deleted meanwhile, or is damaged), DiskFull, OSError.
         """
         total = snapshot.raw_bytes
+        await asyncio.to_thread(disk.check_room, target.parent, snapshot.name, total)
 
         def on_bytes(done: int) -> None:
             progress(min(done, total), total)
@@ -211,8 +212,10 @@ class Snapshots:
                 head = await image_process.unpack(chunks, target, on_bytes)
             if (head.page_size, head.commit) != (snapshot.page_size, snapshot.commit):
                 raise DatabaseError(f"{snapshot.name} holds {head.commit} pages, not {snapshot.commit}")
-        except BaseException:
+        except BaseException as error:
             _remove(target)
+            if disk.is_full(error):
+                raise DiskFull(target.parent, snapshot.name, total) from None
             raise
         progress(total, total)
         return head
@@ -222,7 +225,7 @@ class Snapshots:
     ) -> Snapshot:
         """Restore a snapshot into a temporary file in *scratch*, and have SQLite check it.
 
-        Raises DatabaseError with what is wrong, OSError.
+        Raises DatabaseError with what is wrong; DiskFull, OSError: it could not be looked at.
         """
         snapshot = await self.find(name)
         with tempfile.TemporaryDirectory(prefix="phalanx-verify-", dir=scratch) as folder:
