@@ -19,7 +19,7 @@ import pytest
 from tests.e2e.test_capture import Bench, rebuild
 
 from phalanx import system
-from phalanx.data import ltx
+from phalanx.data import checkpoints, ltx
 from phalanx.data.committed import Committed, Verdict
 from phalanx.data.handover import wal_info
 from phalanx.data.sqlite_wal import (
@@ -159,6 +159,29 @@ async def test_g3_programs_killed_while_they_commit_again_and_again(bench: Bench
         await capture.sync(10)
         assert f"after {number}" in rows_in(capture.files(0), tmp_path)
     assert "withdrawn" in bench.kinds()
+    await bench.stop(capture)
+    bench.assert_rebuilds(capture.files(0))
+
+
+async def test_g8_a_phantom_at_the_end_of_a_wal_that_litestream_moves_into_the_database(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sync reads the phantom and begins the WAL anew: nothing shows it but the database itself."""
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_BYTES", 0)
+    db = bench.connect()
+    db.execute("INSERT INTO t (x) VALUES ('first')")
+    capture = bench.capture()
+    await capture.start(0)
+    await capture.sync(5)
+    assert capture.pid is not None
+    os.kill(capture.pid, signal.SIGSTOP)
+    db.execute("INSERT INTO t (x) VALUES (?)", (os.urandom(8_000_000),))
+    await asyncio.to_thread(kill_within_commit, bench.live)
+    os.kill(capture.pid, signal.SIGCONT)
+    await capture.sync(10)
+    db.execute("INSERT INTO t (x) VALUES ('last')")
+    await capture.sync(10)
+    assert rows_in(capture.files(0), tmp_path) == {x for (x,) in db.execute("SELECT x FROM t")}
     await bench.stop(capture)
     bench.assert_rebuilds(capture.files(0))
 

@@ -21,7 +21,7 @@ import logging
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -387,16 +387,17 @@ class Capture:
         else:
             with contextlib.suppress(DatabaseError):
                 await guard.hold()
-            if adopt and litestream is not None and not self._adopt():
+            if adopt and litestream is not None and not await self._adopt():
                 self._full = True
 
-    def _adopt(self) -> bool:
+    async def _adopt(self) -> bool:
         """Accept what Litestream has written last, as far as it can be told that it was committed.
 
         False: it does not follow on what was accepted before.
         """
         with contextlib.suppress(OSError, DatabaseError):
-            verdicts = {self._committed.judge(file, None) for file in self._records.unaccepted()}
+            files = self._records.unaccepted()
+            verdicts = {await self._judge(file, files[at + 1 :], None) for at, file in enumerate(files)}
             if verdicts - {Verdict.COMMITTED}:
                 self._records.withdraw()  # the next run captures it again, or what is in its place then
                 return True
@@ -491,8 +492,9 @@ class Capture:
 
         *before*: what was committed before this sync.
         """
-        for file in self._records.unaccepted(txid):
-            while (verdict := self._committed.judge(file, before)) is Verdict.IN_DOUBT:
+        files = self._records.unaccepted(txid)
+        for at, file in enumerate(files):
+            while (verdict := await self._judge(file, files[at + 1 :], before)) is Verdict.IN_DOUBT:
                 await asyncio.sleep(DOUBT_SECONDS)
                 self._check_files()
                 await self._check_wal()
@@ -503,6 +505,13 @@ class Capture:
                 await guard.overwrite()
                 detail = "a program was killed within its commit: what was captured of that is withdrawn"
                 raise RunEnded("withdrawn", detail, withdrawn=True)
+
+    async def _judge(self, file: Path, later: Sequence[Path], before: Mark | None) -> Verdict:
+        verdict = self._committed.judge(file, before)
+        if verdict is not Verdict.TO_COMPARE:
+            return verdict
+        is_there = await child.in_thread(partial(self._committed.is_in_database, file, later))
+        return Verdict.COMMITTED if is_there else Verdict.PHANTOM
 
     def _has_reached(self, committed: Mark | None) -> bool:
         """Whether all that was *committed* is captured. Raises RunEnded when it is not for the third time."""

@@ -13,20 +13,22 @@ place has reached what the index said when it was asked for.
 
 Frames up to the index's last one are never overwritten in the same WAL. What was beyond it when Litestream
 may have read needs a second look, since a phantom can be overwritten meanwhile: then the pages in the WAL are
-others than those in the file.
+others than those in the file. And where the WAL has been begun anew since, by a checkpoint of Litestream's
+own, it is the database that has other pages.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 
 from phalanx.data import ltx
 from phalanx.data.records import WalPlace
 from phalanx.data.sqlite_wal import FRAME_HEADER_BYTES, WAL_HEADER_BYTES, frame_offset
-from phalanx.data.wal_index import Mark, WalIndex
+from phalanx.data.wal_index import Mark, WalIndex, open_for_good
 
 COMPARED_FRAMES = 64
 """So many frames at the end of a file are compared. Who overwrites a phantom has written all frames up to
@@ -41,6 +43,8 @@ class Verdict(Enum):
     COMMITTED = "committed"
     IN_DOUBT = "in doubt"
     """A program is in the middle of its commit."""
+    TO_COMPARE = "to compare"
+    """It reaches beyond what was known to be committed, and its WAL has been begun anew: is_in_database."""
     PHANTOM = "phantom"
     """Its last transaction was never committed."""
 
@@ -49,7 +53,7 @@ class Committed:
     """Looks at what was captured of one live database."""
 
     def __init__(self, live: Path) -> None:
-        self._index, self._wal = WalIndex(live), live.with_name(f"{live.name}-wal")
+        self._live, self._wal, self._index = live, live.with_name(f"{live.name}-wal"), WalIndex(live)
 
     def mark(self) -> Mark | None:
         """What is committed now; None where there is no index yet."""
@@ -58,18 +62,19 @@ class Committed:
     def judge(self, file: Path, before: Mark | None) -> Verdict:
         """What the captured *file* is. *before*: what was committed when Litestream had not read it yet.
 
-        COMMITTED also where it cannot be told any more: the WAL has been begun anew, which happens only when
-        all that is committed in it is in the database. Blocks for some ms at most. Raises OSError, LtxError.
+        Blocks for some ms at most. Raises OSError, LtxError.
         """
         with file.open("rb") as source:
             header = ltx.decode_header(source.read(ltx.HEADER_BYTES))
         place = WalPlace(
             header.wal_salt1, header.wal_salt2, header.wal_offset + header.wal_size, header.page_size
         )
-        now = self._index.look()
-        if now is None or not is_of(now, place):
+        now, last = self._index.look(), frames_at(place)
+        certain = before.frames if before is not None and is_of(before, place) else 0
+        if now is None or last <= certain:
             return Verdict.COMMITTED
-        last = frames_at(place)
+        if not is_of(now, place):
+            return Verdict.TO_COMPARE
         if last > now.frames:
             if self._index.is_being_written():
                 return Verdict.IN_DOUBT
@@ -77,7 +82,6 @@ class Committed:
             now = self._index.look()
             if now is not None and is_of(now, place) and last > now.frames:
                 return Verdict.PHANTOM
-        certain = before.frames if before is not None and is_of(before, place) else 0
         begin = (header.wal_offset - WAL_HEADER_BYTES) // (FRAME_HEADER_BYTES + header.page_size)
         first = max(certain, begin, last - COMPARED_FRAMES) + 1
         if first <= last and not self._is_as_captured(file, header, first, last):
@@ -96,7 +100,7 @@ class Committed:
         for at in range(0, len(frames), FRAME_HEADER_BYTES + size):
             number, commit, found = _FRAME_BEGIN.unpack_from(frames, at)
             if found != salts:
-                return True  # begun anew just now; see above
+                return True  # begun anew just now, which happens when all that counts is in the database
             data = frames[at + FRAME_HEADER_BYTES : at + FRAME_HEADER_BYTES + size]
             pages[number] = data
         if not commit:  # pyright: ignore[reportPossiblyUnboundVariable]
@@ -105,6 +109,32 @@ class Committed:
         wanted = {number for number in pages if number <= header.commit}
         captured = ltx.read_pages(file, wanted)
         return all(captured.get(number) == pages[number] for number in wanted)
+
+    def is_in_database(self, file: Path, later: Sequence[Path]) -> bool:
+        """Whether all pages of *file* are what the database has, but for those that are newer: in the *later*
+        captured files, or in the WAL that was begun since. That one is begun only when the database has all
+        that was committed in the one before. Blocks as long as it takes to read *file*.
+
+        Raises OSError, LtxError.
+        """
+        newer = {number for each in later for number in ltx.page_numbers(each)}
+        with file.open("rb") as source:
+            header, pages = ltx.open_pages(source)
+            size = header.page_size
+            newer |= self._pages_in_wal(size)
+            database = open_for_good(self._live)
+            return all(
+                page.number in newer or os.pread(database, size, (page.number - 1) * size) == page.data
+                for page in pages
+            )
+
+    def _pages_in_wal(self, page_size: int) -> set[int]:
+        mark, found = self._index.look(), set[int]()
+        with self._wal.open("rb", buffering=0) as wal:
+            for frame in range(1, (mark.frames if mark is not None else 0) + 1):
+                head = os.pread(wal.fileno(), 4, frame_offset(frame, page_size))
+                found.add(int.from_bytes(head, "big"))
+        return found
 
     def covers(self, end: WalPlace | None, mark: Mark | None) -> bool:
         """Whether what is captured, up to *end*, has all that was committed at *mark*."""

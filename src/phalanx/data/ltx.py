@@ -223,12 +223,7 @@ def read_pages(path: Path, numbers: Collection[int]) -> dict[int, bytes]:
     found: dict[int, bytes] = {}
     with path.open("rb") as file:
         page_size = decode_header(file.read(HEADER_BYTES)).page_size
-        end = file.seek(-TRAILER_BYTES - 8, os.SEEK_END)
-        index_bytes = int.from_bytes(file.read(8), "big")
-        if not 0 < index_bytes <= end:
-            raise LtxError(f"an index of {index_bytes} bytes")
-        file.seek(end - index_bytes)
-        for number, at, size in _index_entries(file.read(index_bytes)):
+        for number, at, size in _index_entries(_index(path)):
             if number not in numbers:
                 continue
             file.seek(at)
@@ -240,6 +235,21 @@ def read_pages(path: Path, numbers: Collection[int]) -> dict[int, bytes]:
             else:
                 found[number] = _unpack_frame(content, page_size, number)
     return found
+
+
+def _index(path: Path) -> bytes:
+    with path.open("rb") as file:
+        end = file.seek(-TRAILER_BYTES - 8, os.SEEK_END)
+        index_bytes = int.from_bytes(file.read(8), "big")
+        if not 0 < index_bytes <= end:
+            raise LtxError(f"an index of {index_bytes} bytes")
+        file.seek(end - index_bytes)
+        return file.read(index_bytes)
+
+
+def page_numbers(path: Path) -> list[int]:
+    """The numbers of all pages in the file at *path*, by its index. Raises LtxError, OSError."""
+    return [number for number, _, _ in _index_entries(_index(path))]
 
 
 def _index_entries(index: bytes) -> Iterator[tuple[int, int, int]]:

@@ -19,8 +19,8 @@ _FLOCK = struct.Struct("@hhqqi4x")
 _GET_LOCK = getattr(fcntl, "F_OFD_GETLK", fcntl.F_GETLK)
 
 _descriptors: dict[tuple[int, int], int] = {}
-"""Of each index that was ever looked at, by device and inode. They are not closed while the file is there:
-this would drop the locks of all of this process's connections to that database."""
+"""Of each index and database that was ever looked at, by device and inode. They are not closed while the file
+is there: this would drop the locks of all of this process's connections to that database."""
 
 
 class Mark(NamedTuple):
@@ -71,16 +71,21 @@ class WalIndex:
 
     def _descriptor(self) -> int | None:
         try:
-            status = os.stat(self._path)
-            if (known := _descriptors.get((status.st_dev, status.st_ino))) is not None:
-                return known
-            close_removed()
-            descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            status = os.fstat(descriptor)
+            return open_for_good(self._path)
         except OSError:
             return None
-        # Should it be known after all, this one stays open, too: closing it would drop locks.
-        return _descriptors.setdefault((status.st_dev, status.st_ino), descriptor)
+
+
+def open_for_good(path: Path) -> int:
+    """A descriptor to read the file at *path* by, which nobody may close. Raises OSError."""
+    status = os.stat(path)
+    if (known := _descriptors.get((status.st_dev, status.st_ino))) is not None:
+        return known
+    close_removed()
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    status = os.fstat(descriptor)
+    # Should it be known after all, this one stays open, too: closing it would drop locks.
+    return _descriptors.setdefault((status.st_dev, status.st_ino), descriptor)
 
 
 def _is_locked(descriptor: int, byte: int) -> bool:
@@ -89,7 +94,7 @@ def _is_locked(descriptor: int, byte: int) -> bool:
 
 
 def close_removed() -> None:
-    """Let go of the indexes that are no longer in any folder. For when a database has been closed."""
+    """Let go of the files that are no longer in any folder. For when a database has been closed."""
     for key, descriptor in list(_descriptors.items()):
         if os.fstat(descriptor).st_nlink == 0:
             del _descriptors[key]
