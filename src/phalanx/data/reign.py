@@ -38,6 +38,8 @@ RESTORE_SECONDS = 600.0
 FLUSH_SECONDS = 8.0
 """How long a graceful end may take to put the rest into the log."""
 
+LOOK_SECONDS = 1.0
+"""How often it is looked how much waits, while nothing is captured: nobody tells of that."""
 
 ADOPTS = "adopts a database that was there before"
 """The reason in a seal whose node has the only copy of the database, until its first record."""
@@ -76,7 +78,19 @@ class DataReign:
         self._ended = False
         self._guard: sqlite3.Connection | None = None
         self._starting: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._captured = asyncio.Event()
+
+    @property
+    def spool_bytes(self) -> int:
+        """What is committed and waits for the log: captured files, and the part of the WAL that cannot be
+        captured at present."""
+        waiting = self._shipper.backlog().bytes if self._shipper is not None else 0
+        return waiting + self._uncaptured_bytes()
+
+    def _uncaptured_bytes(self) -> int:
+        capture = self._capture
+        return capture.uncaptured_bytes if capture is not None and capture.trouble else 0
 
     @property
     def shipped(self) -> Position:
@@ -172,10 +186,6 @@ class DataReign:
     async def start(self, section: SectionContext) -> None:
         """Let no commit escape from now on. Litestream is still being started when this returns."""
         database = self._database
-        wanted = database.config.sync
-        self._needs_standby = wanted == "standby" or (
-            wanted == "auto" and (await database.log.state()).replicas < 2
-        )
         self._capture = capture = Capture(
             database.live,
             database.folder,
@@ -199,17 +209,22 @@ class DataReign:
         )
         await shipper.start()
         self._starting = asyncio.create_task(self._see_to_the_start(capture), name="capture, starting")
-        self._schedule = SnapshotSchedule(database)
-        await self._schedule.start()
+        self._watching = asyncio.create_task(self._watch_spool(), name="spool, watched")
 
     async def _see_to_the_start(self, capture: Capture) -> None:
+        database, wanted = self._database, self._database.config.sync
         try:
+            self._needs_standby = wanted == "standby" or (
+                wanted == "auto" and (await database.log.state()).replicas < 2
+            )
             await capture.wait_ready()
         except PhalanxError as error:
             if not self._ended:
-                self._database.on_lost(f"its database cannot be captured: {error}")
-        else:
-            self._captured.set()
+                database.on_lost(f"its database cannot be captured: {error}")
+            return
+        self._captured.set()
+        self._schedule = schedule = SnapshotSchedule(database)
+        await schedule.start()
 
     async def wait_captured(self) -> None:
         """Wait until Litestream is at work. If it cannot be, the section is ended, and this with it."""
@@ -224,7 +239,7 @@ class DataReign:
         if self._capture.failed.done():
             return f"its database is not captured: {self._capture.failed.result()}"
         if trouble := self._capture.trouble:
-            return f"its database is not captured: {trouble}"
+            return f"its database is not captured {trouble}"
         trouble = self._shipper.trouble or self._shipper.failing
         return f"its database does not get into the log: {trouble}" if trouble else ""
 
@@ -244,11 +259,20 @@ class DataReign:
         self._database.report("log-refused", str(error), level=logging.ERROR, epoch=self.epoch)
         self._database.on_lost(f"the log takes nothing of this epoch any more: {error}")
 
-    def _on_backlog(self, size_bytes: int) -> None:
-        limit = int(self._database.config.spool_limit)
+    async def _watch_spool(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            if self._shipper is not None and self._uncaptured_bytes():
+                self._on_backlog(self._shipper.backlog().bytes)
+
+    def _on_backlog(self, captured_bytes: int) -> None:
+        limit, uncaptured = int(self._database.config.spool_limit), self._uncaptured_bytes()
+        size_bytes = captured_bytes + uncaptured
         if size_bytes > limit and not self._ended:
             self._ended = True
             reason = f"{size_bytes} bytes wait for the log, more than spool_limit = {limit}"
+            if uncaptured and (problem := self.problem()):
+                reason += f"; {problem}"
             self._database.report("spool-full", reason, level=logging.ERROR, epoch=self.epoch)
             self._database.on_lost(reason)
 
@@ -256,12 +280,13 @@ class DataReign:
         """See ``ActiveDatabase.sync``."""
         database = self._database
         app, deadline = database.app, system.now() + timeout
-        capture, shipper = self._capture, self._shipper
-        if capture is None or shipper is None:
+        capture, shipper, starting = self._capture, self._shipper, self._starting
+        if capture is None or shipper is None or starting is None:
             raise DatabaseError("nothing is captured yet", "wait until the app is active")
         stage = "Litestream"
         try:
             async with asyncio.timeout(timeout):
+                await asyncio.wait({starting})
                 txid = await capture.sync(timeout)
                 stage = "NATS"
                 position = await shipper.wait_shipped(txid, max(0.001, deadline - system.now()))
@@ -297,10 +322,11 @@ class DataReign:
     async def stop(self) -> None:
         """End capture and shipping at once. Nothing of it runs afterwards."""
         self._ended = True
-        starting, self._starting = self._starting, None
-        if starting is not None:
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
+        tasks = [task for task in (self._starting, self._watching) if task is not None]
+        self._starting = self._watching = None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         schedule, self._schedule = self._schedule, None
         if schedule is not None:
             await schedule.stop()
