@@ -22,6 +22,18 @@ class Entry(NamedTuple):
     data: bytes
 
 
+def apply(replica: Replica, entry: Entry) -> None:
+    """At the next sequence."""
+    replica.apply(replica.position.sequence + 1, entry.txid, entry.data)
+
+
+def reopened(replica: Replica) -> Replica:
+    """The same folder, opened anew."""
+    folder = replica._folder.path
+    replica.close()
+    return Replica.open(folder, 100)
+
+
 class Origin:
     """A real SQLite database, and a record for every call of :meth:`record`.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.e2e.origin import Entry, LoopingReader, Origin, Reader, check_equal
+from tests.e2e.origin import LoopingReader, Origin, Reader, apply, check_equal, reopened
 
 from phalanx.data import disk, ltx
 from phalanx.data import replica as replica_module
@@ -39,18 +39,6 @@ def replica(tmp_path: Path) -> Iterator[Replica]:
     made = Replica.open(tmp_path / "folder", 100)
     yield made
     made.close()
-
-
-def apply(replica: Replica, entry: Entry) -> None:
-    """At the next sequence."""
-    replica.apply(replica.position.sequence + 1, entry.txid, entry.data)
-
-
-def reopened(replica: Replica) -> Replica:
-    """The same folder, opened anew."""
-    folder = replica._folder.path
-    replica.close()
-    return Replica.open(folder, 100)
 
 
 @pytest.mark.parametrize("page_size", [512, 1024, 2048, 4096, 8192, 16384, 32768, 65536])

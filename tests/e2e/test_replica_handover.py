@@ -17,7 +17,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.e2e.origin import Entry, Killed, Origin, Reader, Steps
+from tests.e2e.origin import Entry, Killed, Origin, Reader, Steps, apply, reopened
 
 from phalanx.data import handover, ltx
 from phalanx.data.replica import Replica
@@ -48,17 +48,6 @@ def replica(tmp_path: Path) -> Iterator[Replica]:
     made = Replica.open(tmp_path / "folder", 100)
     yield made
     made.close()
-
-
-def apply(replica: Replica, entry: Entry) -> None:
-    """At the next sequence."""
-    replica.apply(replica.position.sequence + 1, entry.txid, entry.data)
-
-
-def reopened(replica: Replica) -> Replica:
-    """The same folder, opened anew."""
-    replica.close()
-    return Replica.open(replica._folder.path, 100)
 
 
 class Litestream:
