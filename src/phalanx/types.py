@@ -129,8 +129,8 @@ class Member(msgspec.Struct, frozen=True):
 class DatabaseState(msgspec.Struct, frozen=True):
     """An app's database on one node. ``phase``: ``following``, ``live`` or why it is neither yet.
 
-    ``lag_seconds``: how far a replica is behind the log. ``spool_bytes``: what was captured of a live one and
-    is not in the log yet. ``problem``: what is wrong with it, empty if nothing.
+    ``lag_seconds``: how far a replica is behind the log. ``spool_bytes``: what of a live one waits for
+    the log. ``problem``: what is wrong with it, empty if nothing.
     """
 
     phase: str

@@ -616,6 +616,8 @@ async def test_disk_that_is_full(small_disk: Path) -> None:
         db.execute("INSERT INTO t (x) VALUES (2)")
         fill(small_disk / "rest", 512)
         await until(lambda: "disk-full" in bench.kinds())
+        await until(lambda: "Litestream cannot sync" in one.trouble)
+        assert one.uncaptured_bytes > 4096
         filler.unlink()
         await until(lambda: "disk-recovered" in bench.kinds())
         await bench.stop(one)

@@ -87,7 +87,7 @@ async def unreadable(bench: Bench) -> None:
     detail = bench.events[0][1]
     assert str(bench.live) in detail
     assert "give the node's user the right to read and write the file" in detail
-    assert capture.trouble == detail
+    await eventually(lambda: capture.trouble.endswith(detail), 10)
     assert not capture.failed.done()
     bench.live.chmod(0o600)
     await commits_are_noticed(bench)

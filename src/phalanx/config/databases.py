@@ -94,8 +94,8 @@ class SQLite(_Path, frozen=True, kw_only=True, tag="sqlite", tag_field="type"):
     spool_limit: Annotated[
         ByteCount,
         About(
-            "Bytes that were captured but are not in the log yet, because NATS is away. Beyond it the active "
-            "section ends.",
+            "Committed bytes that are not in the log yet, because NATS is away, or because they cannot be "
+            "captured (a full disk). Beyond it the active section ends.",
             rules.Bytes(MIB, TIB),
             trade_off="It bounds the disk, and what is missing if the node is lost meanwhile.",
         ),

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from phalanx import child, system
 from phalanx.data.barrier import Barrier, answer
+from phalanx.data.capture_health import CaptureHealth, uncaptured_bytes
 from phalanx.data.checkpoints import BUSY_FRAMES, Checkpoints, Gate, checkpoint_pages
 from phalanx.data.committed import Committed, Verdict
 from phalanx.data.litestream import MONITOR_SECONDS, Litestream, Paths, check_path
@@ -111,7 +112,10 @@ class Capture:
         self._committed = Committed(self._paths.live)
         self._behind = 0
         self._checkpoints = Checkpoints(self._paths, self._tail, gate)
-        self._syncing = Syncing(lambda: self._records.progress, stall_seconds, self._event)
+        self._health = CaptureHealth()
+        self._syncing = Syncing(
+            lambda: self._records.progress, stall_seconds, self._event, self._health.failed
+        )
         self._guard: WalGuard | None = None
         self._watch: WalWatch | None = None
         self._litestream: Litestream | None = None
@@ -122,7 +126,7 @@ class Capture:
         self._wal: FileId | None = None
         self._ready, self._full = False, False
         self._announced, self._restarts = 0, 0
-        self._last_failing, self._trouble = ("", 0.0), ""
+        self._last_failing = ("", 0.0)
         loop = asyncio.get_running_loop()
         self._kept: asyncio.Future[None] = loop.create_future()
         """Done once the guard keeps the WAL; not where there is none yet."""
@@ -148,8 +152,13 @@ class Capture:
 
     @property
     def trouble(self) -> str:
-        """Why commits cannot be captured at present, though it is tried again and again; else empty."""
-        return "" if self._ready else self._trouble
+        """Since when commits are not captured, and why, though it is tried again and again; else empty."""
+        return self._health.trouble
+
+    @property
+    def uncaptured_bytes(self) -> int:
+        """How much of the WAL is committed, and in no file yet."""
+        return uncaptured_bytes(self._paths.wal, self._committed.mark(), self._records.end)
 
     @property
     def is_running(self) -> bool:
@@ -229,7 +238,7 @@ class Capture:
             try:
                 if not _has_content(self._paths.live):
                     _set(first)
-                    self._trouble = ""
+                    self._health.reset()
                     await self._wait_for_database()
                     began = system.now()
                 await self._run(first)
@@ -258,6 +267,7 @@ class Capture:
 
     def _note_end(self, error: Exception) -> bool:
         """Report why a run has ended; whether there may be another one."""
+        self._health.failed(str(error))
         match error:
             case RunEnded():
                 self._full = self._full or error.full
@@ -291,7 +301,6 @@ class Capture:
     def _event(self, kind: str, detail: str) -> None:
         now = system.now()
         if kind == "failing":
-            self._trouble = detail
             if self._last_failing[0] == detail and now - self._last_failing[1] < REPEAT_SECONDS:
                 return
             self._last_failing = (detail, now)
@@ -453,7 +462,7 @@ class Capture:
     async def _turn(self, litestream: Litestream, guard: WalGuard) -> None:
         """Sync once, and tell everybody."""
         assert self._watch is not None
-        began = system.now()
+        began, at = system.now(), system.wall()
         # Whoever asks from here on may have committed after the sync began, and waits for the next one.
         waiters, before = self._barrier.take(), self._records.end
         committed = self._committed.mark()
@@ -476,6 +485,7 @@ class Capture:
             self._barrier.put_back(waiters)
             raise
         if self._ready and has_all:
+            self._health.completed(at)
             answer(waiters, self.captured)
         else:
             self._barrier.put_back(waiters)
@@ -529,7 +539,6 @@ class Capture:
         await guard.release()
         self._tail.learn(await guard.page_of("_litestream_seq"))
         self._wal, self._full, self._ready = _file_id(self._paths.wal), False, True
-        self._trouble = ""
         self._event("started", f"Litestream {litestream.pid}, transaction {txid}")
 
     async def _rest(self, began: float, *, is_busy: bool) -> None:

@@ -485,7 +485,7 @@ class AppDatabase:
             str(self._phase),
             self.position,
             follower.lag_seconds if follower is not None else 0.0,
-            reign.shipper.backlog().bytes if reign is not None and reign.shipper is not None else 0,
+            reign.spool_bytes if reign is not None else 0,
             reign.problem() if reign is not None else self._reason if self._phase is Phase.BROKEN else "",
         )
 
@@ -531,7 +531,8 @@ class AppDatabase:
                 captured_txid=reign.capture.captured,
                 shipped_txid=self.position.txid,
                 capture_pid=reign.capture.pid or 0,
-                spool_bytes=reign.shipper.backlog().bytes,
+                spool_bytes=reign.spool_bytes,
+                reason=reign.problem() or self._reason,
             )
         return status
 

@@ -34,7 +34,8 @@ class DbStatus(msgspec.Struct, frozen=True, kw_only=True):
     transaction in the database, ``epoch`` its reign. ``diverged``: how many files were set aside here.
 
     Of a live database only: ``captured_txid`` and ``shipped_txid`` (what Litestream has, what the log has),
-    ``capture_pid``, and ``spool_bytes`` that wait for the log. ``snapshot``: the newest one's name.
+    ``capture_pid``, and ``spool_bytes`` that wait for the log (or, while that does not work, to be captured).
+    ``snapshot``: the newest one's name.
     """
 
     app: str

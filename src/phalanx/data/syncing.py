@@ -37,12 +37,18 @@ class RunEnded(Exception):
 
 
 class Syncing:
-    """Syncs, for as long as Litestream and the disk let it. *progress*: gives what changes while it works."""
+    """Syncs, for as long as Litestream and the disk let it. *progress*: gives what changes while it works.
+    *on_failure*: called with the reason each time that it has not worked."""
 
     def __init__(
-        self, progress: Callable[[], object], stall_seconds: float, on_event: Callable[[str, str], None]
+        self,
+        progress: Callable[[], object],
+        stall_seconds: float,
+        on_event: Callable[[str, str], None],
+        on_failure: Callable[[str], None],
     ) -> None:
-        self._progress, self._stall_seconds, self._on_event = progress, stall_seconds, on_event
+        self._progress, self._stall_seconds = progress, stall_seconds
+        self._on_event, self._on_failure = on_event, on_failure
         self._disk_full = False
 
     async def sync(self, litestream: Litestream, check: Callable[[], None], *, first: bool) -> int:
@@ -60,6 +66,7 @@ class Syncing:
                 raise await self._lost(litestream, error) from None
             except Refused as error:
                 now = system.now()
+                self._on_failure(f"Litestream cannot sync: {error}")
                 if not failing_since:
                     failing_since = now
                     log.warning("Litestream cannot sync, trying on: %s", error)
@@ -102,6 +109,8 @@ class Syncing:
                     if (now := self._progress()) != seen:
                         seen = now
                         deadline.reschedule(loop.time() + self._stall_seconds)
+                    else:
+                        self._on_failure("a sync gets nowhere")
                     timer = loop.call_later(PROGRESS_SECONDS, look)
 
                 timer = loop.call_later(PROGRESS_SECONDS, look)

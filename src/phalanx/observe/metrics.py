@@ -168,7 +168,7 @@ _APP_GAUGES: tuple[tuple[str, str, Callable[[AppStatus], float]], ...] = (
 _DATABASE_GAUGES: tuple[tuple[str, str, Callable[[DatabaseState], float]], ...] = (
     (
         "phalanx_database_ok",
-        "1 while the app's database follows, or is live and gets into the log.",
+        "1 while the app's database follows, or is live, captured and gets into the log.",
         lambda database: database.phase in ("following", "live") and not database.problem,
     ),
     (
@@ -183,7 +183,7 @@ _DATABASE_GAUGES: tuple[tuple[str, str, Callable[[DatabaseState], float]], ...] 
     ),
     (
         "phalanx_database_spool_bytes",
-        "What was captured of the live database and is not in the log yet.",
+        "What of the live database waits for the log: captured, or known not to be captured.",
         lambda database: database.spool_bytes,
     ),
 )
