@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("phalanx.control")
 
-PROGRESS_SECONDS = 0.2
+PROGRESS_SECONDS, QUIET_PROGRESS_SECONDS = 0.2, 5.0
 """Between two messages about how far a snapshot is."""
 
 
@@ -95,7 +95,8 @@ class DatabaseControl:
 
         def progress(done: int, total: int) -> None:
             nonlocal told_at
-            if not request.quiet and loop.time() - told_at >= PROGRESS_SECONDS:
+            pause = QUIET_PROGRESS_SECONDS if request.quiet else PROGRESS_SECONDS
+            if loop.time() - told_at >= pause:
                 told_at = loop.time()
                 told = SnapshotProgress(done_bytes=done, total_bytes=total)
                 self._background.spawn(self._answer(message, told), "snapshot progress")

@@ -192,6 +192,21 @@ class Bus(Protocol):
         """Send a core request. Raises BusUnavailable when nobody listens, BusTimeout."""
         ...
 
+    async def gather(
+        self,
+        subject: str,
+        data: bytes = b"",
+        *,
+        timeout: float = 1.0,
+        most: int = 1024,
+        is_last: Callable[[Message], bool] | None = None,
+    ) -> list[Message]:
+        """A core request with many answers: all that came within *timeout* seconds, at most *most*.
+
+        *is_last* is told of each as it comes, and says whether that is all. Nobody listens: none, at once.
+        """
+        ...
+
     async def subscribe(
         self, subject: str, on_message: Callable[[Message], Awaitable[None] | None], *, queue: str = ""
     ) -> Subscription:

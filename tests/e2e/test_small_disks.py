@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import sqlite3
@@ -80,7 +81,7 @@ async def test_snapshot_that_has_no_room_is_not_begun_or_leaves_nothing(
     assert bool(begun) == is_late
     assert f"the disk of {small_disk} has no room for {snapshot.name}" in str(raised.value)
     assert f"needs {snapshot.raw_bytes // MIB} MiB" in str(raised.value)
-    assert list(small_disk.iterdir()) == []
+    assert os.listdir(small_disk) == []
 
 
 async def test_snapshot_verify_without_room_says_nothing_about_the_snapshot(
@@ -147,9 +148,7 @@ async def test_standby_whose_disk_is_full_for_a_while_goes_on_with_its_replica(
             running.nodes["n2"].start()
             await running.settled()
         filler = small_disk / "filler"
-        with filler.open("wb", 0) as file, pytest.raises(OSError, match="No space"):  # noqa: ASYNC230
-            while True:
-                file.write(bytes(4096))
+        await asyncio.to_thread(fill, filler)
         with closing(sqlite3.connect(tmp_path / "n1" / "wiki.db", timeout=20)) as database:
             database.execute("CREATE TABLE large (x)")
             database.execute("INSERT INTO large VALUES (randomblob(1000000))")
@@ -167,6 +166,13 @@ async def test_standby_whose_disk_is_full_for_a_while_goes_on_with_its_replica(
         ]
         assert [e.action for e in entries] == ["replica-disk-full"], json.dumps([e.reason for e in entries])
         running.check()
+
+
+def fill(filler: Path) -> None:
+    """Take all the room that there is."""
+    with filler.open("wb", 0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
 
 
 def clear(folder: Path) -> None:

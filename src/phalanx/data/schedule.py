@@ -6,6 +6,7 @@ One task. Deleting what is no longer needed is safe under any epoch, so a depose
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from phalanx.data.second_copy import SecondCopy
 from phalanx.data.status import SnapshotProgress, SnapshotRequest
 from phalanx.decide.retention import Limits
 from phalanx.errors import BusError, DatabaseError, PhalanxError
+from phalanx.ports import Message
 
 if TYPE_CHECKING:
     from phalanx.data.database import AppDatabase
@@ -30,6 +32,9 @@ LOOK_SECONDS = 30.0
 
 ASK_SECONDS = 1800.0
 """What a standby may take for one."""
+
+SILENT_SECONDS = 60.0
+"""How long nothing may be heard of it meanwhile."""
 
 TIDY_SECONDS = 600.0
 """Between two clean-ups."""
@@ -150,10 +155,23 @@ class SnapshotSchedule:
         database = self._database
         request = SnapshotRequest(by=f"schedule of {database.node}", kind="scheduled", quiet=True)
         subject = database.names.database_subject(database.app, "snapshot", node)
-        answer = await database.bus.request(subject, msgspec.json.encode(request), timeout=ASK_SECONDS)
-        made = msgspec.json.decode(answer.data, type=SnapshotProgress)
-        if not made.name:
-            raise DatabaseError(made.error or "it did not say which snapshot it has made")
+        heard, last = asyncio.timeout(SILENT_SECONDS), SnapshotProgress()
+
+        def is_last(message: Message) -> bool:
+            nonlocal last
+            last = msgspec.json.decode(message.data, type=SnapshotProgress)
+            heard.reschedule(asyncio.get_running_loop().time() + SILENT_SECONDS)
+            return last.is_last
+
+        with contextlib.suppress(TimeoutError):
+            async with (
+                heard
+            ):  # a standby that dies must not hold up the snapshots for as long as one may take
+                await database.bus.gather(
+                    subject, msgspec.json.encode(request), timeout=ASK_SECONDS, is_last=is_last
+                )
+        if not last.name:
+            raise DatabaseError(last.error or "nothing is heard of it")
 
     async def tidy(self) -> None:
         """Remove the snapshots and the part of the log that nothing needs any more."""

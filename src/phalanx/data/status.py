@@ -131,7 +131,8 @@ class DbDifference(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SnapshotRequest(msgspec.Struct, frozen=True):
-    """Make a snapshot now. ``by``: who asks, for the audit log. ``quiet``: only the last answer is wanted."""
+    """Make a snapshot now. ``by``: who asks, for the audit log. ``quiet``: a sign of life now
+    and then is enough, besides the last answer."""
 
     by: str = ""
     kind: str = "manual"
