@@ -328,10 +328,10 @@ class Capture:
         assert self._watch is not None
         self._watch.renew()
         guard = await self._keep_wal()
-        page_size = await guard.page_size()
-        await child.in_thread(partial(self._records.prepare, page_size, full=self._full))
         if guard.holds:
             _set(self._kept)
+        page_size = await guard.page_size()
+        await child.in_thread(partial(self._records.prepare, page_size, full=self._full))
         self._litestream = litestream = Litestream(
             self._paths,
             self._resource,
@@ -381,7 +381,7 @@ class Capture:
         litestream, self._litestream = self._litestream, None
         if litestream is not None:
             await litestream.kill()
-        await self._checkpoints.open()
+        await self._checkpoints.end()
         guard, same = self._guard, self._file == _file_id(self._paths.live)
         if guard is None:
             return
