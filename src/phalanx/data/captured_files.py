@@ -34,13 +34,13 @@ class CapturedFiles:
         """The newest transaction, 0 if there is none."""
         return self._txids[-1] if self._txids else 0
 
-    def place_after(self, logged_txid: int) -> tuple[int, int, int] | None:
-        """Where in which WAL (two salts, offset) that transaction ends; None where no file tells.
+    def __contains__(self, txid: int) -> bool:
+        return txid in self._txids
 
-        Raises LtxError, OSError.
-        """
+    def place_after(self, logged_txid: int) -> tuple[int, int, int] | None:
+        """Where in which WAL (two salts, offset) that transaction ends; None where no file tells."""
         if (header := self._header(logged_txid)) is not None:
-            return header.wal_salt1, header.wal_salt2, header.wal_offset + header.wal_size
+            return place_after(header)
         if (header := self._header(logged_txid + 1)) is not None:
             return header.wal_salt1, header.wal_salt2, header.wal_offset
         return None
@@ -74,6 +74,14 @@ class CapturedFiles:
                 return ltx.decode_header(file.read(ltx.HEADER_BYTES))
         except FileNotFoundError:
             return None
+        except (LtxError, OSError) as error:
+            log.warning("captured file %s tells nothing: %s", self._path(txid), error)
+            return None
 
     def _path(self, txid: int) -> Path:
         return self._level0 / ltx.file_name(txid, txid)
+
+
+def place_after(header: ltx.Header) -> tuple[int, int, int]:
+    """Where in which WAL (two salts, offset) the file with *header* ends."""
+    return header.wal_salt1, header.wal_salt2, header.wal_offset + header.wal_size

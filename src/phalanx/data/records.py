@@ -14,19 +14,26 @@ truncated by another process"). It may be shipped then as well as before.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections import deque
 from pathlib import Path
 
 import msgspec
 
-from phalanx.data import ltx
+from phalanx.data import disk, ltx
 from phalanx.data.litestream import Paths
 from phalanx.errors import DatabaseError, LtxError
+
+log = logging.getLogger("phalanx.capture")
+
+CHECKED_BYTES = 4 << 20
+"""Of a larger file it is not looked whether each page is sound."""
 
 _FAR_FRAMES = 1 << 40
 _WAL_HEADER_BYTES = 32
 _FRAME_HEADER_BYTES = 24
+_LEAST_BYTES = ltx.HEADER_BYTES + ltx.TRAILER_BYTES
 
 
 class Backlog(msgspec.Struct, frozen=True):
@@ -48,7 +55,7 @@ class Records:
         self._unverified = paths.capture / "unverified"
         self._oldest = 1
         self._sizes: deque[int] = deque()
-        """In bytes, from the oldest one to the newest. There may be very many: they are not counted each time."""
+        """In bytes, from the oldest one to the newest. There may be very many: so their sum is kept."""
         self._bytes = 0
         self.newest = 0
         """The last transaction that may be shipped."""
@@ -67,6 +74,7 @@ class Records:
         *last_txid*: the log's. If there are no files up to it, the next one will be a full one.
         """
         self._paths.level0.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._remove_damaged(last_txid)
         found = self._list()
         self._logged = last_txid
         self.newest = max([last_txid, *found])
@@ -103,9 +111,30 @@ class Records:
             if full or not exists:
                 self._force_full(page_size, exists=exists)
         self._base, self._verified = self.newest, False
-        fresh = self._unverified.with_suffix(".new")
-        fresh.write_text(str(self._base))
-        fresh.replace(self._unverified)
+        disk.replace_file(self._unverified, str(self._base).encode(), "unverified")
+
+    def _remove_damaged(self, logged_txid: int) -> None:
+        """Remove what a loss of power has left of a file. One up to *logged_txid* is in the log; another one
+        goes with all that follow it, and what they held is captured again: from the WAL, or with every page.
+        """
+        with os.scandir(self._paths.level0) as entries:
+            sizes = {txids[1]: entry.stat().st_size for entry in entries if (txids := _txids(entry))}
+        newest = max(sizes, default=0)
+        for txid in sorted(sizes):
+            # Those before the newest are as Litestream wrote them, on the disk.
+            if sizes[txid] >= _LEAST_BYTES and txid != newest:
+                continue
+            path = self._path(txid)
+            try:
+                _check(path, txid)
+            except (LtxError, OSError) as error:
+                fate = "the log has it" if txid <= logged_txid else "what it held is captured again"
+                log.error("captured file %s is damaged, and removed; %s: %s", path, fate, error)
+                path.unlink()
+                if txid > logged_txid:
+                    self._discard_after(txid)
+                    self._remove_damaged(logged_txid)
+                    return
 
     def _read_unverified(self) -> int | None:
         try:
@@ -140,13 +169,17 @@ class Records:
             with open(path, "rb") as old, open(fresh, "wb") as new:
                 header, pages = ltx.open_pages(old)
                 new.writelines(ltx.encoded(msgspec.structs.replace(header, **far), pages))
+                new.flush()
+                os.fsync(new.fileno())
+            fresh.replace(path)
+            disk.sync_folder(path.parent, "captured file: sync folder")
         else:
             # In the log already, so nobody but Litestream reads this. Two pages: a first one must be whole.
             header = ltx.Header(
                 page_size=page_size, commit=2, min_txid=self.newest, max_txid=self.newest, **far
             )
-            fresh.write_bytes(ltx.encode(header, [ltx.Page(number, bytes(page_size)) for number in (1, 2)]))
-        fresh.replace(path)
+            content = ltx.encode(header, [ltx.Page(number, bytes(page_size)) for number in (1, 2)])
+            disk.replace_file(path, content, "captured file")
         self._end = None
 
     # --- while it runs
@@ -284,6 +317,25 @@ def _read_header(path: Path) -> ltx.Header:
             return ltx.decode_header(file.read(ltx.HEADER_BYTES))
     except OSError as error:
         raise DatabaseError(f"{path} cannot be read: {error.strerror}") from None
+    except LtxError as error:
+        raise DatabaseError(f"{path} is damaged: {error}") from None
+
+
+def _txids(entry: os.DirEntry[str]) -> tuple[int, int] | None:
+    return ltx.parse_file_name(entry.name)
+
+
+def _check(path: Path, txid: int) -> None:
+    """Whether the file at *path* is a whole one with that transaction. Raises LtxError, OSError."""
+    with open(path, "rb") as file:
+        header = ltx.decode_header(file.read(ltx.HEADER_BYTES))
+        if header.max_txid != txid:
+            raise LtxError(f"it holds transaction {header.max_txid}")
+        if os.fstat(file.fileno()).st_size <= CHECKED_BYTES:
+            file.seek(0)
+            for _ in ltx.open_pages(file)[1]:
+                pass
+    _is_full(path, header)
 
 
 def _is_full(path: Path, header: ltx.Header) -> bool:

@@ -13,8 +13,8 @@ import msgspec
 from msgspec.structs import replace
 
 from phalanx import system
-from phalanx.data import disk
-from phalanx.data.captured_files import CapturedFiles
+from phalanx.data import disk, ltx
+from phalanx.data.captured_files import CapturedFiles, place_after
 from phalanx.data.entries import LogRecord, Seal
 from phalanx.data.log import LogEnd
 from phalanx.data.replica_state import ReplicaState, WalInfo
@@ -102,7 +102,7 @@ class Settlements:
             return True
         logged = await self._logged(state.epoch, state.sealed, end)
         files = await self.captured()
-        wal = await self._wal_after(files, logged.last_txid) if logged.known else None
+        wal = await self._wal_after(files, logged) if logged.known else None
         unlogged = wal.later_commits if wal is not None else None
         count = 0
         if unlogged is None and logged.known:
@@ -152,11 +152,21 @@ class Settlements:
         """What Litestream has left."""
         return await asyncio.to_thread(CapturedFiles, self._database.folder)
 
-    async def _wal_after(self, files: CapturedFiles, logged_txid: int) -> WalInfo | None:
-        """What the WAL has after those of *logged_txid*; None where it is not known where those end."""
+    async def _wal_after(self, files: CapturedFiles, logged: LoggedReign) -> WalInfo | None:
+        """What the WAL has after all that the log has; None where it is not known where that ends."""
         database = self._database
-        place = await asyncio.to_thread(files.place_after, logged_txid)
+        place = await asyncio.to_thread(files.place_after, logged.last_txid)
+        if place is None and logged.last_txid in files:  # damaged, but the log has the same file
+            place = await self._place_in_log(logged)
         return None if place is None else await database.replica.live_wal_info(database.live, *place)
+
+    async def _place_in_log(self, logged: LoggedReign) -> tuple[int, int, int] | None:
+        entries = await self._database.log.read(logged.last_sequence, limit=1)
+        match entries:
+            case [LogRecord(sequence=logged.last_sequence, txid=logged.last_txid, data=data)] if data:
+                return place_after(ltx.decode_header(data[: ltx.HEADER_BYTES]))
+            case _:
+                return None  # in an object, or purged: then it stays unknown
 
     # --- setting aside
 
