@@ -56,6 +56,10 @@ ANSWER_SECONDS = 2.0
 SILENT_SECONDS = 30.0
 """How long nothing may be heard of a snapshot that a node makes."""
 
+CALLED_OFF_SECONDS = 30.0
+"""So much later than its deadline a request to restore in place vanishes by itself: it must not strike some
+other day, when whoever asked was killed before it could call it off."""
+
 VERIFY_TRIES = 2
 """How often all nodes are asked until two of them were looked at in the same position."""
 
@@ -276,7 +280,7 @@ class DatabaseClient:
             self._client.names.audit_subject("app", "*"), lambda message: _note(outcome, app, message)
         )
         try:
-            revision = await self._ask_for_restore(app, request)
+            revision = await self._ask_for_restore(app, request, timeout + CALLED_OFF_SECONDS)
             try:
                 await self._step_down(app, deadline - system.now())
                 node, epoch = await self._restored(app, revision, outcome, deadline)
@@ -288,7 +292,8 @@ class DatabaseClient:
         reason = outcome[-1].reason if outcome else ""
         return Restored(app=app, node=node, epoch=epoch, seconds=system.now() - began, reason=reason)
 
-    async def _ask_for_restore(self, app: str, request: RestoreRequest) -> int:
+    async def _ask_for_restore(self, app: str, request: RestoreRequest, seconds: float) -> int:
+        """Its revision. It is over after *seconds*, should nobody be left to call it off."""
         bus, names = self._client.bus, self._client.names
         bucket = names.app_bucket(app)
         subject = names.key_subject(bucket, RESTORE_KEY)
@@ -298,7 +303,8 @@ class DatabaseClient:
             raise under_way
         data = msgspec.json.encode(msgspec.structs.replace(request, by=request.by or caller()))
         try:
-            return await bus.write(subject, data, expect=there.revision if there is not None else 0)
+            expect = there.revision if there is not None else 0
+            return await bus.write(subject, data, expect=expect, ttl_seconds=seconds)
         except WrongRevision:
             raise under_way from None
 

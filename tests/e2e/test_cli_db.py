@@ -18,6 +18,7 @@ import msgspec
 import pytest
 from tests.e2e.cli import CLI, Cli
 
+from phalanx import system
 from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.client import PlatformClient
@@ -463,6 +464,18 @@ async def test_restore_in_place_that_nobody_does_is_called_off(platform: Platfor
     key = await platform.bus.read(NAMES.bucket_stream(bucket), NAMES.key_subject(bucket, RESTORE_KEY))
     assert key is not None
     assert key.removed
+
+
+async def test_restore_in_place_whose_client_is_killed_is_over_by_itself(platform: Platform) -> None:
+    """Nobody has called it off: the key has a time of its own."""
+    bucket = NAMES.app_bucket("wiki")
+    subject = NAMES.key_subject(bucket, RESTORE_KEY)
+    async with PlatformClient("prod", NatsOptions(urls=(platform.server.url(),))) as client:
+        await client.databases._ask_for_restore("wiki", RestoreRequest(position=1), 2.0)
+        deadline = system.now() + 20
+        while not ((key := await platform.bus.read(NAMES.bucket_stream(bucket), subject)) and key.removed):
+            assert system.now() < deadline
+            await asyncio.sleep(0.05)
 
 
 async def test_second_restore_in_place_at_a_time_is_refused(platform: Platform) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import sqlite3
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from phalanx.client import PlatformClient
 from phalanx.config import NatsOptions
 from phalanx.data.entries import SealKind
 from phalanx.data.log import WalLog
+from phalanx.data.objects import ObjectStore
 from phalanx.data.status import RestoreRequest
 from phalanx.names import Names
 from phalanx.observe.audit import AuditEntry, read_audit
@@ -180,6 +181,38 @@ async def test_a_node_that_joins_late_begins_with_a_snapshot_when_the_log_does_n
         opened = await running.wait_for("opened", since, node="n3")
         confirmed = [e.data["number"] for e in running.history.events("confirmed") if e.at < since]
         assert opened.data["number"] >= max(confirmed)
+        running.check()
+
+
+async def test_a_node_that_joins_late_goes_back_to_an_older_snapshot_where_the_newest_is_damaged(
+    tmp_path: Path, nats_server: NatsServer
+) -> None:
+    """What is damaged is reported, and costs no standby."""
+    with database_stage(tmp_path, nats_server, sync_every=5) as running:
+        late = running.nodes["n3"]
+        late.stop()
+        await running.settled(standbys=1)
+        await running.wait_for("confirmed", 0.0)
+        async with client(nats_server) as platform:
+            good = await platform.databases.create_snapshot("wiki")
+            await running.wait_for("confirmed", since_now())
+            bad = await platform.databases.create_snapshot("wiki")
+            objects = ObjectStore(platform.bus, Names("test"), "wiki")
+            info = await objects.info(bad)
+            assert info is not None
+            data = bytearray(b"".join([chunk async for chunk in objects.get(bad)]))
+            data[len(data) // 2] ^= 1
+
+            async def pieces() -> AsyncGenerator[bytes]:
+                yield bytes(data)
+
+            await objects.put(bad, pieces(), info.metadata)
+        late.start()
+        await running.nodes.wait_for_standbys(running.app, 2)
+        entries = await audited(nats_server, "replica-bootstrapped")
+        assert [e.details["snapshot"] for e in entries if e.node == "n3"] == [good]
+        entries = await audited(nats_server, "snapshot-bad")
+        assert [e.details["snapshot"] for e in entries if e.node == "n3"] == [bad]
         running.check()
 
 

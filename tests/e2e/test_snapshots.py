@@ -17,6 +17,7 @@ import pytest
 from tests.e2e.site import LITESTREAM, Site, pieces
 from tests.e2e.wal import connected, make_log
 
+from phalanx import system
 from phalanx.bus.connection import NatsBus
 from phalanx.data import image_process, ltx, restoring
 from phalanx.data.image_process import ImageSource
@@ -506,6 +507,17 @@ async def test_old_snapshots_and_their_part_of_the_log_go(site: Site) -> None:
     assert [one.name for one in await site.snapshots.list_snapshots()] == [one.name for one in kept[1:]]
     for position in site.positions[1:]:
         assert await site.restore(sequence=position.sequence) == site.expected(position.txid)
+
+
+async def test_clock_that_is_days_ahead_removes_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ages are told by NATS's clock, which has stamped the snapshots."""
+    for _ in range(2):
+        await site.commit()
+        await site.snapshots.create(site.source)
+    now = system.wall() + 30 * 86400.0
+    monkeypatch.setattr(system, "wall", lambda: now)
+    tidied = await site.snapshots.tidy(Limits(24, 7 * 86400.0))
+    assert (tidied.snapshots, tidied.entries) == ((), 0)
 
 
 async def test_snapshot_of_what_the_log_has_lost_counts_for_nothing(site: Site) -> None:

@@ -9,7 +9,7 @@ from phalanx import system
 from phalanx.data.log import LOST_WRITES, LogState
 from phalanx.data.replica_state import ReplicaState
 from phalanx.data.snapshots import Snapshot
-from phalanx.errors import DatabaseError
+from phalanx.errors import DatabaseError, DiskFull
 
 if TYPE_CHECKING:
     from phalanx.data.database import AppDatabase
@@ -31,7 +31,7 @@ class Bootstrap:
             return f"the log ends at {end.last}, before {state.position}"
         if end.messages and end.first > state.position.sequence + 1:
             return f"the log begins at {end.first}, after {state.position}"
-        if state.state == "empty" and await self._newest(end) is not None:
+        if state.state == "empty" and await self._fitting(end):
             return "there is no replica yet"
         return ""
 
@@ -41,7 +41,7 @@ class Bootstrap:
         began = system.now()
         if state.state == "ready" and (end.last < state.position.sequence or LOST_WRITES in why):
             await self._keep_lost_writes(state)
-        snapshot = await self._newest(end)
+        snapshot = await self._install_newest(await self._fitting(end))
         if snapshot is None:
             if end.messages and end.first > 1:
                 raise DatabaseError(
@@ -51,7 +51,6 @@ class Bootstrap:
             await database.replica.reset()
             how = "from the beginning of the log"
         else:
-            await self._install(snapshot)
             how = f"from {snapshot.name}"
         database.report(
             "replica-bootstrapped",
@@ -60,11 +59,27 @@ class Bootstrap:
             snapshot=snapshot.name if snapshot is not None else "",
         )
 
-    async def _newest(self, end: LogState) -> Snapshot | None:
-        """The newest snapshot from which the log goes on."""
+    async def _fitting(self, end: LogState) -> list[Snapshot]:
+        """The snapshots from which the log goes on, the newest first."""
         found = await self._database.snapshots.list_usable()
-        fit = [one for one in found if end.first - 1 <= one.sequence <= end.last]
-        return fit[-1] if fit else None
+        return [one for one in reversed(found) if end.first - 1 <= one.sequence <= end.last]
+
+    async def _install_newest(self, snapshots: list[Snapshot]) -> Snapshot | None:
+        """The first of *snapshots* that is sound is in place; None if there are none. Raises as the last
+        one that is not."""
+        for number, snapshot in enumerate(snapshots, 1):
+            try:
+                await self._install(snapshot)
+            except DiskFull:
+                raise
+            except DatabaseError as error:
+                if number == len(snapshots):
+                    raise
+                reason = f"{snapshot.name} cannot be used, an older one is tried: {error}"
+                self._database.report("snapshot-bad", reason, level=logging.ERROR, snapshot=snapshot.name)
+            else:
+                return snapshot
+        return None
 
     async def _install(self, snapshot: Snapshot) -> None:
         database = self._database

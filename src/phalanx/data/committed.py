@@ -84,11 +84,9 @@ class Committed:
                 return Verdict.PHANTOM
         begin = (header.wal_offset - WAL_HEADER_BYTES) // (FRAME_HEADER_BYTES + header.page_size)
         first = max(certain, begin, last - COMPARED_FRAMES) + 1
-        if first <= last and not self._is_as_captured(file, header, first, last):
-            return Verdict.PHANTOM
-        return Verdict.COMMITTED
+        return self._compare(file, header, first, last) if first <= last else Verdict.COMMITTED
 
-    def _is_as_captured(self, file: Path, header: ltx.Header, first: int, last: int) -> bool:
+    def _compare(self, file: Path, header: ltx.Header, first: int, last: int) -> Verdict:
         """Whether the frames from *first* to *last*, the last one of the file, are still those in *file*."""
         size = header.page_size
         with self._wal.open("rb", buffering=0) as wal:  # no lock of SQLite is on that one
@@ -100,15 +98,16 @@ class Committed:
         for at in range(0, len(frames), FRAME_HEADER_BYTES + size):
             number, commit, found = _FRAME_BEGIN.unpack_from(frames, at)
             if found != salts:
-                return True  # begun anew just now, which happens when all that counts is in the database
+                return Verdict.TO_COMPARE  # begun anew just now
             data = frames[at + FRAME_HEADER_BYTES : at + FRAME_HEADER_BYTES + size]
             pages[number] = data
         if not commit:  # pyright: ignore[reportPossiblyUnboundVariable]
-            return False
+            return Verdict.PHANTOM
         # Pages behind the end of the database are not in the file (a VACUUM wrote them before it cut it off).
         wanted = {number for number in pages if number <= header.commit}
         captured = ltx.read_pages(file, wanted)
-        return all(captured.get(number) == pages[number] for number in wanted)
+        is_same = all(captured.get(number) == pages[number] for number in wanted)
+        return Verdict.COMMITTED if is_same else Verdict.PHANTOM
 
     def is_in_database(self, file: Path, later: Sequence[Path]) -> bool:
         """Whether all pages of *file* are what the database has, but for those that are newer: in the *later*

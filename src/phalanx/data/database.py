@@ -292,6 +292,7 @@ class AppDatabase:
             if not await self.settlements.settle(state, end):
                 self._set_phase(Phase.KEPT)
                 return
+            self.readers.revoke("the database was settled")  # a kept one is read at the user's path
             state = await self.replica.state()
             self._release_at = system.now() + LATE_WRITERS_SECONDS
         await self.release_guard()

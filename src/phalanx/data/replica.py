@@ -12,6 +12,7 @@ one, complete and on the disk before ``state.json`` names it.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import time
@@ -368,16 +369,24 @@ class Replica:
         self._folder.remove_old_generations(None)
 
     def snapshot(self, target: Path) -> Position:
-        """Write the database as it is now to the new file *target*; its position."""
+        """Write the database as it is now to the new file *target*, whole and on the disk; its position."""
         files, _ = self._ready()
-        descriptor = os.open(target, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+        fresh = target.with_name(f"{target.name}.tmp")
+        fresh.unlink(missing_ok=True)
+        descriptor = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            files.copy_to(descriptor, "snapshot: copy")
+            try:
+                files.copy_to(descriptor, "snapshot: copy")
+                disk.sync(descriptor, "snapshot: sync")
+            finally:
+                os.close(descriptor)
+            disk.rename(fresh, target, "snapshot: rename")
         except BaseException:
-            target.unlink(missing_ok=True)
+            fresh.unlink(missing_ok=True)
             raise
-        finally:
-            os.close(descriptor)
+        disk.sync_folder(target.parent, "snapshot: sync folder")
         return self._position
 
     def fingerprint(self) -> str:

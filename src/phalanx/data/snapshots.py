@@ -253,7 +253,7 @@ class Snapshots:
 
         Snapshots of what the log has lost count for nothing; they only go with their age.
         """
-        found, now = await self.list_snapshots(), system.wall()
+        found, now = await self.list_snapshots(), await self.objects.now()
         usable = await self.list_usable()
         plan = retention.plan([_kept(one) for one in usable], limits, now)
         lost = [one for one in found if one not in usable and one.created < now - limits.age_seconds]
