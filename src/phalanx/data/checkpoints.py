@@ -2,9 +2,10 @@
 
 Litestream checkpoints at the end of a sync, under the database's write lock: all who write wait. So it is not
 to do so often, nor to have more to put on the disk then than it must. In between, programs had better not
-try (``data.checkpoint_gate`` says why): the gate is closed while the WAL is long or grows fast, and lets
-Litestream pass in each sync at whose end it may checkpoint. A gate that opened too late costs an attempt in
-vain; the next sync checkpoints.
+try (``data.checkpoint_gate`` says why): the gate is closed while the WAL is long or grows fast. It is open
+during each sync at whose end Litestream will checkpoint, and while a program writes as fast as it can, it
+lets Litestream pass in any sync. A gate that opened too late costs an attempt in vain; the next sync
+checkpoints.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ CHECKPOINT_BYTES = 64 << 20
 """About so long the WAL becomes before Litestream checkpoints it. Each time programs wait for some 20 ms."""
 LEAST_PAGES = 1000
 FLUSH_BYTES = 4 << 20
-"""Whenever so much has been captured, the WAL is put on the disk beforehand: not within a checkpoint."""
+"""Whenever so much has been captured, the WAL is put on the disk: beforehand, not within a checkpoint."""
+FLUSH_SECONDS = 0.01
+"""The pause in which it is left alone, while a sync goes on."""
 CLOSE_FRAMES = 900
 """From so many frames on programs are kept from checkpoints: by default they begin at 1000."""
 BUSY_FRAMES = 64
@@ -51,18 +54,24 @@ class Checkpoints:
         self._closed_until = 0.0
         self._is_busy = False
         self._unflushed = 0
+        self._flushes = False
+        self._flusher: asyncio.Task[None] | None = None
 
     async def before_sync(self, end: WalPlace | None, litestream: int, *, hurried: bool) -> None:
-        """Everything is captured up to *end*. Lets the process *litestream* pass if it may checkpoint in this
-        sync. *hurried*: somebody waits for the sync, so nothing is done before it that can be left out."""
+        """Everything is captured up to *end*. Lets the process *litestream* checkpoint in this sync, if it
+        may want to. *hurried*: somebody waits for the sync: nothing else is to keep the disk busy."""
         if end is None:
             return
-        if self._unflushed >= FLUSH_BYTES and not hurried:
+        if (self._is_busy or self._unflushed >= FLUSH_BYTES) and not hurried:
             self._unflushed = 0
-            await asyncio.to_thread(self._tail.flush)
-        if self._closed_until > system.now() and (self._is_busy or self._is_due(end)):
+            self._start_flushing()
+        if self._closed_until <= system.now():
+            return
+        if self._is_busy:
             await self._ask(True, litestream)
             self._closed_until = 0.0  # it may open by itself at any moment
+        elif self._is_due(end):
+            await self._ask(False, 0)
 
     def _is_due(self, end: WalPlace) -> bool:
         """Whether Litestream will checkpoint, if the program goes on as calmly as until now."""
@@ -76,6 +85,7 @@ class Checkpoints:
 
     async def after_sync(self, before: WalPlace | None, end: WalPlace | None) -> None:
         """The sync has captured what lies between. Closes the gate, if that is of use."""
+        self._flushes = False
         if end is None:
             return
         frames = frames_between(before, end)
@@ -88,10 +98,26 @@ class Checkpoints:
         if self._closed_until - system.now() < GATE_SECONDS * 2 / 3:
             await self._ask(True, 0)
 
-    async def open(self) -> None:
-        """Let everybody checkpoint."""
-        if self._gate is not None:
-            await self._ask(False, 0)
+    async def end(self) -> None:
+        """There are no syncs for now: everybody may checkpoint."""
+        self._flushes = False
+        if self._flusher is not None:
+            self._flusher.cancel()  # its thread ends by itself
+            await asyncio.wait({self._flusher})
+        await self._ask(False, 0)
+
+    def _start_flushing(self) -> None:
+        self._flushes = True
+        if self._flusher is None or self._flusher.done():
+            self._flusher = asyncio.create_task(self._flush(), name="capture, flushing")
+
+    async def _flush(self) -> None:
+        """Once, and again and again for as long as the sync lasts: the program writes on."""
+        while True:
+            await asyncio.to_thread(self._tail.flush)
+            await asyncio.sleep(FLUSH_SECONDS)
+            if not self._flushes:
+                return
 
     async def _ask(self, closed: bool, passing: int) -> None:
         if self._gate is None:

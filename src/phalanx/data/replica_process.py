@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -48,7 +49,6 @@ class Server:
             head = self._next()
             if not head:
                 return
-            self._channel.settimeout(None)
             length = int.from_bytes(head + self._receive(LENGTH_BYTES - 1), "big")
             request = decode_request(self._receive(length))
             self._send(self._answer(request.number, request.operation, request.arguments))
@@ -62,14 +62,14 @@ class Server:
         """The first byte of the next request, empty at the end. What was to be done by then is done."""
         while True:
             look, rest = self._gate.look_seconds, self._rest_seconds()
-            self._channel.settimeout(rest if look is None else look)
-            try:
+            # Not by a timeout of the socket, which is a whole number of milliseconds.
+            ready, _, _ = select.select([self._channel], [], [], rest if look is None else look)
+            if ready:
                 return self._channel.recv(1)
-            except TimeoutError:
-                if look is not None:
-                    self._gate.look()
-                else:
-                    self._rest()
+            if look is not None:
+                self._gate.look()
+            else:
+                self._rest()
 
     def _receive(self, count: int) -> bytearray:
         data = bytearray(count)
