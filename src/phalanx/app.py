@@ -574,6 +574,8 @@ class App:
     def _set_role(self, role: Role, reason: str = "") -> None:
         if role is Role.INELIGIBLE:
             reason = self._ineligible_because()
+        elif role is Role.STANDBY and not reason and self._failures.count:
+            reason = f"failed {self._failures.count} times in a row: {self._failures.reason}"
         if role is self._role and reason == self._reason:
             return
         changed = role is not self._role

@@ -27,6 +27,9 @@ PERMISSION = "permissions violation"
 SQLITE_MAGIC = b"SQLite format 3\0"
 """The first bytes of a database, says sqlite.org/fileformat2.html; an empty file is one too."""
 
+UNUSABLE = "?#%"
+"""Litestream opens the database by a URI in which it does not escape these."""
+
 ROOM = 1.1
 """Free space that a database needs beside it, as a multiple of its size: for the replica, for a snapshot."""
 
@@ -117,12 +120,21 @@ def database_problem(app: str, database: SQLite) -> ConfigError | StartError | N
     except StartError as error:
         return error
     path = Path(database.path)
-    found = _folder_problem(path) or _file_problem(path) or _owner_problem(app, database.folder)
+    found = _path_problem(path) or _folder_problem(path) or _file_problem(path)
+    found = found or _owner_problem(app, database.folder)
     key, value = f"apps.{app}.database.path", database.path
     if found is None and database.copy_to:
         key, value = f"apps.{app}.database.copy_to", database.copy_to
         found = _copy_problem(Path(database.copy_to))
     return None if found is None else ConfigError(key, value, *found)
+
+
+def _path_problem(path: Path) -> tuple[str, str] | None:
+    """Whether Litestream could open *path*, and the remedy."""
+    found = sorted(set(str(path)) & set(UNUSABLE))
+    if not found:
+        return None
+    return f"has {' '.join(found)} in it, which Litestream takes for something else", "rename file or folder"
 
 
 def _folder_problem(path: Path) -> tuple[str, str] | None:

@@ -179,3 +179,12 @@ async def test_platform_with_a_wrong_database_starts_nothing(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="does not exist"):
         await platform.start()
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("sign", "?#%")
+def test_path_that_litestream_takes_for_something_else(tmp_path: Path, sign: str) -> None:
+    """In the name of the file or of a folder: it would fail at each activation only."""
+    folder = tmp_path / f"a{sign}b"
+    folder.mkdir()
+    for path in (folder / "wiki.db", tmp_path / f"wi{sign}ki.db"):
+        assert sign in refused(path, "which Litestream takes for something else").problem

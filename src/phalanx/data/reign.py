@@ -45,21 +45,25 @@ ADOPTS = "adopts a database that was there before"
 """The reason in a seal whose node has the only copy of the database, until its first record."""
 
 
-async def what_is_missing(wal: WalLog, before: LogEnd) -> str:
-    """What is known to be missing from the log when a reign follows on *before*."""
+async def what_is_missing(wal: WalLog, before: LogEnd, node: str) -> str:
+    """What is known to be missing from the log when a reign of *node* follows on *before*."""
     last, record = before.last_seal, before.last_record
     if last is None or last.kind is SealKind.CLOSE:
         return "nothing"
-    if record is None or record.epoch == last.epoch:
-        return f"unknown until {last.node} returns"
-    # Who sealed last has shipped nothing: as a rule it was never active, and who led before it died.
-    seals = await wal.seals(0)
-    reign = [seal for seal in seals if seal.epoch == record.epoch]
-    others = [seal.node for seal in seals if seal.epoch > record.epoch]
-    if any(seal.kind is SealKind.CLOSE for seal in reign):
-        return f"unknown until {' or '.join(dict.fromkeys(others))} returns"
-    wrote = reign[0].node if reign else f"the node of epoch {record.epoch}"
-    empty = ", ".join(node for node in dict.fromkeys(others) if node != wrote)
+    wrote, empty = last.node, ""
+    if record is not None and record.epoch != last.epoch:
+        # Who sealed last has shipped nothing: as a rule it was never active, and who led before it died.
+        seals = await wal.seals(0)
+        reign = [seal for seal in seals if seal.epoch == record.epoch]
+        others = [seal.node for seal in seals if seal.epoch > record.epoch and seal.node != node]
+        wrote = reign[0].node if reign else f"the node of epoch {record.epoch}"
+        if any(seal.kind is SealKind.CLOSE for seal in reign):
+            wrote = others.pop() if others else node
+        empty = ", ".join(each for each in dict.fromkeys(others) if each != wrote)
+    if wrote == node and not empty:
+        return "what this node itself has set aside, if anything"
+    if wrote == node:
+        return f"unknown until {empty} returns"
     return f"unknown until {wrote} returns" + (f" (or {empty}, which has shipped nothing)" if empty else "")
 
 
@@ -123,7 +127,7 @@ class DataReign:
         if self._kept:
             await self._check_kept(before, sealed)
             return
-        self._missing = await what_is_missing(database.log, before)
+        self._missing = await what_is_missing(database.log, before, database.node)
         follower = database.follower
         if follower is None:
             raise DatabaseError("its replica does not follow the log")
