@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from tests.e2e.origin import Entry, Killed, Origin, Reader, Steps, apply, reopened
 
-from phalanx.data import handover, ltx
+from phalanx.data import handover, ltx, replica_store
 from phalanx.data.replica import Replica
 from phalanx.data.wal_files import scan_wal
 from phalanx.errors import DatabaseError
@@ -307,6 +307,56 @@ def test_live_database_is_complete_from_the_moment_it_is_there(
     replica.close()
 
 
+def test_whether_the_host_has_started_again_since_the_promotion_is_known(
+    origin: Origin, replica: Replica, tmp_path: Path
+) -> None:
+    """By its boot id, which an older version's state lacks; who vouches for the database renews it."""
+    apply(replica, origin.record())
+    assert not replica.describe().same_boot
+    live = tmp_path / "live.db"
+    replica.promote(live, 3)
+    assert replica.describe().same_boot
+    replica.close()
+    path = tmp_path / "folder" / "state.json"
+    state = json.loads(path.read_bytes())
+    state["role"] = "live"
+    for older in ({**state, "boot": "another"}, {k: v for k, v in state.items() if k != "boot"}):
+        path.write_text(json.dumps(older))
+        with closing(Replica.open(tmp_path / "folder", 100)) as again:
+            again.vouch()
+            assert not again.describe().same_boot
+            again.vouch(is_whole=True)
+            assert again.describe().same_boot
+    path.write_text(json.dumps({**state, "boot": "another"}))
+    with closing(Replica.open(tmp_path / "folder", 100)) as again:
+        again.resume(4, 9)
+        assert again.describe().same_boot
+
+
+def test_database_that_was_closed_is_whole_after_any_start_of_the_host(
+    origin: Origin, replica: Replica, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever closes it last puts all of the WAL into the file, and removes it."""
+    apply(replica, origin.record())
+    live = tmp_path / "live.db"
+    replica.promote(live, 3)
+    replica.vouch()
+    with monkeypatch.context() as started:
+        started.setattr(replica_store, "boot_id", lambda: "another")
+        assert not replica.describe().same_boot
+    with closing(sqlite3.connect(live)) as program:
+        program.execute("UPDATE pair SET round = round + 1")
+        program.commit()
+    assert not handover.has_wal(live)
+    replica.vouch()
+    monkeypatch.setattr(replica_store, "boot_id", lambda: "another")
+    assert replica.describe().same_boot
+    monkeypatch.undo()
+    monkeypatch.setattr(replica_store, "_BOOT_ID", tmp_path / "none")
+    replica.resume(4, 9)
+    assert not replica.describe().same_boot
+
+
 def test_resume_is_for_a_live_database_only(origin: Origin, replica: Replica, tmp_path: Path) -> None:
     """It changes the epoch, and nothing else."""
     apply(replica, origin.record())
@@ -525,7 +575,7 @@ def test_commits_after_a_place_in_the_wal_are_counted(origin: Origin, tmp_path: 
     salts = int.from_bytes(header.salts[:4], "big"), int.from_bytes(header.salts[4:], "big")
     for number, offset in enumerate(offsets, 1):
         found = handover.wal_info(origin.path, *salts, offset)
-        assert (found.commits, found.later_commits) == (4, 4 - number)
+        assert (found.commits, found.later_commits, found.end) == (4, 4 - number, offsets[-1])
     assert handover.wal_info(origin.path, 1, 2, 32).later_commits is None
     copy = tmp_path / "crashed" / "origin.db"
     copy.parent.mkdir()

@@ -72,6 +72,8 @@ async def test_every_operation_is_answered(origin: Origin, process: ReplicaProce
     state = await process.state()
     assert (state.role, state.epoch, state.sealed) == ("live", 11, 9)
     await process.resume(12, 10)
+    await process.vouch(is_whole=True)
+    assert (await process.state()).same_boot
     assert (await process.live_wal_info(live, 0, 0, 0)).commits == 1
     assert await process.demote(live, 10, 2) == Position(10, 2)
     await process.release_old()

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from phalanx.data import ltx
+from phalanx.decide.settling import Place
 from phalanx.errors import LtxError
 
 log = logging.getLogger("phalanx.data")
@@ -37,13 +38,28 @@ class CapturedFiles:
     def __contains__(self, txid: int) -> bool:
         return txid in self._txids
 
-    def place_after(self, logged_txid: int) -> tuple[int, int, int] | None:
-        """Where in which WAL (two salts, offset) that transaction ends; None where no file tells."""
-        if (header := self._header(logged_txid)) is not None:
-            return place_after(header)
-        if (header := self._header(logged_txid + 1)) is not None:
-            return header.wal_salt1, header.wal_salt2, header.wal_offset
+    def place_after(self, logged_txid: int) -> Place | None:
+        """Where in which WAL the transactions up to that one end; None where no file tells."""
+        if (place := self.end_of(logged_txid)) is not None or logged_txid + 1 not in self._txids:
+            return place
+        # One that holds every page begins where its WAL does, not where the one before ended.
+        with contextlib.suppress(LtxError, OSError), self._path(logged_txid + 1).open("rb") as file:
+            if not ltx.holds_every_page(file):
+                file.seek(0)
+                header = ltx.decode_header(file.read(ltx.HEADER_BYTES))
+                return Place(header.wal_salt1, header.wal_salt2, header.wal_offset)
         return None
+
+    def end_of(self, txid: int) -> Place | None:
+        """Where in which WAL the file of that transaction ends; None where it is not there, or unreadable."""
+        try:
+            with self._path(txid).open("rb") as file:
+                return place_after(ltx.decode_header(file.read(ltx.HEADER_BYTES)))
+        except FileNotFoundError:
+            return None
+        except (LtxError, OSError) as error:
+            log.warning("captured file %s tells nothing: %s", self._path(txid), error)
+            return None
 
     def count_after(self, logged_txid: int) -> int:
         """How many files after those of *logged_txid* hold a transaction each, at least. One that holds every
@@ -62,26 +78,20 @@ class CapturedFiles:
         """
         if self._after(logged_txid) != list(range(logged_txid + 1, self.last + 1)):
             log.warning("%s: captured files do not follow on %d", self._level0, logged_txid)
-            for txid in self._txids:
-                self._path(txid).unlink()
+            self.drop()
+
+    def drop(self) -> None:
+        """Remove all of them: the next record then holds every page."""
+        for txid in self._txids:
+            self._path(txid).unlink()
 
     def _after(self, txid: int) -> list[int]:
         return [each for each in self._txids if each > txid]
-
-    def _header(self, txid: int) -> ltx.Header | None:
-        try:
-            with self._path(txid).open("rb") as file:
-                return ltx.decode_header(file.read(ltx.HEADER_BYTES))
-        except FileNotFoundError:
-            return None
-        except (LtxError, OSError) as error:
-            log.warning("captured file %s tells nothing: %s", self._path(txid), error)
-            return None
 
     def _path(self, txid: int) -> Path:
         return self._level0 / ltx.file_name(txid, txid)
 
 
-def place_after(header: ltx.Header) -> tuple[int, int, int]:
-    """Where in which WAL (two salts, offset) the file with *header* ends."""
-    return header.wal_salt1, header.wal_salt2, header.wal_offset + header.wal_size
+def place_after(header: ltx.Header) -> Place:
+    """Where in which WAL the file with *header* ends."""
+    return Place(header.wal_salt1, header.wal_salt2, header.wal_offset + header.wal_size)

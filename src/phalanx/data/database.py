@@ -168,8 +168,10 @@ class AppDatabase:
             await asyncio.gather(tender, return_exceptions=True)
         await self._stop_follower()
         self.readers.revoke("the node has stopped")
-        await self.replica.close()
         await self.release_guard()
+        with contextlib.suppress(DatabaseError, OSError):  # not noted: its WAL has to tell
+            await self.replica.vouch()
+        await self.replica.close()
         self._set_phase(Phase.STOPPED, "the node has stopped")
 
     # --- what is so

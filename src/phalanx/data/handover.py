@@ -63,7 +63,7 @@ def wal_info(live: Path, salt1: int, salt2: int, offset: int) -> WalInfo:
         files.close()
     salts = int.from_bytes(header.salts[:4], "big"), int.from_bytes(header.salts[4:], "big")
     later = sum(end > offset for end in ends) if salts == (salt1, salt2) else None
-    return WalInfo(*salts, state.frames, len(ends), later)
+    return WalInfo(*salts, state.frames, len(ends), later, frame_offset(state.frames + 1, header.page_size))
 
 
 def _commits(log: Path, header: WalHeader, limit: int) -> list[int]:
@@ -77,6 +77,14 @@ def _commits(log: Path, header: WalHeader, limit: int) -> list[int]:
             if head[4:8] != bytes(4):
                 ends.append(frame_offset(frame + 1, header.page_size))
     return ends
+
+
+def has_wal(live: Path) -> bool:
+    """Whether the database at *live* has a log at all."""
+    try:
+        return wal_path(live).stat().st_size > 0
+    except FileNotFoundError:
+        return False
 
 
 # --- Litestream's folders

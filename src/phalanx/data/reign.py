@@ -166,9 +166,9 @@ class DataReign:
         database = self._database
         began = system.now()
         if self._kept:
-            files = await database.settlements.captured()
-            await asyncio.to_thread(files.drop_broken_chain, self._base.txid)
+            # In this order: until the note is there, the files tell what the disk may have lost.
             await database.replica.resume(self.epoch, self._sealed)
+            await database.settlements.drop_captured(self._base.txid)
             how, position = "went on with its own database", self._base
         else:
             position, at = self._base, (await database.replica.state()).position.txid

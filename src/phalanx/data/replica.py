@@ -24,7 +24,7 @@ import msgspec
 from phalanx.data import disk, handover, ltx
 from phalanx.data.replica_record import Record, open_record
 from phalanx.data.replica_state import CHECKPOINT_PAGES, Aside, Promoted, ReplicaState, WalInfo
-from phalanx.data.replica_store import COMPACT_BYTES, Folder, Journal, State
+from phalanx.data.replica_store import CLOSED, COMPACT_BYTES, Folder, Journal, State, boot_id
 from phalanx.data.wal_files import LogState, WalFiles, is_wal_database, page_size_of
 from phalanx.errors import DatabaseError, LtxError
 from phalanx.types import Position
@@ -126,6 +126,7 @@ class Replica:
             generation=state.generation,
             epoch=state.epoch,
             sealed=state.sealed,
+            same_boot=state.role == "live" and state.same_boot,
             wal_frames=files.frames if files else 0,
             unwritten_frames=files.frames - files.backfilled if files else 0,
         )
@@ -418,6 +419,7 @@ class Replica:
             sequence=max(sealed, self._position.sequence),
             txid=self._position.txid,
             live=str(live),
+            boot=boot_id(),
         )
         if state.role == "empty":
             if self._position.txid:
@@ -453,7 +455,20 @@ class Replica:
         state = self._folder.state
         if state.role != "live":
             raise DatabaseError(f"the replica is {self.state}, there is no live database")
-        self._folder.save(msgspec.structs.replace(state, epoch=epoch, sealed=sealed))
+        self._folder.save(msgspec.structs.replace(state, epoch=epoch, sealed=sealed, boot=boot_id()))
+
+    def vouch(self, *, is_whole: bool = False) -> None:
+        """Note how what the live database has now can be told later, after another start of this host.
+
+        *is_whole*: it has all that was captured, as somebody has found out. Else nothing happens where it is
+        not known by now.
+        """
+        state = self._folder.state
+        if state.role != "live" or not (is_whole or state.same_boot):
+            return
+        boot = boot_id() if handover.has_wal(Path(state.live)) else CLOSED
+        if boot != state.boot:
+            self._folder.save(msgspec.structs.replace(state, boot=boot))
 
     def demote(self, live: Path, sequence: int, txid: int, seen: WalInfo | None = None) -> Position:
         """The database at *live*, exactly at that position, becomes a replica; its files are removed.

@@ -305,6 +305,11 @@ class ReplicaProcess:
         """The live database stays, for another epoch."""
         await self._call("resume", epoch, sealed)
 
+    async def vouch(self, *, is_whole: bool = False) -> None:
+        """Note that the live database is whole, or has been closed. See ``Replica.vouch``."""
+        if self._state.role == "live":
+            await self._call("vouch", is_whole)
+
     async def demote(self, live: Path, sequence: int, txid: int, seen: WalInfo | None = None) -> Position:
         """The live database, exactly at that position, becomes the replica. See ``Replica.demote``."""
         return await self._ask(Position, "demote", str(live), sequence, txid, seen, timeout=LONG_SECONDS)

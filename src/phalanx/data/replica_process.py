@@ -147,6 +147,8 @@ def _perform(replica: Replica, operation: str, arguments: tuple[Any, ...]) -> ob
             return replica.promote(Path(live), epoch, sealed)
         case "resume", (epoch, sealed):
             return replica.resume(epoch, sealed)
+        case "vouch", (is_whole,):
+            return replica.vouch(is_whole=is_whole)
         case "demote", (live, sequence, txid, seen):
             return replica.demote(Path(live), sequence, txid, msgspec.convert(seen, WalInfo | None))
         case "release_old", ():

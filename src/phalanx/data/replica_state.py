@@ -15,7 +15,8 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     a broken replica has to be made anew, ``reason`` says why.
 
     ``path``: of the replica's file, if it has one. ``page_size`` in bytes, ``commit`` in pages. Of a live
-    database: the ``epoch`` it was promoted in, and ``sealed``, the sequence of that epoch's seal.
+    database: the ``epoch`` it was promoted in, and ``sealed``, the sequence of that epoch's seal;
+    ``same_boot``: no loss of power can have taken any of it.
     """
 
     role: str
@@ -28,6 +29,7 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
     generation: int = 0
     epoch: int = 0
     sealed: int = 0
+    same_boot: bool = False
     wal_frames: int = 0
     unwritten_frames: int = 0
 
@@ -52,6 +54,7 @@ class WalInfo(msgspec.Struct, frozen=True):
     """A log as it lies on disk: its salts (0: there is none), valid frames up to the last commit, commits.
 
     ``later_commits``: how many of them come after a place in that very log; None if it is another log.
+    ``end``: where the last commit ends, in bytes.
     """
 
     salt1: int
@@ -59,3 +62,4 @@ class WalInfo(msgspec.Struct, frozen=True):
     frames: int
     commits: int
     later_commits: int | None
+    end: int = 0

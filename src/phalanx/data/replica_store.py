@@ -27,6 +27,16 @@ from phalanx.types import Position
 
 FORMAT = 1
 DATABASE = "replica.db"
+CLOSED = "closed"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+def boot_id() -> str:
+    """Another one after each start of this host (random(4)); empty where it is not known: not on Linux."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +46,9 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     program, at ``live``, since ``epoch`` began at ``sealed`` (a sequence of the log) after ``txid``.
     ``promoting``: the files are on their way there, or there already (see :meth:`Folder.assume`).
     ``setting-aside``: they are on their way from ``live`` to ``target``. ``leftover``: which file at ``live``
-    became a replica and has to be removed.
+    became a replica and has to be removed. ``boot``: of a live database, the boot of this host
+    (:func:`boot_id`) in which all that was captured of it was there; ``closed`` where it has no WAL any more,
+    as whoever closed it last has put all of it into the file.
     """
 
     format: int = FORMAT
@@ -49,6 +61,12 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     live: str = ""
     target: str = ""
     leftover: str = ""
+    boot: str = ""
+
+    @property
+    def same_boot(self) -> bool:
+        """Whether the host has run ever since ``boot``: a loss of power cannot have taken anything."""
+        return self.boot == CLOSED or self.boot == boot_id() != ""
 
     @property
     def position(self) -> Position:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import glob
 import logging
 from collections.abc import Sequence
@@ -20,15 +21,20 @@ from phalanx.data.log import LogEnd
 from phalanx.data.replica_state import ReplicaState, WalInfo
 from phalanx.data.status import DivergedFile, lacking
 from phalanx.decide.settling import (
+    Extent,
     Keep,
     LocalDatabase,
     LoggedReign,
     MakeReplica,
+    Place,
     SealedAt,
+    Seen,
     SetAside,
+    extent,
     is_void,
     settle,
 )
+from phalanx.errors import DatabaseError
 
 if TYPE_CHECKING:
     from phalanx.data.database import AppDatabase
@@ -39,7 +45,8 @@ log = logging.getLogger("phalanx.data")
 class Diverged(msgspec.Struct, frozen=True):
     """What is written beside a database that was set aside. ``transactions``: how many the log lacks.
 
-    ``exact``: false where there may be more of them. ``time``: Unix seconds.
+    ``exact``: false where there may be more of them. ``time``: Unix seconds. ``lost_end``: the disk has lost
+    the end of the database, and with it what was captured and is not in the log.
     """
 
     app: str
@@ -53,6 +60,25 @@ class Diverged(msgspec.Struct, frozen=True):
     time: float
     file: str = ""
     reported: bool = False
+    lost_end: bool = False
+
+    @property
+    def is_all_logged(self) -> bool:
+        """Whether it was set aside only because its disk has lost what the log has."""
+        return self.lost_end and self.exact
+
+    def in_words(self) -> str:
+        """For the audit log."""
+        if self.is_all_logged:
+            return (
+                f"its disk has lost the end of what the log has of epoch {self.epoch}, up to {self.sequence}/"
+                f"{self.txid}: it is made anew from the log; what it has left is in {self.file}"
+            )
+        end = "its disk has lost the end of them, what it has left is" if self.lost_end else "kept"
+        return (
+            f"transactions of epoch {self.epoch} after {self.sequence}/{self.txid} that are not in the log: "
+            f"{lacking(self.transactions, self.exact)}; {end} in {self.file}"
+        )
 
     def listed(self) -> DivergedFile:
         """As other nodes are told of it."""
@@ -89,6 +115,8 @@ class Settlements:
 
     def __init__(self, database: AppDatabase) -> None:
         self._database = database
+        self._anew = False
+        """Whether Litestream has to capture anew the whole of the database that was kept."""
 
     async def settle(self, state: ReplicaState, end: LogEnd) -> bool:
         """Settle the live database of the reign in *state*; False where it has to be kept for now."""
@@ -101,15 +129,10 @@ class Settlements:
                 database.report("database-vanished", reason, level=logging.ERROR)
             return True
         logged = await self._logged(state.epoch, state.sealed, end)
-        files = await self.captured()
-        wal = await self._wal_after(files, logged) if logged.known else None
-        unlogged = wal.later_commits if wal is not None else None
-        count = 0
-        if unlogged is None and logged.known:
-            count = await asyncio.to_thread(files.count_after, logged.last_txid)
-        local = LocalDatabase(state.epoch, files.last, unlogged, count)
+        local, wal = await self._look(state, logged)
         match settle(local, logged):
-            case Keep():
+            case Keep(anew):
+                await self._keep(state, logged, local, anew=anew)
                 return False
             case MakeReplica(sequence, txid):
                 await database.replica.demote(database.live, sequence, txid, wal)
@@ -146,27 +169,72 @@ class Settlements:
             return LoggedReign(end.sequence, end.txid, newest)
         return LoggedReign(sealed, 0, newest, known=False)
 
+    async def _keep(
+        self, state: ReplicaState, logged: LoggedReign, local: LocalDatabase, *, anew: bool
+    ) -> None:
+        """The next reign of this node goes on with it."""
+        was_anew, self._anew = self._anew, anew
+        if not anew:
+            if not state.same_boot:
+                with contextlib.suppress(DatabaseError, OSError):  # a disk that is full: it waits
+                    await self._database.replica.vouch(is_whole=True)
+        elif not was_anew:
+            self._database.report(
+                "database-truncated",
+                f"its disk has lost transactions of epoch {state.epoch} after "
+                f"{logged.last_sequence}/{logged.last_txid} that are not in the log: "
+                f"{lacking(1, exact=False)}; it goes on with those that are left, "
+                f"{local.unlogged_commits or 0}, and is captured anew as a whole",
+                level=logging.ERROR,
+                epoch=state.epoch,
+                transactions="1",
+                exact="false",
+            )
+
     # --- what lies on disk
 
     async def captured(self) -> CapturedFiles:
         """What Litestream has left."""
         return await asyncio.to_thread(CapturedFiles, self._database.folder)
 
-    async def _wal_after(self, files: CapturedFiles, logged: LoggedReign) -> WalInfo | None:
-        """What the WAL has after all that the log has; None where it is not known where that ends."""
-        database = self._database
+    async def _end_of_log(self, files: CapturedFiles, logged: LoggedReign) -> Place | None:
+        """Where in which WAL all that the log has ends; None where that is not known."""
         place = await asyncio.to_thread(files.place_after, logged.last_txid)
         if place is None and logged.last_txid in files:  # damaged, but the log has the same file
             place = await self._place_in_log(logged)
-        return None if place is None else await database.replica.live_wal_info(database.live, *place)
+        return place
 
-    async def _place_in_log(self, logged: LoggedReign) -> tuple[int, int, int] | None:
+    async def _place_in_log(self, logged: LoggedReign) -> Place | None:
         entries = await self._database.log.read(logged.last_sequence, limit=1)
         match entries:
             case [LogRecord(sequence=logged.last_sequence, txid=logged.last_txid, data=data)] if data:
                 return place_after(ltx.decode_header(data[: ltx.HEADER_BYTES]))
             case _:
                 return None  # in an object, or purged: then it stays unknown
+
+    async def drop_captured(self, logged_txid: int) -> None:
+        """Remove the captured files from which Litestream must not go on, so that it captures all anew."""
+        files = await self.captured()
+        if self._anew:
+            await asyncio.to_thread(files.drop)
+        else:
+            await asyncio.to_thread(files.drop_broken_chain, logged_txid)
+
+    async def _look(self, state: ReplicaState, logged: LoggedReign) -> tuple[LocalDatabase, WalInfo]:
+        """What there is of the database, and its WAL as it is now."""
+        database, files = self._database, await self.captured()
+        place = await self._end_of_log(files, logged) if logged.known else None
+        newest = await asyncio.to_thread(files.end_of, files.last)
+        captured = Seen(files.last, newest or (place if files.last == logged.last_txid else None))
+        salt1, salt2, offset = (place.salt1, place.salt2, place.offset) if place else (0, 0, 0)
+        wal = await database.replica.live_wal_info(database.live, salt1, salt2, offset)
+        end = Place(wal.salt1, wal.salt2, wal.end) if wal.end else None
+        how_much = extent(end, captured, Seen(logged.last_txid, place), same_boot=state.same_boot)
+        unlogged = wal.later_commits if place else None
+        count = 0
+        if logged.known and (unlogged is None or how_much is not Extent.WHOLE):
+            count = await asyncio.to_thread(files.count_after, logged.last_txid)
+        return LocalDatabase(state.epoch, files.last, unlogged, count, how_much), wal
 
     # --- setting aside
 
@@ -182,6 +250,7 @@ class Settlements:
             transactions=verdict.commits,
             exact=verdict.exact,
             size_bytes=database.live.stat().st_size,
+            lost_end=verdict.lost_end,
         )
         await database.replica.set_aside(database.live, target)
         self.report(what)
@@ -205,6 +274,7 @@ class Settlements:
         transactions: int,
         exact: bool,
         size_bytes: int,
+        lost_end: bool = False,
     ) -> Diverged:
         """Write down what *target* is before it is made: a crash must not leave a file that nobody knows."""
         what = Diverged(
@@ -218,6 +288,7 @@ class Settlements:
             size_bytes,
             system.wall(),
             str(target),
+            lost_end=lost_end,
         )
         disk.replace_file(_info_path(target), msgspec.json.format(msgspec.json.encode(what)), "diverged")
         return what
@@ -225,10 +296,9 @@ class Settlements:
     def report(self, what: Diverged) -> None:
         """Tell the audit log; once, as far as the disk takes the note that it was told."""
         self._database.report(
-            "database-diverged",
-            f"transactions of epoch {what.epoch} after {what.sequence}/{what.txid} that are not in the log: "
-            f"{lacking(what.transactions, what.exact)}; kept in {what.file}",
-            level=logging.ERROR,
+            "database-truncated" if what.is_all_logged else "database-diverged",
+            what.in_words(),
+            level=logging.WARNING if what.is_all_logged else logging.ERROR,
             epoch=what.epoch,
             transactions=str(what.transactions),
             exact=str(what.exact).lower(),
