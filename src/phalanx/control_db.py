@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from phalanx.aio import Background
+from phalanx.data.inspection import status_of, verify
 from phalanx.errors import PhalanxError
 from phalanx.names import Names
 from phalanx.ports import Bus, Message, Subscription
@@ -62,10 +63,10 @@ class DatabaseControl:
         await self._background.close()
 
     async def _on_status(self, message: Message) -> None:
-        await self._answer(message, await self._database.status())
+        await self._answer(message, await status_of(self._database))
 
     async def _on_verify(self, message: Message) -> None:
-        await self._answer(message, await self._database.verify())
+        await self._answer(message, await verify(self._database))
 
     async def _on_diverged(self, message: Message) -> None:
         await self._answer(message, [each.listed() for each in self._database.settlements.diverged()])

@@ -15,11 +15,8 @@ import contextlib
 import logging
 import sqlite3
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
-
-from msgspec.structs import replace
 
 from phalanx import system
 from phalanx.aio import wait_at_most
@@ -28,19 +25,20 @@ from phalanx.data import disk
 from phalanx.data.bootstrap import Bootstrap
 from phalanx.data.entries import Seal
 from phalanx.data.following import Follower
-from phalanx.data.image_process import ImageSource, check, fingerprint
+from phalanx.data.handles import ActiveDatabase, Database
+from phalanx.data.image_process import ImageSource
 from phalanx.data.log import LogEnd, LogWentBack, WalLog
 from phalanx.data.objects import ObjectStore
 from phalanx.data.owner import check_owner
-from phalanx.data.reading import Readers, page_size
+from phalanx.data.phase import Phase
+from phalanx.data.reading import Readers
 from phalanx.data.reign import ADOPTS, DataReign
 from phalanx.data.replica_client import ReplicaProcess
 from phalanx.data.settlement import Settlements
 from phalanx.data.snapshots import Progress, Snapshot, Snapshots, no_progress
-from phalanx.data.status import DbStatus, DbVerified
 from phalanx.data.wal_index import close_removed
 from phalanx.decide.backoff import Backoff
-from phalanx.errors import BusError, DatabaseError, NotActive, PhalanxError, ReplicaUnavailable
+from phalanx.errors import DatabaseError, NotActive, PhalanxError, ReplicaUnavailable
 from phalanx.names import Names
 from phalanx.ports import Bus, SectionContext
 from phalanx.types import DatabaseState, Position
@@ -71,22 +69,6 @@ LOOK_SECONDS = 1.0
 
 LAG_HANDICAP_SECONDS = (0.05, 0.5)
 """Least and most that a candidate waits longer because its replica is behind."""
-
-
-class Phase(StrEnum):
-    """What this node's part of the database is."""
-
-    STARTING = "starting"
-    SETTLING = "settling"
-    """A live database of an earlier reign is compared with the log."""
-    BOOTSTRAPPING = "bootstrapping"
-    """A snapshot is on its way."""
-    FOLLOWING = "following"
-    KEPT = "kept"
-    """The live database of this node's last reign: nobody has led since, so the next one goes on with it."""
-    LIVE = "live"
-    BROKEN = "broken"
-    STOPPED = "stopped"
 
 
 class DatabaseNode(Protocol):
@@ -150,7 +132,7 @@ class AppDatabase:
         self._failures, self._reported = 0, ""
         self._is_full = False
         """Whether the replica could not apply a record for want of room, and none since."""
-        self._told = ""
+        self._told, self._missing = "", ""
         self._release_at = float("inf")
         self._tender: asyncio.Task[None] | None = None
 
@@ -191,9 +173,17 @@ class AppDatabase:
         self._told = self._ineligible()
         return self._told
 
+    def note_missing(self, problem: str) -> None:
+        """The app's log is gone, or is there again (empty)."""
+        if problem != self._missing:
+            self._missing = problem
+            self._on_change()
+
     def _ineligible(self) -> str:
         if self._phase is Phase.LIVE:
             return ""
+        if self._missing:
+            return self._missing
         if self.replica.is_silent:
             return "its replica process does not answer"
         if self._phase is Phase.KEPT:
@@ -500,68 +490,18 @@ class AppDatabase:
             return self.replica.path
         raise ReplicaUnavailable(self.app, f"its database is {self._phase} on this node: {self._reason}")
 
-    async def status(self) -> DbStatus:
-        """What ``phalanx db status`` shows of this node."""
-        follower, reign = self.follower, self.reign
-        status = DbStatus(
-            app=self.app,
-            node=self.node,
-            role=str(self._phase),
-            reason=self._reason,
-            position=self.position,
-            txid=self.position.txid,
-            diverged=len(self.settlements.diverged()),
-            size_bytes=self._size(),
-            snapshot=await self._newest_snapshot(),
-        )
-        if follower is not None:
-            return replace(
-                status,
-                known_end=follower.known_end,
-                lag_records=follower.lag_records,
-                lag_seconds=follower.lag_seconds,
-                lag_bytes=follower.lag_bytes,
-                epoch=follower.epoch,
-                page_size=self.replica.known.page_size,
-            )
-        if self._phase in (Phase.LIVE, Phase.KEPT):
-            status = replace(status, page_size=await asyncio.to_thread(page_size, self.live))
-        if reign is not None and reign.capture is not None and reign.shipper is not None:
-            return replace(
-                status,
-                known_end=self.position.sequence,
-                epoch=reign.epoch,
-                captured_txid=reign.capture.captured,
-                shipped_txid=self.position.txid,
-                capture_pid=reign.capture.pid or 0,
-                spool_bytes=reign.spool_bytes,
-                reason=reign.problem() or self._reason,
-            )
-        return status
-
     async def make_snapshot(
         self, *, kind: str = "manual", note: str = "", progress: Progress = no_progress
     ) -> Snapshot:
         """Store a snapshot of this node's database as it is now. Raises DatabaseError, BusError, OSError."""
-        source, epoch = self._image_source()
+        source, epoch = self.image_source()
         made = await self.snapshots.create(source, epoch=epoch, kind=kind, note=note, progress=progress)
         self.report(
             "snapshot-made", f"{made.name}, {made.size_bytes} bytes of {made.raw_bytes}", snapshot=made.name
         )
         return made
 
-    async def verify(self) -> DbVerified:
-        """Read the whole database of this node: is it sound, and what is its fingerprint?"""
-        try:
-            await check(self.readable_path(), in_use=True)
-            source, epoch = self._image_source()
-            head, digest = await fingerprint(source)
-            sequence = head.sequence or await self.snapshots.sequence_of(head.txid, epoch)
-        except (PhalanxError, OSError) as error:
-            return DbVerified(node=self.node, ok=False, position=self.position, problem=str(error))
-        return DbVerified(node=self.node, ok=True, position=Position(sequence, head.txid), fingerprint=digest)
-
-    def _image_source(self) -> tuple[ImageSource, int]:
+    def image_source(self) -> tuple[ImageSource, int]:
         """What an image of this node's database is made of, and the epoch under which it is written here."""
         if self.reign is not None and self._phase is Phase.LIVE:
             return ImageSource(self.live, capture=self.folder / "capture" / "ltx" / "0"), self.reign.epoch
@@ -571,19 +511,6 @@ class AppDatabase:
     def say(self, reason: str) -> None:
         """What it is busy with, for those who look."""
         self._reason = reason
-
-    async def _newest_snapshot(self) -> str:
-        try:
-            newest = await self.snapshots.newest()
-        except BusError as error:
-            log.debug("app %s: snapshots can't be listed: %s", self.app, error)
-            return ""
-        return newest.name if newest is not None else ""
-
-    def _size(self) -> int:
-        with contextlib.suppress(ReplicaUnavailable, OSError):
-            return self.readable_path().stat().st_size
-        return 0
 
     # --- for users
 
@@ -608,67 +535,6 @@ class AppDatabase:
                 raise ReplicaUnavailable(
                     self.app, f"its replica has not reached {position} within {timeout:g} s"
                 )
-
-
-class Database:
-    """``app.db``: the app's database on this node, whichever role that has."""
-
-    def __init__(self, database: AppDatabase) -> None:
-        self._database = database
-
-    @property
-    def position(self) -> Position:
-        """How far this node is."""
-        return self._database.position
-
-    @property
-    def phase(self) -> str:
-        """``following``, ``live``, or why it is neither yet."""
-        return str(self._database.phase)
-
-    def connect(self) -> sqlite3.Connection:
-        """A read-only connection to a consistent database: the live replica of a standby, or the live one.
-
-        It sees each transaction entirely or not at all. Once this node's role changes it raises
-        StaleConnection: connect again. Raises ReplicaUnavailable while there is none.
-        """
-        return self._database.connect()
-
-    async def wait_for(self, position: Position, *, timeout: float = 5.0) -> None:
-        """Wait until this node's replica has *position*, as ``ctx.db.sync()`` returned it: read your writes.
-
-        Raises ReplicaUnavailable after *timeout* seconds.
-        """
-        await self._database.wait_for(position, timeout)
-
-
-class ActiveDatabase:
-    """``ctx.db``: the live database of an active section."""
-
-    def __init__(self, database: AppDatabase) -> None:
-        self._database = database
-
-    @property
-    def path(self) -> str:
-        """Where the database lies: an ordinary file, for any driver and any program. It may not exist yet."""
-        return str(self._database.live)
-
-    @property
-    def position(self) -> Position:
-        """What the log has of it so far."""
-        return self._database.position
-
-    async def sync(self, *, timeout: float | None = None) -> Position:
-        """Barrier: once it returns, everything committed before the call survives the loss of any one node.
-
-        *timeout*: seconds; by default the declared ``sync_timeout``. Raises SyncTimeout when it was not
-        confirmed in time (it may still survive), Fenced when another node leads, NotActive after the section.
-        """
-        reign = self._database.reign
-        if reign is None:
-            raise NotActive(self._database.app)
-        seconds = float(self._database.config.sync_timeout) if timeout is None else timeout
-        return await reign.sync(seconds)
 
 
 __all__ = ["ActiveDatabase", "AppDatabase", "Database", "Phase"]
