@@ -21,12 +21,14 @@ UNREACHABLE = 3
 """NATS cannot be reached, or holds no such platform."""
 INTERRUPTED = 130
 """Ended by Ctrl-C."""
+TERMINATED = 143
+"""Ended by SIGTERM or SIGHUP, in good order: nothing temporary is left."""
 BROKEN_PIPE = 141
 """Whoever read the output went away; what a program that dies of SIGPIPE ends with."""
 
 EPILOGUE = (
     "Exit codes: 0 fine; 1 the answer is no, or something failed; 2 wrong input, or a node cannot start; "
-    "3 NATS is unreachable, or holds no such platform; 130 interrupted. See docs/cli.md."
+    "3 NATS is unreachable, or holds no such platform; 130 interrupted; 143 terminated. See docs/cli.md."
 )
 
 

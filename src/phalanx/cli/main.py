@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import NoReturn
 
 from cyclopts import App, CycloptsError, Parameter
@@ -49,10 +51,28 @@ for _name, _where in COMMANDS.items():
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # not where a caller ignores it (nohup)
+            signal.signal(number, _terminate)
     # Closed by the caller (`>&-`): then Python has None there, and printing would fail.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - open to the end
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+_terminated = False
+"""Whether it was ended by another signal than that of Ctrl-C."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End as Ctrl-C does, which removes what is temporary. Commands that go on until they are ended so have
+    handlers of their own."""
+    global _terminated
+    _terminated = True
+    interrupt = signal.getsignal(signal.SIGINT)  # asyncio's cancels what runs
+    if not callable(interrupt):
+        raise KeyboardInterrupt
+    interrupt(signal.SIGINT, frame)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -87,7 +107,7 @@ def _run(arguments: Sequence[str]) -> int:
         output.error(error)
         return exits.code_of(error)
     except KeyboardInterrupt:
-        return exits.INTERRUPTED
+        return exits.TERMINATED if _terminated else exits.INTERRUPTED
     return result if isinstance(result, int) else exits.OK
 
 
