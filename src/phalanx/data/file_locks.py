@@ -36,8 +36,8 @@ def set_lock(descriptor: int, start: int, count: int, kind: int) -> bool:
 
 
 def lock_holder(descriptor: int, start: int, kind: int = EXCLUSIVE) -> int | None:
-    """The process whose POSIX lock on that byte is in the way of such a lock of ours; 0 if it is another's kind
-    of lock, or free. None where the system does not tell."""
+    """The process whose POSIX lock on that byte is in the way of such a lock of ours; 0 if it is another's
+    kind of lock, or free. None where the system does not tell."""
     if _GET_LOCK is None:
         return None
     found = fcntl.fcntl(descriptor, _GET_LOCK, _FLOCK.pack(kind, os.SEEK_SET, start, 1, 0))
