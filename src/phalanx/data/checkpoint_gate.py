@@ -29,7 +29,7 @@ GATE_SECONDS = 1.0
 
 TRY_SECONDS = 0.005
 """How long somebody else's checkpoint is waited for, without a pause."""
-PASS_POLL_SECONDS = 0.0001
+PASS_POLL_SECONDS = 0.0003
 """Between looks at who has the write lock. Litestream syncs before it checkpoints: that takes longer."""
 
 
