@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.e2e.site import LITESTREAM, Site, pieces
@@ -518,6 +519,26 @@ async def test_clock_that_is_days_ahead_removes_nothing(site: Site, monkeypatch:
     monkeypatch.setattr(system, "wall", lambda: now)
     tidied = await site.snapshots.tidy(Limits(24, 7 * 86400.0))
     assert (tidied.snapshots, tidied.entries) == ((), 0)
+
+
+async def test_newest_snapshot_is_found_by_one_look_into_the_log(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many there are: each status of a node says which one it is."""
+    for _ in range(5):
+        await site.commit()
+        made = await site.snapshots.create(site.source)
+    looks, read = 0, site.log.read
+
+    async def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return await read(*arguments, **options)
+
+    monkeypatch.setattr(site.log, "read", counted)
+    assert await site.snapshots.newest() == made
+    assert looks == 1
+    assert len(await site.snapshots.list_usable()) == 5
 
 
 async def test_snapshot_of_what_the_log_has_lost_counts_for_nothing(site: Site) -> None:

@@ -105,15 +105,21 @@ class Snapshots:
         return sorted((one for one in found if one is not None), key=lambda one: one.sequence)
 
     async def newest(self) -> Snapshot | None:
-        """The one with the highest position that the log goes on from; None if there is none."""
-        found = await self.list_usable()
-        return found[-1] if found else None
+        """The one with the highest position that the log goes on from; None if there is none.
+
+        It does not look at all of them: there may be thousands, and each may cost a look into the log.
+        """
+        end = (await self.log.state()).last
+        for one in reversed(await self.list_snapshots()):
+            if one.sequence <= end and await self.is_of_this_log(one):
+                return one
+        return None
 
     async def list_usable(self) -> list[Snapshot]:
         """Those that the log goes on from, or went on from until it was purged; the oldest first."""
-        end = (await self.log.state()).last
-        found = [one for one in await self.list_snapshots() if one.sequence <= end]
-        return [one for one in found if await self.is_of_this_log(one)]
+        state = await self.log.state()
+        found = [one for one in await self.list_snapshots() if one.sequence <= state.last]
+        return [one for one in found if one.sequence < state.first or await self.is_of_this_log(one)]
 
     async def is_of_this_log(self, snapshot: Snapshot) -> bool:
         """False for a snapshot of what is not in the log any more: NATS had lost acknowledged writes, and
