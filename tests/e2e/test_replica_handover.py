@@ -518,6 +518,23 @@ def test_database_set_aside_has_all_that_was_committed(
     replica.close()
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_database_set_aside_says_whether_it_is_as_it_was_seen(
+    origin: Origin, replica: Replica, tmp_path: Path, late: bool
+) -> None:
+    """Somebody who commits after its transactions were counted is noticed."""
+    apply(replica, origin.record())
+    live = tmp_path / "live.db"
+    replica.promote(live, 3)
+    program = Reader(live, mode="rw")
+    program.execute("UPDATE pair SET round = round + 1")
+    seen = handover.wal_info(live, 0, 0, 0)
+    if late:
+        program.execute("UPDATE pair SET round = round + 1")
+    program.kill()
+    assert replica.set_aside(live, tmp_path / "aside", seen).as_seen is not late
+
+
 def test_database_without_wal_is_set_aside_with_its_journal_rolled_back(
     replica: Replica, tmp_path: Path
 ) -> None:

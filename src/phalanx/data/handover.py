@@ -291,11 +291,19 @@ def _names(path: Path) -> Iterator[Path]:
         yield path.with_name(f"{path.name}-{number}")
 
 
-def set_aside(folder: Folder, live: Path, target: Path) -> Aside:
+def place_of(files: WalFiles) -> tuple[int, int, int]:
+    """Salts and frames of its log, as a WalInfo has them."""
+    state = files.log_state
+    if state is None:
+        return 0, 0, 0
+    return int.from_bytes(state.salts[:4], "big"), int.from_bytes(state.salts[4:], "big"), state.frames
+
+
+def set_aside(folder: Folder, live: Path, target: Path, seen: WalInfo | None = None) -> Aside:
     """See ``Replica.set_aside``. Raises DatabaseError if somebody reads from the log for too long."""
     if not live.exists():
         raise DatabaseError(f"{live} does not exist")
-    files = _merge_log(live)
+    files, as_seen = _merge_log(live, seen)
     try:
         target = free_name(target)
         state = folder.state
@@ -306,7 +314,7 @@ def set_aside(folder: Folder, live: Path, target: Path) -> Aside:
     finally:
         if files is not None:
             files.close()
-    return Aside(str(target), target.stat().st_size)
+    return Aside(str(target), target.stat().st_size, as_seen)
 
 
 def _finish_setting_aside(folder: Folder, state: State) -> None:
@@ -321,15 +329,19 @@ def _finish_setting_aside(folder: Folder, state: State) -> None:
     folder.save(State(generation=state.generation))
 
 
-def _merge_log(live: Path) -> WalFiles | None:
-    """Put all that was committed into the one file. It stays locked while what is returned is open."""
+def _merge_log(live: Path, seen: WalInfo | None) -> tuple[WalFiles | None, bool]:
+    """Put all that was committed into the one file; whether its log was as *seen*.
+
+    It stays locked while what is returned is open.
+    """
     if live.stat().st_size == 0:
-        return None
+        return None, True
     if not is_wal_database(live):
         _roll_back(live)
-        return None
+        return None, True
     files = WalFiles.open(live)
     try:
+        as_seen = seen is None or place_of(files) == (seen.salt1, seen.salt2, seen.frames)
         deadline = time.monotonic() + CHECKPOINT_SECONDS
         while not files.checkpoint():
             if time.monotonic() >= deadline:
@@ -338,7 +350,7 @@ def _merge_log(live: Path) -> WalFiles | None:
     except BaseException:
         files.close()
         raise
-    return files
+    return files, as_seen
 
 
 def _roll_back(live: Path) -> None:

@@ -485,7 +485,7 @@ class Replica:
         old = WalFiles.open(live)
         try:
             # The write lock is ours from here on: whoever is late has written before this, or never will.
-            if seen is not None and _place(old) != (seen.salt1, seen.salt2, seen.frames):
+            if seen is not None and handover.place_of(old) != (seen.salt1, seen.salt2, seen.frames):
                 raise DatabaseError(f"{live} was written to while it was compared with the log")
             generation, leftover = state.generation + 1, handover.identity(live)
             handover.copy_generation(self._folder, generation, old, live.stat(), Position(sequence, txid))
@@ -503,24 +503,16 @@ class Replica:
             self._old.close()
         self._old = None
 
-    def set_aside(self, live: Path, target: Path) -> Aside:
+    def set_aside(self, live: Path, target: Path, seen: WalInfo | None = None) -> Aside:
         """Move the database at *live* to *target*, as one file with all that was committed; then it is empty.
 
-        An existing file is never replaced: *target* gets a number then.
+        An existing file is never replaced: *target* gets a number then. *seen*: its log when it was examined.
         """
         if self._folder.state.role != "live":
             raise DatabaseError(f"the replica is {self.state}, there is no live database")
-        aside = handover.set_aside(self._folder, live, target)
+        aside = handover.set_aside(self._folder, live, target, seen)
         self._position = self._folder.state.position
         return aside
-
-
-def _place(files: WalFiles) -> tuple[int, int, int]:
-    """Salts and frames of its log, as a WalInfo has them."""
-    state = files.log_state
-    if state is None:
-        return 0, 0, 0
-    return int.from_bytes(state.salts[:4], "big"), int.from_bytes(state.salts[4:], "big"), state.frames
 
 
 def _write_pages(target: int, record: Record) -> None:

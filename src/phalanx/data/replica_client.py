@@ -323,9 +323,13 @@ class ReplicaProcess:
         """Let go of the file that :meth:`demote` has replaced: late writers may do as they like now."""
         await self._call("release_old")
 
-    async def set_aside(self, live: Path, target: Path) -> Aside:
-        """The live database moves to *target*, or a name like it that is free; the replica is empty."""
-        return await self._ask(Aside, "set_aside", str(live), str(target), timeout=LONG_SECONDS)
+    async def set_aside(self, live: Path, target: Path, seen: WalInfo | None = None) -> Aside:
+        """The live database moves to *target*, or a name like it that is free; the replica is empty.
+
+        *seen*: its log when it was looked at.
+        """
+        place = None if seen is None else msgspec.to_builtins(seen)
+        return await self._ask(Aside, "set_aside", str(live), str(target), place, timeout=LONG_SECONDS)
 
     async def live_wal_info(self, live: Path, salt1: int, salt2: int, offset: int) -> WalInfo:
         """What the WAL of the database at *live* has, and how much of it after that place."""

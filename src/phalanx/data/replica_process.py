@@ -153,8 +153,8 @@ def _perform(replica: Replica, operation: str, arguments: tuple[Any, ...]) -> ob
             return replica.demote(Path(live), sequence, txid, msgspec.convert(seen, WalInfo | None))
         case "release_old", ():
             return replica.release_old()
-        case "set_aside", (live, target):
-            return replica.set_aside(Path(live), Path(target))
+        case "set_aside", (live, target, seen):
+            return replica.set_aside(Path(live), Path(target), msgspec.convert(seen, WalInfo | None))
         case "live_wal_info", (live, salt1, salt2, offset):
             return wal_info(Path(live), salt1, salt2, offset)
         case _:

@@ -44,10 +44,11 @@ class Promoted(msgspec.Struct, frozen=True):
 
 
 class Aside(msgspec.Struct, frozen=True):
-    """Where a database went."""
+    """Where a database went. ``as_seen``: false where somebody has written to it since it was looked at."""
 
     path: str
     size_bytes: int
+    as_seen: bool = True
 
 
 class WalInfo(msgspec.Struct, frozen=True):

@@ -143,7 +143,7 @@ class Settlements:
                     transactions="0",
                 )
             case SetAside() as verdict:
-                await self._set_aside(state, verdict)
+                await self._set_aside(state, verdict, wal)
         return True
 
     async def _logged(self, epoch: int, sealed: int, end: LogEnd) -> LoggedReign:
@@ -238,8 +238,9 @@ class Settlements:
 
     # --- setting aside
 
-    async def _set_aside(self, state: ReplicaState, verdict: SetAside) -> None:
+    async def _set_aside(self, state: ReplicaState, verdict: SetAside, wal: WalInfo) -> None:
         database = self._database
+        seen = wal if database.guard is None else None  # the guard, when it closes, may empty the WAL
         await database.release_guard()
         target = self.free_name(str(state.epoch))
         what = self.note(
@@ -252,8 +253,9 @@ class Settlements:
             size_bytes=database.live.stat().st_size,
             lost_end=verdict.lost_end,
         )
-        await database.replica.set_aside(database.live, target)
-        self.report(what)
+        aside = await database.replica.set_aside(database.live, target, seen)
+        # A program that was not found may have committed something since it was counted.
+        self.report(what if aside.as_seen else replace(what, exact=False))
 
     def free_name(self, label: str) -> Path:
         """A name beside the database under which nothing lies yet."""
