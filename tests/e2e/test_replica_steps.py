@@ -429,7 +429,7 @@ def state_on_disk(case: Case) -> str:
 
 
 def test_promotion_waits_for_the_disk_four_times(tmp_path: Path, story: tuple[Origin, list[Entry]]) -> None:
-    """For what Litestream goes on from, and for the state that decides; a log not yet synced costs two more."""
+    """For what Litestream goes on from, and for the state that decides; an unsynced log costs two more."""
     case = Case(tmp_path / "folder", *story)
     end_story(case)
     replica = Replica.open(case.folder, 100)
