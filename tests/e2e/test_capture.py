@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,7 +95,7 @@ class Bench:
     def _unregister(self, resource_id: str) -> None:
         del self.resources[resource_id]
 
-    def capture(self, **options: float) -> Capture:
+    def capture(self, **options: Any) -> Capture:
         section = SectionContext("p", "n1", "app", 7, self._register, self._unregister)
         made = Capture(
             self.live,

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from tests.e2e.test_capture import Bench
 
 from phalanx.data import checkpoint_gate, checkpoints
 from phalanx.data.checkpoint_gate import GATE_SECONDS
@@ -44,6 +45,17 @@ sys.stdin.readline()
 db.execute("BEGIN IMMEDIATE")
 print("writes", flush=True)
 sys.stdin.readline()
+"""
+
+# Commits as fast as it can until its input ends.
+FLOODS = """
+import os, select, sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None, timeout=10)
+db.execute("PRAGMA synchronous = NORMAL")
+while not select.select([sys.stdin], [], [], 0)[0]:
+    for _ in range(100):
+        db.execute("INSERT INTO t (x) VALUES (?)", (os.urandom(300),))
+os._exit(0)
 """
 
 
@@ -233,6 +245,55 @@ async def test_process_that_may_pass_opens_the_gate_once_it_writes(
     finally:
         process.kill()
         await process.wait()
+
+
+# --- with Litestream
+
+
+@pytest.fixture
+async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
+    """A database with what captures it."""
+    made = Bench(tmp_path)
+    try:
+        yield made
+    finally:
+        await made.dispose()
+
+
+async def test_litestream_checkpoints_through_the_gate_under_a_flood(
+    bench: Bench, replica: ReplicaProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The WAL begins anew, again and again, and what was captured is the database."""
+    monkeypatch.setattr(checkpoints, "CHECKPOINT_BYTES", 6 << 20)
+    asked: list[tuple[bool, int]] = []
+
+    async def gate(closed: bool, passing: int) -> bool:
+        asked.append((closed, passing))
+        return await replica.gate(bench.live, closed, passing)
+
+    bench.connect()
+    one = bench.capture(gate=gate)
+    await one.start()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", FLOODS, str(bench.live), stdin=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    wal, seen = bench.live.with_name("a.db-wal"), set[bytes]()
+    try:
+        async with asyncio.timeout(30):
+            while len(seen) < 4:
+                with wal.open("rb") as file:
+                    seen.add(file.read(24)[16:])
+                await asyncio.sleep(0.01)
+    finally:
+        process.stdin.close()
+        await process.wait()
+    assert (True, 0) in asked
+    assert (True, one.pid) in asked
+    await bench.stop(one)
+    assert asked[-1] == (False, 0)
+    assert "gap" not in bench.kinds()
+    bench.assert_rebuilds(one.files(0))
 
 
 # --- when it is closed

@@ -4,20 +4,15 @@ It is written the way SQLite's own writer does it (wal.c), so that ordinary conn
 read on meanwhile and see each transaction entirely or not at all. The write lock is held for as long as the
 files are open: whoever else tries to write gets SQLITE_BUSY.
 
-On Linux the locks are those of open file descriptions (fcntl(2), F_OFD_SETLK), which exclude the POSIX locks
-of SQLite in every process, this one included, and do not get lost when some other descriptor of the same
-file is closed. Elsewhere they are POSIX locks: nobody else in this process may open the files then.
+The locks (``data.file_locks``) exclude SQLite's own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import mmap
 import os
 import secrets
-import struct
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +20,7 @@ from typing import NamedTuple, Protocol
 from urllib.parse import quote
 
 from phalanx.data import disk
+from phalanx.data.file_locks import EXCLUSIVE, NONE, SHARED, set_lock
 from phalanx.data.sqlite_wal import (
     ALIVE_LOCK,
     CHECKPOINT_LOCK,
@@ -60,8 +56,6 @@ _WRITE_BYTES = 1 << 20
 # os_unix.c: the bytes of the database file that SQLite locks.
 _SHARED_FIRST, _SHARED_BYTES = 0x40000002, 510
 _NO_SALTS = bytes(8)
-_FLOCK = struct.Struct("@hhqqi4x")
-_SET_LOCK = getattr(fcntl, "F_OFD_SETLK", None)
 
 
 class LogState(NamedTuple):
@@ -190,23 +184,23 @@ class WalFiles:
     def _attach(self, deadline: float) -> None:
         self._db = self._open_file(self.path)
         # As every connection in WAL mode has it: nobody else removes the log as "the last one" then.
-        self._wait_for(self._db, _SHARED_FIRST, _SHARED_BYTES, fcntl.F_RDLCK, deadline)
+        self._wait_for(self._db, _SHARED_FIRST, _SHARED_BYTES, SHARED, deadline)
         status = os.fstat(self._db)
         self._log = self._open_file(wal_path(self.path), status)
         self._index = self._open_file(index_path(self.path), status)
-        if _lock(self._index, ALIVE_LOCK, 1, fcntl.F_WRLCK):
+        if set_lock(self._index, ALIVE_LOCK, 1, EXCLUSIVE):
             # Nobody is alive who has it in use: what it says may be of another boot.
             disk.truncate(self._index, 0, "index: cut off")
-        self._wait_for(self._index, ALIVE_LOCK, 1, fcntl.F_RDLCK, deadline)
+        self._wait_for(self._index, ALIVE_LOCK, 1, SHARED, deadline)
         while True:
             header = self._read_header()
             if header is None:
                 self._recover(deadline)
-            self._wait_for(self._index, WRITE_LOCK, 1, fcntl.F_WRLCK, deadline)
+            self._wait_for(self._index, WRITE_LOCK, 1, EXCLUSIVE, deadline)
             header = self._read_header()
             if header is not None:
                 break
-            _lock(self._index, WRITE_LOCK, 1, fcntl.F_UNLCK)
+            set_lock(self._index, WRITE_LOCK, 1, NONE)
             if time.monotonic() >= deadline:
                 raise DatabaseError(f"{index_path(self.path)} cannot be recovered")
         self._log_header = decode_wal_header(os.pread(self._log, WAL_HEADER_BYTES, 0))
@@ -237,7 +231,7 @@ class WalFiles:
             raise DatabaseError(f"{self.path} cannot be read: {error}") from error
 
     def _wait_for(self, descriptor: int, start: int, count: int, kind: int, deadline: float) -> None:
-        while not _lock(descriptor, start, count, kind):
+        while not set_lock(descriptor, start, count, kind):
             if time.monotonic() >= deadline:
                 raise DatabaseError(f"{self.path} is locked by another process", "end what writes to it")
             time.sleep(_POLL_SECONDS)
@@ -330,7 +324,7 @@ class WalFiles:
         if not state.frames or self._marks.backfilled != state.frames:
             return False
         self._check_undisturbed()
-        if not _lock(self._index, READ_LOCK + 1, READERS - 1, fcntl.F_WRLCK):
+        if not set_lock(self._index, READ_LOCK + 1, READERS - 1, EXCLUSIVE):
             return False
         try:
             salts = new_salts(state.salts)
@@ -341,7 +335,7 @@ class WalFiles:
             if os.fstat(self._log).st_size > LARGE_WAL_BYTES:
                 disk.truncate(self._log, WAL_HEADER_BYTES, "wal: cut off")
         finally:
-            _lock(self._index, READ_LOCK + 1, READERS - 1, fcntl.F_UNLCK)
+            set_lock(self._index, READ_LOCK + 1, READERS - 1, NONE)
         return True
 
     def _write_log_header(self) -> WalHeader:
@@ -483,19 +477,19 @@ class WalFiles:
         marks = self._marks
         if marks.backfilled >= self.frames:
             return True
-        if not _lock(self._index, CHECKPOINT_LOCK, 1, fcntl.F_WRLCK):
+        if not set_lock(self._index, CHECKPOINT_LOCK, 1, EXCLUSIVE):
             return False
         try:
             safe = self._safe_frames(marks)
-            if safe <= marks.backfilled or not _lock(self._index, READ_LOCK, 1, fcntl.F_WRLCK):
+            if safe <= marks.backfilled or not set_lock(self._index, READ_LOCK, 1, EXCLUSIVE):
                 return False
             try:
                 before()
                 self._backfill(marks, safe)
             finally:
-                _lock(self._index, READ_LOCK, 1, fcntl.F_UNLCK)
+                set_lock(self._index, READ_LOCK, 1, NONE)
         finally:
-            _lock(self._index, CHECKPOINT_LOCK, 1, fcntl.F_UNLCK)
+            set_lock(self._index, CHECKPOINT_LOCK, 1, NONE)
         return safe == self.frames
 
     def _safe_frames(self, marks: Marks) -> int:
@@ -505,9 +499,9 @@ class WalFiles:
             mark = marks.reader(slot)
             if safe <= mark:
                 continue
-            if _lock(self._index, READ_LOCK + slot, 1, fcntl.F_WRLCK):
+            if set_lock(self._index, READ_LOCK + slot, 1, EXCLUSIVE):
                 marks.set_reader(slot, safe if slot == 1 else None)
-                _lock(self._index, READ_LOCK + slot, 1, fcntl.F_UNLCK)
+                set_lock(self._index, READ_LOCK + slot, 1, NONE)
             else:
                 safe = mark
         return safe
@@ -533,19 +527,3 @@ def _add_frame(
     data += head
     data += page.data
     return s0, s1
-
-
-def _lock(descriptor: int, start: int, count: int, kind: int) -> bool:
-    """Take a lock (or let go of it, F_UNLCK) without waiting; False if another has one in its way."""
-    try:
-        if _SET_LOCK is not None:
-            fcntl.fcntl(descriptor, _SET_LOCK, _FLOCK.pack(kind, os.SEEK_SET, start, count, 0))
-        else:
-            how = {fcntl.F_RDLCK: fcntl.LOCK_SH, fcntl.F_WRLCK: fcntl.LOCK_EX, fcntl.F_UNLCK: fcntl.LOCK_UN}
-            flags = how[kind] | (0 if kind == fcntl.F_UNLCK else fcntl.LOCK_NB)
-            fcntl.lockf(descriptor, flags, count, start, os.SEEK_SET)
-    except OSError as error:
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            return False
-        raise
-    return True
