@@ -36,6 +36,8 @@ CLOSE_FRAMES = 900
 """From so many frames on programs are kept from checkpoints: by default they begin at 1000."""
 BUSY_FRAMES = 64
 """A sync that has captured more than so many pages found a program that writes as fast as it can."""
+RETRY_SECONDS = 5.0
+"""A gate that has failed is left alone for so long: its process may hang, and no sync is to wait for it."""
 
 _MARGIN_SECONDS = 2.0
 _ANSWER_SECONDS = 0.5
@@ -51,7 +53,7 @@ class Checkpoints:
 
     def __init__(self, paths: Paths, tail: WalTail, gate: Gate | None) -> None:
         self._paths, self._tail, self._gate = paths, tail, gate
-        self._closed_until = 0.0
+        self._closed_until = self._retry_at = 0.0
         self._is_busy = False
         self._unflushed = 0
         self._flushes = False
@@ -95,7 +97,7 @@ class Checkpoints:
         self._unflushed = 0 if restarted else self._unflushed + frames * end.page_size
         if not self._is_busy and frames_between(None, end) < CLOSE_FRAMES:
             return
-        if self._closed_until - system.now() < GATE_SECONDS * 2 / 3:
+        if system.now() >= self._retry_at and self._closed_until - system.now() < GATE_SECONDS * 2 / 3:
             await self._ask(True, 0)
 
     async def end(self) -> None:
@@ -128,4 +130,5 @@ class Checkpoints:
                 if await self._gate(closed, passing):
                     self._closed_until = asked + GATE_SECONDS
         except (DatabaseError, TimeoutError):
-            pass  # commits are slower, and nothing is lost; that the process is gone is told by its owner
+            # Commits are slower, and nothing is lost; what the process has is told by its owner.
+            self._retry_at = system.now() + RETRY_SECONDS
