@@ -20,6 +20,7 @@ from tests.e2e.cli import Cli
 from tests.e2e.test_capture import Bench
 from tests.e2e.test_database import audited, database_stage
 
+from phalanx.data import syncing
 from phalanx.data.capture_health import GRACE_SECONDS
 from phalanx.testing.nats import NatsServer
 
@@ -56,9 +57,11 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
 
 
 async def test_capture_that_is_refused_says_since_when_and_how_much_waits_until_it_works_again(
-    bench: Bench,
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a short grace, however often Litestream is started; and all of it is captured in the end."""
+    monkeypatch.setattr(syncing, "FAILING_SECONDS", 2 * GRACE_SECONDS)
+    monkeypatch.setattr(syncing, "FAILING_AT_FIRST_SECONDS", 0.5)
     db = bench.connect()
     capture = bench.capture()
     await capture.start()

@@ -267,7 +267,7 @@ class Capture:
 
     def _note_end(self, error: Exception) -> bool:
         """Report why a run has ended; whether there may be another one."""
-        self._health.failed(str(error))
+        self._health.failed(str(error) or type(error).__name__)
         match error:
             case RunEnded():
                 self._full = self._full or error.full
