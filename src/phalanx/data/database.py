@@ -49,7 +49,7 @@ RETRY = Backoff(first=0.2, longest=10.0)
 TURN_SECONDS = 5.0
 """How long an activation waits for the tender to let go."""
 
-UNKNOWN_DATA_SECONDS = 0.5
+UNKNOWN_DATA_SECONDS = 1.0
 """How much longer a node without a file waits while the log is empty: another may have one to adopt."""
 
 KEPT_LOOK_SECONDS = 1.0
