@@ -139,6 +139,10 @@ class PlatformClient:
         """The apps that were ever created on the platform."""
         return (await self._state()).apps
 
+    async def databases_made(self) -> tuple[str, ...]:
+        """The apps whose database was ever made: log and object store must exist from then on."""
+        return (await self._state()).databases
+
     async def session_streams(self) -> StreamList | None:
         """Which streams carry the sessions; None while the platform is being set up."""
         return (await self._state()).streams
@@ -329,6 +333,7 @@ class _State(msgspec.Struct, frozen=True):
 
     members: dict[str, Member]
     apps: tuple[str, ...]
+    databases: tuple[str, ...]
     streams: StreamList | None
     member_revisions: dict[str, int]
 
@@ -343,6 +348,7 @@ class _State(msgspec.Struct, frozen=True):
                 if key.startswith("member.") and (member := _decoded(record, Member)) is not None
             },
             tuple(sorted(key.removeprefix("app.") for key in held if key.startswith("app."))),
+            tuple(sorted(key.removeprefix("database.") for key in held if key.startswith("database."))),
             _decoded(streams, StreamList) if streams is not None else None,
             {
                 key.removeprefix("member."): record.revision

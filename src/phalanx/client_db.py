@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from phalanx import system
+from phalanx.data.gone import check_there
 from phalanx.data.status import (
     RESTORE_FAILED,
     RESTORE_KEY,
@@ -38,9 +39,9 @@ from phalanx.data.status import (
     SnapshotProgress,
     SnapshotRequest,
 )
-from phalanx.errors import BusError, ConfigError, DatabaseError, StepDownFailed, WrongRevision
+from phalanx.errors import ConfigError, DatabaseError, StepDownFailed, StreamGone, WrongRevision
 from phalanx.observe.audit import AuditEntry
-from phalanx.ports import STREAM_NOT_FOUND, Message
+from phalanx.ports import Message
 from phalanx.types import Role
 
 if TYPE_CHECKING:
@@ -67,11 +68,13 @@ _POLL_SECONDS = 0.25
 
 
 class DatabaseView(msgspec.Struct, frozen=True, kw_only=True):
-    """One app's database on all nodes. ``silent``: live nodes with that app that did not answer."""
+    """One app's database on all nodes. ``silent``: live nodes with that app that did not answer.
+    ``problems``: what is wrong in NATS, such as a stream that is gone."""
 
     app: str
     nodes: tuple[DbStatus, ...]
     silent: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
 class Verification(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,7 +103,8 @@ class Restored(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DatabaseClient:
-    """Every call raises BusError and its kinds, and ConfigError for an app that has no database."""
+    """Every call raises BusError and its kinds, and ConfigError for an app that has no database; those that
+    need the app's log or object store, StreamGone when that is gone."""
 
     def __init__(self, client: PlatformClient) -> None:
         self._client = client
@@ -109,7 +113,7 @@ class DatabaseClient:
 
     async def apps(self) -> list[str]:
         """The apps that have a database."""
-        return [app for app in await self._client.apps() if await self._has_database(app)]
+        return list(await self._client.databases_made())
 
     async def status(self, app: str, *, timeout: float = ANSWER_SECONDS) -> DatabaseView:
         """Where each node is; returns once all live nodes have answered, at most *timeout* seconds later."""
@@ -120,6 +124,7 @@ class DatabaseClient:
             app=app,
             nodes=tuple(found[node] for node in sorted(found)),
             silent=tuple(sorted(set(nodes) - set(found))),
+            problems=tuple(str(gone) for gone in await self._gone(app)),
         )
 
     async def verify(self, app: str, *, timeout: float = 600.0) -> Verification:
@@ -212,6 +217,7 @@ class DatabaseClient:
         from phalanx.data.snapshots import Snapshots
 
         await self.check(app)
+        await self._check_streams(app)
         bus, names = self._client.bus, self._client.names
         objects = ObjectStore(bus, names, app)
         return Snapshots(objects, WalLog(bus, names, app, objects), app)
@@ -237,6 +243,8 @@ class DatabaseClient:
         Raises DatabaseError when that fails, when nothing is heard of it for a while, or after *timeout*
         seconds.
         """
+        await self.check(app)
+        await self._check_streams(app)
         chosen = node or await self._snapshot_node(app)
         heard = asyncio.timeout(SILENT_SECONDS)
         last: list[SnapshotProgress] = []
@@ -274,6 +282,7 @@ class DatabaseClient:
         seconds (then it is called off), StepDownFailed when the active node does not step down.
         """
         await self.check(app)
+        await self._check_streams(app)
         began, deadline = system.now(), system.now() + timeout
         outcome: list[AuditEntry] = []
         subscription = await self._client.bus.subscribe(
@@ -347,18 +356,23 @@ class DatabaseClient:
     async def check(self, app: str) -> None:
         """Raises ConfigError for an app without a database."""
         await self._client.check_app(app)
-        if not await self._has_database(app):
+        if app not in await self._client.databases_made():
             raise ConfigError("app", app, "has no database", "declare one: database = ...")
 
-    async def _has_database(self, app: str) -> bool:
-        stream = self._client.names.wal_stream(app)
-        try:
-            await self._client.bus.api(f"STREAM.INFO.{stream}", {})
-        except BusError as error:
-            if error.code == STREAM_NOT_FOUND:
-                return False
-            raise
-        return True
+    async def _check_streams(self, app: str) -> None:
+        for gone in await self._gone(app):
+            raise gone
+
+    async def _gone(self, app: str) -> list[StreamGone]:
+        """The streams of the app's database that do not exist any more."""
+        bus, names = self._client.bus, self._client.names
+        gone: list[StreamGone] = []
+        for stream in (names.wal_stream(app), names.object_stream(names.snapshots_bucket(app))):
+            try:
+                await check_there(bus, stream)
+            except StreamGone as error:
+                gone.append(error)
+        return gone
 
     async def _nodes(self, app: str) -> list[str]:
         """The live nodes with that app."""

@@ -137,6 +137,15 @@ class BusTimeout(BusError):
     """No answer in time. Whether the request was carried out is unknown: read back."""
 
 
+class StreamGone(BusError):
+    """A stream was there once and is no more: deleted, or lost by NATS. It is never made anew silently."""
+
+    def __init__(self, stream: str) -> None:
+        self.stream = stream
+        problem = "gone, though it was created once; restore it from a backup, or see docs/operations.md"
+        super().__init__(f"the stream {stream!r}", problem, 10059)
+
+
 class WrongRevision(BusError):
     """A compare-and-set was refused. ``actual`` is the revision the server named, None if it did not."""
 

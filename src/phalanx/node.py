@@ -53,6 +53,9 @@ log = logging.getLogger("phalanx.node")
 STUCK_SECONDS = 10.0
 """A section that should have ended and does not: after this long the node kills itself."""
 
+VANISHED_LOOK_SECONDS = 10.0
+"""Between looks whether all streams are there."""
+
 SESSION_RETRY = Backoff(first=0.2, longest=5.0)
 
 
@@ -260,7 +263,7 @@ class Node:
         databases = [name for name, app in self.apps.items() if app.config.database is not None]
         self._steering = Steering(self.bus, self.names, self._local_server, self.journal, databases)
         self._own(stack, self._steering.run(self._active_apps), "steering")
-        self._own(stack, self._watch_buckets(), "bucket check")
+        self._own(stack, self._watch_streams(), "stream check")
         self._own(stack, self._measure_lag(), "loop lag")
         self._own(stack, self._leave_isolated_server(), "isolated server")
         control = Control(self)
@@ -300,22 +303,46 @@ class Node:
     def _active_apps(self) -> list[str]:
         return [app.name for app in self.apps.values() if app.is_active]
 
-    async def _watch_buckets(self) -> None:
-        """Say so when a bucket vanishes while everything runs: nothing else would be noticed but errors."""
-        wanted = [self.names.platform_bucket, *(self.names.app_bucket(name) for name in self.apps)]
+    async def _watch_streams(self) -> None:
+        """Say so when a stream vanishes while everything runs: nothing else would be noticed but errors."""
         while True:
-            await asyncio.sleep(30)
-            for bucket in wanted:
-                key = f"bucket {bucket}"
-                try:
-                    gone = await provision.stream_info(self.bus, self.names.bucket_stream(bucket)) is None
-                except BusError:
-                    continue  # NATS is away: that is told elsewhere
+            await asyncio.sleep(VANISHED_LOOK_SECONDS)
+            for stream, what in self._streams_needed().items():
+                if (gone := await self._has_vanished(stream)) is None:
+                    continue
+                key = f"stream {stream}"
                 if not gone:
                     self._problems.pop(key, None)
                 elif key not in self._problems:
-                    self._problems[key] = f"the bucket {bucket!r} has vanished; see docs/operations.md"
-                    self.journal.platform("bucket-vanished", self._problems[key], logging.CRITICAL)
+                    self._problems[key] = f"{what} has vanished; see docs/operations.md"
+                    action = "bucket-vanished" if stream.startswith("KV_") else "stream-vanished"
+                    self.journal.platform(action, self._problems[key], logging.CRITICAL)
+            for app in self.apps.values():
+                if app.database is not None:
+                    stream = self.names.wal_stream(app.name)
+                    app.database.note_missing(self._problems.get(f"stream {stream}", ""))
+
+    def _streams_needed(self) -> dict[str, str]:
+        """What has to be there, once it was made, and how to call it."""
+        names = self.names
+        buckets = [names.platform_bucket, *(names.app_bucket(name) for name in self.apps)]
+        needed = {names.bucket_stream(bucket): f"the bucket {bucket!r}" for bucket in buckets}
+        for name in (app.name for app in self.apps.values() if app.database is not None):
+            log_stream, objects = names.wal_stream(name), names.object_stream(names.snapshots_bucket(name))
+            needed[log_stream] = f"the stream {log_stream!r}, the log of the database of app {name!r},"
+            needed[objects] = f"the stream {objects!r}, the object store of app {name!r},"
+        return needed
+
+    async def _has_vanished(self, stream: str) -> bool | None:
+        """None: nobody can tell now. A server that has just started may not know all streams yet."""
+        try:
+            for _ in range(3):
+                if await provision.stream_info(self.bus, stream) is not None:
+                    return False
+                await asyncio.sleep(0.5)
+        except BusError:
+            return None  # NATS is away: that is told elsewhere
+        return True
 
     async def _measure_lag(self) -> None:
         interval = system.watchdog_interval() or 1.0

@@ -147,7 +147,7 @@ def running() -> Iterator[tuple[NatsServer, Nodes, Path]]:
 
 @pytest.fixture
 async def platform(running: tuple[NatsServer, Nodes, Path]) -> AsyncIterator[Platform]:
-    """The shared platform; wiki has the streams of a database."""
+    """The shared platform; wiki has the streams of a database, and the note that it has one."""
     server, nodes, folder = running
     nodes.start()
     for app in ("wiki", "shop"):
@@ -157,6 +157,8 @@ async def platform(running: tuple[NatsServer, Nodes, Path]) -> AsyncIterator[Pla
     try:
         for make in (provision.wal_config, provision.objects_config):
             await provision.create_stream(bus, make(NAMES, "wiki", replicas=1))
+        key = NAMES.key_subject(NAMES.platform_bucket, NAMES.database_key("wiki"))
+        await bus.write(key, b"{}")
         yield Platform(server, nodes, bus, folder)
     finally:
         await bus.close()

@@ -67,6 +67,7 @@ async def app(nats_server: NatsServer, bus: NatsBus, tmp_path: Path) -> AsyncIte
     bucket = NAMES.platform_bucket
     await create_stream(bus, bucket_config(NAMES, bucket, None, history=4, replicas=1))
     await bus.write(NAMES.key_subject(bucket, NAMES.app_key(APP)), b"{}")
+    await bus.write(NAMES.key_subject(bucket, NAMES.database_key(APP)), b"{}")
     (tmp_path / "site").mkdir()
     (tmp_path / "here").mkdir()
     site = Site(tmp_path / "site", bus, await make_log(bus), 4096)

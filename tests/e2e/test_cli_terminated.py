@@ -25,6 +25,7 @@ async def cli(tmp_path: Path, nats_server: NatsServer) -> AsyncIterator[Cli]:
         bucket = NAMES.platform_bucket
         await create_stream(bus, bucket_config(NAMES, bucket, None, history=4, replicas=1))
         await bus.write(NAMES.key_subject(bucket, NAMES.app_key(APP)), b"{}")
+        await bus.write(NAMES.key_subject(bucket, NAMES.database_key(APP)), b"{}")
         (tmp_path / "site").mkdir()
         (tmp_path / "here").mkdir()
         with closing(Site(tmp_path / "site", bus, await make_log(bus), 4096)) as site:

@@ -32,19 +32,21 @@ def status(
     where: Where = _WHERE,
     json: Annotated[bool, Parameter(help="As JSON.")] = False,
 ) -> int:
-    """Show on each node the role of the database, its position, and how far it is behind."""
+    """Show on each node the role of the database, its position, and how far it is behind.
+
+    Exit code 1 when the log or the object store of a database is gone.
+    """
     platform, nats = where.find()
     views = asyncio.run(_status(PlatformClient(platform, nats, timeout=where.timeout), app))
     if json:
         output.emit({"platform": platform, "databases": views}, pretty=True)
-        return exits.OK
-    if not views:
+    elif not views:
         output.say(f"no app of {platform} has a database")
-    for number, view in enumerate(views):
+    for number, view in enumerate(() if json else views):
         if number:
             output.say("")
         _show_status(view)
-    return exits.OK
+    return exits.NO if any(view.problems for view in views) else exits.OK
 
 
 async def _status(client: PlatformClient, app: str | None) -> list[DatabaseView]:
@@ -57,6 +59,8 @@ def _show_status(view: DatabaseView) -> None:
     end = max((node.known_end for node in view.nodes), default=0)
     snapshot = next((node.snapshot for node in view.nodes if node.snapshot), "none")
     output.say((view.app, "bold"), f": log ends at {end}, newest snapshot {snapshot}")
+    for problem in view.problems:
+        output.say((problem, "bold red"))
     rows = [
         _status_row(node) for node in sorted(view.nodes, key=lambda each: (each.role != "live", each.node))
     ]

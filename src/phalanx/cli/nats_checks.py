@@ -104,7 +104,7 @@ class NatsChecks:
         """Whether the platform exists, and all that it needs."""
         names = self._names
         try:
-            apps = await self._client.apps()
+            apps, databases = await self._client.apps(), await self._client.databases_made()
         except PlatformNotFound:
             text = f"platform {names.platform} does not exist yet; its first node makes it"
             return [ok("platform", text)]
@@ -114,6 +114,8 @@ class NatsChecks:
             names.bucket_stream(names.platform_bucket),
             names.audit_stream,
             *(names.bucket_stream(names.app_bucket(app)) for app in apps),
+            *(names.wal_stream(app) for app in databases),
+            *(names.object_stream(names.snapshots_bucket(app)) for app in databases),
             *(self._streams.all_streams if self._streams is not None else ()),
         ]
         found = await asyncio.gather(*(self._stream_problem(stream) for stream in wanted))

@@ -38,7 +38,7 @@ from phalanx.data.settlement import Settlements
 from phalanx.data.snapshots import Progress, Snapshot, Snapshots, no_progress
 from phalanx.data.wal_index import close_removed
 from phalanx.decide.backoff import Backoff
-from phalanx.errors import DatabaseError, NotActive, PhalanxError, ReplicaUnavailable
+from phalanx.errors import DatabaseError, NotActive, PhalanxError, ReplicaUnavailable, StreamGone
 from phalanx.names import Names
 from phalanx.ports import Bus, SectionContext
 from phalanx.types import DatabaseState, Position
@@ -417,7 +417,11 @@ class AppDatabase:
         # Before the log is sealed in vain: another node may have a process that answers.
         await self.replica.hurry(self.replica.state())
         self.reign = DataReign(self, epoch, kept=self._phase is Phase.KEPT)
-        await self.replica.hurry(self.reign.seal())
+        try:
+            await self.replica.hurry(self.reign.seal())
+        except StreamGone as error:
+            self.note_missing(str(error))
+            raise
 
     async def promote(self) -> None:
         """See ``ports.SectionDatabase``."""

@@ -44,11 +44,12 @@ from phalanx.data.entries import (
     seal_body,
     seal_headers,
 )
+from phalanx.data.gone import check_there, may_be_gone
 from phalanx.data.objects import ObjectStore
 from phalanx.data.patience import Patience, longest_seconds
 from phalanx.errors import BusError, BusTimeout, BusUnavailable, DatabaseError, Fenced, WrongRevision
 from phalanx.names import Names
-from phalanx.ports import Bus, Fence, Record
+from phalanx.ports import STREAM_NOT_FOUND, Bus, Fence, Record
 
 log = logging.getLogger("phalanx.log")
 
@@ -66,6 +67,9 @@ RETRY_SECONDS = (0.02, 0.5)
 LOOK_SECONDS = 1.0
 """The longest deadline of a look. While a new leader is elected nobody answers: what was asked then is lost,
 and the sooner it is asked again, the sooner it is known that there is one."""
+
+DOUBT_SECONDS = 2.0
+"""When nobody has answered for so long, it is looked whether the stream is there at all."""
 
 BEHIND_SECONDS = (0.02, 0.2)
 """Between looks at a leader whose log is shorter than it was: a new one may be about to catch up."""
@@ -124,14 +128,15 @@ class LogState(msgspec.Struct, frozen=True):
 class WalLog:
     """The log of one app. Its stream and its object store exist already (``bus.provision``).
 
-    Beside what is said at each method, BusError means that NATS could not be reached in time, and
-    LogWentBack that it has lost a part of the log.
+    Beside what is said at each method, BusError means that NATS could not be reached in time, StreamGone that
+    the log is there no more, and LogWentBack that NATS has lost a part of it.
     """
 
     def __init__(self, bus: Bus, names: Names, app: str, objects: ObjectStore | None = None) -> None:
         self.bus = self._bus = bus
         self._app = app
-        self._stream, self._subjects = names.wal_stream(app), names.wal_subjects(app)
+        self.stream = self._stream = names.wal_stream(app)
+        self._subjects = names.wal_subjects(app)
         self._records, self._seals = names.wal_record_subject(app), names.wal_seal_subject(app)
         self._claims = names.wal_claim_subject(app)
         self.objects = objects if objects is not None else ObjectStore(bus, names, app)
@@ -369,6 +374,7 @@ class WalLog:
         """
         deadline = system.now() + timeout
         delay, longest = RETRY_SECONDS
+        doubtful_at = system.now() + DOUBT_SECONDS
         failure: BusError | None = None
         passed = 0
         while True:
@@ -376,9 +382,14 @@ class WalLog:
                 if (result := await attempt(self._patience.seconds(passed, size_bytes))) is not None:
                     return result
             except BusError as error:
-                if not isinstance(error, BusUnavailable | BusTimeout) and error.code not in NO_LEADER:
+                if error.code == STREAM_NOT_FOUND:
+                    doubtful_at = 0.0
+                elif not isinstance(error, BusUnavailable | BusTimeout) and error.code not in NO_LEADER:
                     raise
                 failure = error
+                if system.now() >= doubtful_at and may_be_gone(self._bus, error):
+                    await check_there(self._bus, self._stream)
+                    doubtful_at = system.now() + DOUBT_SECONDS
                 if isinstance(error, BusTimeout):
                     passed, delay = passed + 1, RETRY_SECONDS[0]  # it was waited for already
             if system.now() + delay >= deadline:

@@ -26,6 +26,7 @@ from typing import TypeVar
 import msgspec
 
 from phalanx import system
+from phalanx.data.gone import telling
 from phalanx.errors import BusError, BusTimeout, BusUnavailable, DatabaseError, WrongRevision
 from phalanx.names import Names
 from phalanx.ports import Bus, Fence, Record
@@ -93,7 +94,8 @@ _encode = msgspec.json.Encoder().encode
 class ObjectStore:
     """The objects of one app. Its stream exists already (``bus.provision.objects_config``).
 
-    Beside what is said at each method, BusError means that NATS could not be reached: try again later.
+    Beside what is said at each method, BusError means that NATS could not be reached: try again later
+    (StreamGone: that there is no such store any more).
     """
 
     def __init__(self, bus: Bus, names: Names, app: str) -> None:
@@ -113,6 +115,12 @@ class ObjectStore:
         DatabaseError when chunks were stored in a wrong order, BusError when some were removed meanwhile,
         and whatever *chunks* raises.
         """
+        async with telling(self._bus, self._stream):
+            return await self._put(name, chunks, metadata)
+
+    async def _put(
+        self, name: str, chunks: AsyncIterable[bytes], metadata: Mapping[str, str] | None
+    ) -> ObjectInfo:
         before = await self.info(name)
         nuid = secrets.token_hex(11)
         try:
@@ -260,12 +268,14 @@ class ObjectStore:
 
     async def info(self, name: str) -> ObjectInfo | None:
         """What is there under *name*, by the stream's leader; None if nothing."""
-        record = await self._bus.read(self._stream, self._names.object_entry(self._bucket, name))
+        async with telling(self._bus, self._stream):
+            record = await self._bus.read(self._stream, self._names.object_entry(self._bucket, name))
         return None if record is None else self._parse(record)
 
     async def list_objects(self) -> list[ObjectInfo]:
         """All objects, oldest first. A moment behind: any replica may answer."""
-        records = await self._bus.snapshot(self._stream, self._names.object_entries(self._bucket))
+        async with telling(self._bus, self._stream):
+            records = await self._bus.snapshot(self._stream, self._names.object_entries(self._bucket))
         return [info for record in records if (info := self._parse(record)) is not None]
 
     def get(self, name: str, *, page_bytes: int = PAGE_BYTES) -> AsyncGenerator[bytes]:

@@ -20,7 +20,7 @@ from phalanx.data import ltx
 from phalanx.data.entries import Draft, Seal, SealKind
 from phalanx.data.log import WalLog
 from phalanx.data.records import Backlog
-from phalanx.errors import BusError, DatabaseError, PhalanxError
+from phalanx.errors import BusError, DatabaseError, PhalanxError, StreamGone
 from phalanx.ports import Connection
 from phalanx.types import Position
 
@@ -220,6 +220,9 @@ class Shipper:
             try:
                 return await self._log.append(self._shipped.sequence, draft, timeout=APPEND_SECONDS)
             except BusError as error:
+                if isinstance(error, StreamGone) and error.stream == self._log.stream:
+                    # Nothing that is committed from now on can be kept: the section ends, loudly.
+                    raise DatabaseError(f"transaction {draft.txid} cannot get in: {error}") from error
                 if self._failing != str(error):
                     log.warning("transaction %d is not in the log yet: %s", draft.txid, error)
                 self._failing = str(error)
