@@ -45,13 +45,16 @@ async def watched() -> AsyncGenerator[list[float]]:
 
 
 def fill(level0: Path) -> list[int]:
-    """Files of so many transactions, and their sizes. Only the first ones are what their name says."""
+    """Files of so many transactions, and their sizes. Of most of them the name is wrong."""
     level0.mkdir(parents=True)
     for txid in range(1, SOUND_FILES + 1):
         (level0 / ltx.file_name(txid, txid)).write_bytes(ltx_file(txid))
     last = level0 / ltx.file_name(SOUND_FILES, SOUND_FILES)
     for txid in range(SOUND_FILES + 1, FILES + 1):
         os.link(last, level0 / ltx.file_name(txid, txid))
+    newest = level0 / ltx.file_name(FILES, FILES)
+    newest.unlink()
+    newest.write_bytes(ltx_file(FILES))
     return [(level0 / ltx.file_name(txid, txid)).stat().st_size for txid in range(1, FILES + 1)]
 
 

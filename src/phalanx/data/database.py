@@ -173,6 +173,11 @@ class AppDatabase:
         self._told = self._ineligible()
         return self._told
 
+    @property
+    def missing(self) -> str:
+        """What is gone of the app's database in NATS; empty as a rule."""
+        return self._missing
+
     def note_missing(self, problem: str) -> None:
         """The app's log is gone, or is there again (empty)."""
         if problem != self._missing:

@@ -29,7 +29,7 @@ async def status_of(database: AppDatabase) -> DbStatus:
         app=database.app,
         node=database.node,
         role=str(database.phase),
-        reason=database.reason,
+        reason=database.reason or database.missing,
         position=database.position,
         txid=database.position.txid,
         diverged=len(database.settlements.diverged()),

@@ -119,22 +119,26 @@ class Records:
         """
         with os.scandir(self._paths.level0) as entries:
             sizes = {txids[1]: entry.stat().st_size for entry in entries if (txids := _txids(entry))}
-        newest = max(sizes, default=0)
-        for txid in sorted(sizes):
-            # Those before the newest are as Litestream wrote them, on the disk.
-            if sizes[txid] >= _LEAST_BYTES and txid != newest:
-                continue
-            path = self._path(txid)
+        left = sorted(sizes)
+        # Those before the newest are as Litestream wrote them, on the disk: of these the size is enough.
+        for txid in [txid for txid in left if sizes[txid] < _LEAST_BYTES]:
+            self._remove(txid, logged_txid, f"{sizes[txid]} bytes are too few")
+            left.remove(txid)
+            if txid > logged_txid:
+                self._discard_after(txid)
+                left = [each for each in left if each < txid]
+                break
+        while left:
             try:
-                _check(path, txid)
+                _check(self._path(left[-1]), left[-1])
+                return
             except (LtxError, OSError) as error:
-                fate = "the log has it" if txid <= logged_txid else "what it held is captured again"
-                log.error("captured file %s is damaged, and removed; %s: %s", path, fate, error)
-                path.unlink()
-                if txid > logged_txid:
-                    self._discard_after(txid)
-                    self._remove_damaged(logged_txid)
-                    return
+                self._remove(left.pop(), logged_txid, str(error))
+
+    def _remove(self, txid: int, logged_txid: int, problem: str) -> None:
+        fate = "the log has it" if txid <= logged_txid else "what it held is captured again"
+        log.error("captured file %s is damaged, and removed; %s: %s", self._path(txid), fate, problem)
+        self._path(txid).unlink()
 
     def _read_unverified(self) -> int | None:
         try:
