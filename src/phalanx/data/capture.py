@@ -21,7 +21,7 @@ import logging
 import os
 import secrets
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +63,9 @@ SETTLED_SECONDS = 30.0
 """A Litestream that has run so long is restarted at once again."""
 REPLACED_SECONDS = 0.25
 """Who replaces a database with care removes its WAL first; so long it may take until the new one is there."""
+ADOPT_SECONDS = 2.0
+"""How long it may take to find out whether what Litestream wrote last was committed; else that is captured
+again by the next run."""
 DOUBT_SECONDS = 0.0005
 """How often it is looked whether a commit under way has come to its end."""
 BEHIND_SYNCS = 3
@@ -404,13 +407,18 @@ class Capture:
 
         False: it does not follow on what was accepted before.
         """
-        with contextlib.suppress(OSError, DatabaseError):
-            files = self._records.unaccepted()
-            verdicts = {await self._judge(file, files[at + 1 :], None) for at, file in enumerate(files)}
-            if verdicts - {Verdict.COMMITTED}:
-                self._records.withdraw()  # the next run captures it again, or what is in its place then
-                return True
-        return self._records.adopt()
+        deadline = system.now() + ADOPT_SECONDS
+        try:
+            for file in self._records.unaccepted():
+                left = deadline - system.now()
+                if await self._committed.verdict(file, None, timeout=left) is not Verdict.COMMITTED:
+                    break
+                if not self._records.accept(self._records.newest + 1):
+                    return False
+            self._records.withdraw()  # the rest: the next run captures it again, or what is in its place then
+        except (OSError, DatabaseError):
+            return False
+        return True
 
     def _wal_is_gone(self) -> bool:
         return self._wal is not None and _file_id(self._paths.wal) != self._wal
@@ -502,9 +510,8 @@ class Capture:
 
         *before*: what was committed before this sync.
         """
-        files = self._records.unaccepted(txid)
-        for at, file in enumerate(files):
-            while (verdict := await self._judge(file, files[at + 1 :], before)) is Verdict.IN_DOUBT:
+        for file in self._records.unaccepted(txid):
+            while (verdict := await self._committed.verdict(file, before)) is Verdict.IN_DOUBT:
                 await asyncio.sleep(DOUBT_SECONDS)
                 self._check_files()
                 await self._check_wal()
@@ -515,13 +522,6 @@ class Capture:
                 await guard.overwrite()
                 detail = "a program was killed within its commit: what was captured of that is withdrawn"
                 raise RunEnded("withdrawn", detail, withdrawn=True)
-
-    async def _judge(self, file: Path, later: Sequence[Path], before: Mark | None) -> Verdict:
-        verdict = self._committed.judge(file, before)
-        if verdict is not Verdict.TO_COMPARE:
-            return verdict
-        is_there = await child.in_thread(partial(self._committed.is_in_database, file, later))
-        return Verdict.COMMITTED if is_there else Verdict.PHANTOM
 
     def _has_reached(self, committed: Mark | None) -> bool:
         """Whether all that was *committed* is captured. Raises RunEnded when it is not for the third time."""

@@ -19,12 +19,15 @@ own, it is the database that has other pages.
 
 from __future__ import annotations
 
+import asyncio
+import math
 import os
 import struct
-from collections.abc import Sequence
 from enum import Enum
+from functools import partial
 from pathlib import Path
 
+from phalanx import system
 from phalanx.data import ltx
 from phalanx.data.records import WalPlace
 from phalanx.data.sqlite_wal import FRAME_HEADER_BYTES, WAL_HEADER_BYTES, frame_offset
@@ -33,6 +36,9 @@ from phalanx.data.wal_index import Mark, WalIndex, open_for_good
 COMPARED_FRAMES = 64
 """So many frames at the end of a file are compared. Who overwrites a phantom has written all frames up to
 there, so that one would do but for transactions that end in just the same pages."""
+
+QUICK_BYTES = 1 << 20
+"""A file up to that size is judged at once, a larger one in a thread: its index may be long."""
 
 _FRAME_BEGIN = struct.Struct(">II8s")
 
@@ -44,7 +50,7 @@ class Verdict(Enum):
     IN_DOUBT = "in doubt"
     """A program is in the middle of its commit."""
     TO_COMPARE = "to compare"
-    """It reaches beyond what was known to be committed, and its WAL has been begun anew: is_in_database."""
+    """It reaches beyond what was known to be committed, and its WAL has been begun anew."""
     PHANTOM = "phantom"
     """Its last transaction was never committed."""
 
@@ -105,35 +111,79 @@ class Committed:
             return Verdict.PHANTOM
         # Pages behind the end of the database are not in the file (a VACUUM wrote them before it cut it off).
         wanted = {number for number in pages if number <= header.commit}
-        captured = ltx.read_pages(file, wanted)
+        captured = {page.number: page.data for page in ltx.read_pages(file, wanted)}
         is_same = all(captured.get(number) == pages[number] for number in wanted)
         return Verdict.COMMITTED if is_same else Verdict.PHANTOM
 
-    def is_in_database(self, file: Path, later: Sequence[Path]) -> bool:
-        """Whether all pages of *file* are what the database has, but for those that are newer: in the *later*
-        captured files, or in the WAL that was begun since. That one is begun only when the database has all
-        that was committed in the one before. Blocks as long as it takes to read *file*.
-
-        Raises OSError, LtxError.
+    async def verdict(self, file: Path, before: Mark | None, *, timeout: float = math.inf) -> Verdict:
+        """The same, and where it has to be compared with the database, what comes out. COMMITTED, IN_DOUBT or
+        PHANTOM; TO_COMPARE where that takes longer than *timeout* seconds. Raises OSError, LtxError.
         """
-        newer = {number for each in later for number in ltx.page_numbers(each)}
-        with file.open("rb") as source:
-            header, pages = ltx.open_pages(source)
-            size = header.page_size
-            newer |= self._pages_in_wal(size)
-            database = open_for_good(self._live)
-            return all(
-                page.number in newer or os.pread(database, size, (page.number - 1) * size) == page.data
-                for page in pages
-            )
+        judge = partial(self.judge, file, before)
+        is_quick = os.stat(file).st_size <= QUICK_BYTES
+        found = judge() if is_quick else await asyncio.to_thread(judge)
+        if found is not Verdict.TO_COMPARE:
+            return found
+        compare = partial(self._is_in_database, file, before, system.now() + timeout)
+        try:
+            return Verdict.COMMITTED if await asyncio.to_thread(compare) else Verdict.PHANTOM
+        except TimeoutError:
+            return Verdict.TO_COMPARE
 
-    def _pages_in_wal(self, page_size: int) -> set[int]:
-        mark, found = self._index.look(), set[int]()
+    def _is_in_database(self, file: Path, before: Mark | None, deadline: float) -> bool:
+        """Whether the pages of *file* that were in doubt are what the database has, or have newer ones: in
+        files captured later, or in the WAL that was begun since. It is begun only when the database has all
+        that was committed in the one before. Raises OSError, LtxError, TimeoutError.
+        """
+        with file.open("rb") as source:
+            header = ltx.decode_header(source.read(ltx.HEADER_BYTES))
+        database = open_for_good(self._live)
+        numbers = self._doubtful_pages(file, header, before)
+        differing = _differing(file, numbers, database, deadline)
+        seen: object = None
+        while differing:
+            # Litestream may go on by itself meanwhile, and move pages on into the database.
+            at, newer = self._newer(file, header.page_size, deadline)
+            differing = _differing(file, differing - newer, database, deadline)
+            if differing and at == seen:
+                return False
+            seen = at
+        return True
+
+    def _doubtful_pages(self, file: Path, header: ltx.Header, before: Mark | None) -> set[int]:
+        """Those in the frames that *before* does not have, as far as the WAL still has these frames behind
+        the new ones; else all of the file's."""
+        place = WalPlace(
+            header.wal_salt1, header.wal_salt2, header.wal_offset + header.wal_size, header.page_size
+        )
+        certain = before.frames if before is not None and is_of(before, place) else 0
+        begin = (header.wal_offset - WAL_HEADER_BYTES) // (FRAME_HEADER_BYTES + header.page_size)
+        salts = header.wal_salt1.to_bytes(4, "big") + header.wal_salt2.to_bytes(4, "big")
+        numbers: set[int] = set()
+        with self._wal.open("rb", buffering=0) as wal:
+            for frame in range(max(certain, begin) + 1, frames_at(place) + 1):
+                head = os.pread(wal.fileno(), _FRAME_BEGIN.size, frame_offset(frame, header.page_size))
+                if head[8:] != salts:
+                    return set(ltx.page_numbers(file))
+                numbers.add(int.from_bytes(head[:4], "big"))
+        return {number for number in numbers if number <= header.commit}
+
+    def _newer(self, file: Path, page_size: int, deadline: float) -> tuple[object, set[int]]:
+        """Pages that were written after *file*, and a token: another one once there are more of them."""
+        txids = ltx.parse_file_name(file.name)
+        assert txids is not None
+        newer: set[int] = set()
+        txid = txids[1] + 1
+        while (later := file.with_name(ltx.file_name(txid, txid))).exists():
+            newer.update(ltx.page_numbers(later))
+            _check(deadline)
+            txid += 1
+        mark = self._index.look()
         with self._wal.open("rb", buffering=0) as wal:
             for frame in range(1, (mark.frames if mark is not None else 0) + 1):
                 head = os.pread(wal.fileno(), 4, frame_offset(frame, page_size))
-                found.add(int.from_bytes(head, "big"))
-        return found
+                newer.add(int.from_bytes(head, "big"))
+        return (txid, mark), newer
 
     def covers(self, end: WalPlace | None, mark: Mark | None) -> bool:
         """Whether what is captured, up to *end*, has all that was committed at *mark*."""
@@ -153,3 +203,19 @@ def frames_at(place: WalPlace) -> int:
 def is_of(mark: Mark, place: WalPlace) -> bool:
     """Whether both are of the same WAL."""
     return (mark.salt1, mark.salt2) == (place.salt1, place.salt2)
+
+
+def _differing(file: Path, numbers: set[int], database: int, deadline: float) -> set[int]:
+    """Which of the pages *numbers* in *file* are others than those in the file *database* by itself."""
+    found: set[int] = set()
+    for page in ltx.read_pages(file, numbers) if numbers else ():
+        _check(deadline)
+        size = len(page.data)
+        if os.pread(database, size, (page.number - 1) * size) != page.data:
+            found.add(page.number)
+    return found
+
+
+def _check(deadline: float) -> None:
+    if system.now() > deadline:
+        raise TimeoutError

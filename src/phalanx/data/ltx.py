@@ -215,12 +215,11 @@ def holds_every_page(file: Readable) -> bool:
     return sum(1 for _ in pages) == page_count(header.commit, header.page_size)
 
 
-def read_pages(path: Path, numbers: Collection[int]) -> dict[int, bytes]:
+def read_pages(path: Path, numbers: Collection[int]) -> Iterator[Page]:
     """Some of the pages of the file at *path*, found by its index; those that it does not have are left out.
 
     Checks no more than it must: not the file's checksum. Raises LtxError, OSError.
     """
-    found: dict[int, bytes] = {}
     with path.open("rb") as file:
         page_size = decode_header(file.read(HEADER_BYTES)).page_size
         for number, at, size in _index_entries(_index(path)):
@@ -231,10 +230,9 @@ def read_pages(path: Path, numbers: Collection[int]) -> dict[int, bytes]:
             _, flags = _PAGE.unpack_from(page)
             content = page[_PAGE.size :]
             if flags & _HAS_SIZE:
-                found[number] = _unpack_block(content[4:], page_size, number)
+                yield Page(number, _unpack_block(content[4:], page_size, number))
             else:
-                found[number] = _unpack_frame(content, page_size, number)
-    return found
+                yield Page(number, _unpack_frame(content, page_size, number))
 
 
 def _index(path: Path) -> bytes:

@@ -225,13 +225,6 @@ class Records:
         for path in self.unaccepted():
             path.unlink(missing_ok=True)
 
-    def adopt(self) -> bool:
-        """Litestream has ended; accept what it wrote last, of which it came to no answer. See accept()."""
-        try:
-            return self.accept(self._last())
-        except (OSError, DatabaseError):
-            return False
-
     def _follows(self, txid: int) -> bool:
         path = self._path(txid)
         header = _read_header(path)
