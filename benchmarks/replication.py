@@ -40,7 +40,7 @@ GROWTH, GROWTH_MS = 1.5, 1.0
 
 COMMITS = 100_000
 """Of a turn of the writer flat out: some 2 s. Litestream checkpoints whenever it has captured some 16,000,
-and the writer waits for that. A turn has to be long enough for several, or it has one more or less by chance."""
+and the writer waits for that. A turn has to be long enough for several: one more or less is chance."""
 
 IDLE_SECONDS = 10.0
 WINDOW_SECONDS = 30.0
