@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
 from phalanx import system
@@ -151,7 +151,7 @@ class Section:
             case Step.CAPTURE:
                 await database.start_capture(self._resources)
             case _:
-                await database.wait_captured()
+                await self._hold_until(database.wait_captured())
 
     async def _run_on_active(self) -> None:
         if "on_active" not in self._hooks:
@@ -196,6 +196,19 @@ class Section:
                     hook = None
         finally:
             ending.cancel()
+
+    async def _hold_until(self, reached: Coroutine[Any, Any, None]) -> None:
+        """The same while the last step of the activation is waited for, and until that at most."""
+        step, holding = asyncio.create_task(reached), asyncio.create_task(self._hold())
+        try:
+            await asyncio.wait({step, holding}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (step, holding):
+                if not task.done():
+                    task.cancel()
+            await asyncio.gather(step, holding, return_exceptions=True)
+        if not step.cancelled():
+            step.result()
 
     # --- standing down
 

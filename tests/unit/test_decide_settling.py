@@ -133,7 +133,6 @@ def test_the_disk_is_compared_with_what_was_captured_and_logged(
     [
         (None, Seen(12, PLACE), Seen(12, PLACE)),
         (BEHIND, Seen(0, None), Seen(12, None)),
-        (BEHIND, Seen(12, PLACE), Seen(14, None)),
     ],
 )
 def test_what_cannot_be_found_is_there_while_the_host_runs(
@@ -141,6 +140,12 @@ def test_what_cannot_be_found_is_there_while_the_host_runs(
 ) -> None:
     """Only a loss of power takes something."""
     assert extent(end, captured, logged, same_boot=True) is Extent.WHOLE
+
+
+def test_files_of_an_older_time_show_that_the_folder_was_put_back() -> None:
+    """A volume that was rolled back, say, while the host ran on."""
+    assert extent(BEHIND, Seen(12, PLACE), Seen(14, None), same_boot=True) is Extent.SHORT
+    assert extent(BEHIND, Seen(12, PLACE), Seen(14, BEHIND), same_boot=True) is Extent.WHOLE
 
 
 @pytest.mark.parametrize("newest_epoch", [5, 9])

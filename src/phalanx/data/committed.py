@@ -101,13 +101,16 @@ class Committed:
             )
         salts = header.wal_salt1.to_bytes(4, "big") + header.wal_salt2.to_bytes(4, "big")
         pages: dict[int, bytes] = {}
+        commit = 0
+        if len(frames) < (last - first + 1) * (FRAME_HEADER_BYTES + size):
+            return Verdict.TO_COMPARE  # cut off just now
         for at in range(0, len(frames), FRAME_HEADER_BYTES + size):
             number, commit, found = _FRAME_BEGIN.unpack_from(frames, at)
             if found != salts:
                 return Verdict.TO_COMPARE  # begun anew just now
             data = frames[at + FRAME_HEADER_BYTES : at + FRAME_HEADER_BYTES + size]
             pages[number] = data
-        if not commit:  # pyright: ignore[reportPossiblyUnboundVariable]
+        if not commit:
             return Verdict.PHANTOM
         # Pages behind the end of the database are not in the file (a VACUUM wrote them before it cut it off).
         wanted = {number for number in pages if number <= header.commit}

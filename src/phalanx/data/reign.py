@@ -20,7 +20,7 @@ from phalanx.data.log import LogEnd, WalLog
 from phalanx.data.schedule import SnapshotSchedule
 from phalanx.data.settlement import later_reigns
 from phalanx.data.shipping import Shipper
-from phalanx.errors import DatabaseError, PhalanxError, SyncTimeout
+from phalanx.errors import BusError, DatabaseError, PhalanxError, SyncTimeout
 from phalanx.ports import SectionContext
 from phalanx.types import Position
 
@@ -34,6 +34,9 @@ CATCH_UP_SECONDS = 30.0
 
 RESTORE_SECONDS = 600.0
 """How long the replica may take to become what was restored."""
+
+REPLICAS_AGAIN_SECONDS = 0.2
+"""How long until NATS is asked again how many copies of the log there are, where it has not answered."""
 
 FLUSH_SECONDS = 8.0
 """How long a graceful end may take to put the rest into the log."""
@@ -83,6 +86,7 @@ class DataReign:
         self._guard: sqlite3.Connection | None = None
         self._starting: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._learning: asyncio.Task[None] | None = None
         self._captured = asyncio.Event()
 
     @property
@@ -214,21 +218,33 @@ class DataReign:
         await shipper.start()
         self._starting = asyncio.create_task(self._see_to_the_start(capture), name="capture, starting")
         self._watching = asyncio.create_task(self._watch_spool(), name="spool, watched")
+        self._needs_standby = database.config.sync != "server"
+        if database.config.sync == "auto":
+            self._learning = asyncio.create_task(self._learn_replicas(), name="log's replicas")
 
     async def _see_to_the_start(self, capture: Capture) -> None:
-        database, wanted = self._database, self._database.config.sync
+        database = self._database
         try:
-            self._needs_standby = wanted == "standby" or (
-                wanted == "auto" and (await database.log.state()).replicas < 2
-            )
             await capture.wait_ready()
-        except PhalanxError as error:
+        except Exception as error:
+            if not isinstance(error, PhalanxError):
+                log.exception("app %s: the start of capturing has failed", database.app)
             if not self._ended:
                 database.on_lost(f"its database cannot be captured: {error}")
             return
         self._captured.set()
         self._schedule = schedule = SnapshotSchedule(database)
         await schedule.start()
+
+    async def _learn_replicas(self) -> None:
+        """Where NATS keeps copies of the log, its word is enough. Until that is known a standby's is needed."""
+        while True:
+            try:
+                self._needs_standby = (await self._database.log.state()).replicas < 2
+                return
+            except BusError as error:
+                log.debug("app %s: how many copies of the log there are: %s", self._database.app, error)
+            await asyncio.sleep(REPLICAS_AGAIN_SECONDS)
 
     async def wait_captured(self) -> None:
         """Wait until Litestream is at work. If it cannot be, the section is ended, and this with it."""
@@ -326,8 +342,8 @@ class DataReign:
     async def stop(self) -> None:
         """End capture and shipping at once. Nothing of it runs afterwards."""
         self._ended = True
-        tasks = [task for task in (self._starting, self._watching) if task is not None]
-        self._starting = self._watching = None
+        tasks = [task for task in (self._starting, self._watching, self._learning) if task is not None]
+        self._starting = self._watching = self._learning = None
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -51,6 +51,8 @@ class Replica:
         self._retry_checkpoint_at = 0
         self._is_synced = True
         self._old: WalFiles | None = None
+        self._has_begun = False
+        """Whether the present reign began in this process's life, and so in this boot of the host."""
         self.reason = ""
         """Why it is broken; empty if it is not."""
 
@@ -421,6 +423,7 @@ class Replica:
             live=str(live),
             boot=boot_id(),
         )
+        self._has_begun = True
         if state.role == "empty":
             if self._position.txid:
                 raise DatabaseError(f"the replica is empty, the log is at {self._position}")
@@ -455,6 +458,7 @@ class Replica:
         state = self._folder.state
         if state.role != "live":
             raise DatabaseError(f"the replica is {self.state}, there is no live database")
+        self._has_begun = True
         self._folder.save(msgspec.structs.replace(state, epoch=epoch, sealed=sealed, boot=boot_id()))
 
     def vouch(self, *, is_whole: bool = False) -> None:
@@ -464,7 +468,7 @@ class Replica:
         not known by now.
         """
         state = self._folder.state
-        if state.role != "live" or not (is_whole or state.same_boot):
+        if state.role != "live" or not (is_whole or state.same_boot or self._has_begun):
             return
         boot = boot_id() if handover.has_wal(Path(state.live)) else CLOSED
         if boot != state.boot:

@@ -68,6 +68,8 @@ def extent(end: Place | None, captured: Seen, logged: Seen, *, same_boot: bool) 
     has_captured = not captured.txid or reaches(end, captured.place, same_boot=same_boot)
     if captured.txid >= logged.txid and has_captured:
         return Extent.WHOLE
+    if 0 < captured.txid < logged.txid and logged.place is None:
+        return Extent.SHORT  # of an older time: its folder was put back, say, with all that was in it
     if logged.txid and not reaches(end, logged.place, same_boot=same_boot):
         return Extent.SHORT
     return Extent.WHOLE if has_captured else Extent.LOGGED
