@@ -237,7 +237,7 @@ class DataReign:
         await schedule.start()
 
     async def _learn_replicas(self) -> None:
-        """Where NATS keeps copies of the log, its word is enough. Until that is known a standby's is needed."""
+        """Where NATS keeps copies of the log, its word will do; until that is known, a standby's."""
         while True:
             try:
                 self._needs_standby = (await self._database.log.state()).replicas < 2
