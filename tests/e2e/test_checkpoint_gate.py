@@ -154,7 +154,7 @@ async def test_signs_of_life_do_not_keep_the_gate_closed(
     assert await replica.gate(live, closed=True)
     await replica.state()
     assert checkpoint(db) == BUSY
-    async with asyncio.timeout(3 * GATE_SECONDS):
+    async with asyncio.timeout(10 * GATE_SECONDS):
         while checkpoint(db) == BUSY:
             await replica.state()
 

@@ -90,7 +90,8 @@ async def test_snapshot_verify_without_room_says_nothing_about_the_snapshot(
     """A good snapshot is never called bad because there is no place to look at it."""
     bucket = NAMES.platform_bucket
     await create_stream(bus, bucket_config(NAMES, bucket, None, history=4, replicas=1))
-    await bus.write(NAMES.key_subject(bucket, NAMES.app_key(APP)), b"{}")
+    for key in (NAMES.app_key(APP), NAMES.database_key(APP)):
+        await bus.write(NAMES.key_subject(bucket, key), b"{}")
     await made(site)
     monkeypatch.setenv("TMPDIR", str(small_disk))
     cli = Cli(nats_server.url(), small_disk)

@@ -66,8 +66,8 @@ REPLACED_SECONDS = 0.25
 ADOPT_SECONDS = 2.0
 """How long it may take to find out whether what Litestream wrote last was committed; else that is captured
 again by the next run."""
-DOUBT_SECONDS = 0.0005
-"""How often it is looked whether a commit under way has come to its end."""
+DOUBT_SECONDS = (0.0005, 0.02)
+"""First and longest pause between two looks whether a commit under way has come to its end."""
 BEHIND_SYNCS = 3
 """So many syncs in a row may leave out what was committed before them."""
 REPEAT_SECONDS = 60.0
@@ -511,8 +511,10 @@ class Capture:
         *before*: what was committed before this sync.
         """
         for file in self._records.unaccepted(txid):
+            pause, longest = DOUBT_SECONDS
             while (verdict := await self._committed.verdict(file, before)) is Verdict.IN_DOUBT:
-                await asyncio.sleep(DOUBT_SECONDS)
+                await asyncio.sleep(pause)
+                pause = min(longest, 1.5 * pause)
                 self._check_files()
                 await self._check_wal()
                 if litestream.exited:
