@@ -20,6 +20,7 @@ from phalanx.data.log import WalLog
 from phalanx.data.snapshots import Snapshots
 from phalanx.data.status import SnapshotProgress, SnapshotRequest
 from phalanx.observe.audit import read_audit
+from phalanx.ports import Message
 
 MEGABYTES = 1000
 MAX_RSS_BYTES = 200_000_000
@@ -61,8 +62,15 @@ async def _snapshot(run: Run, stage: DataStage, node: str) -> None:
     began = system.now()
     request = msgspec.json.encode(SnapshotRequest(by="benchmark", quiet=True))
     subject = stage.names.database_subject(APP, "snapshot", node)
-    answer = await stage.bus.request(subject, request, timeout=MAKE_SECONDS)
-    made = msgspec.json.decode(answer.data, type=SnapshotProgress)
+    # It says now and then that it is at work; the last answer has a name or an error.
+    made = SnapshotProgress()
+
+    def is_last(answer: Message) -> bool:
+        nonlocal made
+        made = msgspec.json.decode(answer.data, type=SnapshotProgress)
+        return bool(made.name or made.error)
+
+    await stage.bus.gather(subject, request, timeout=MAKE_SECONDS, most=1_000_000, is_last=is_last)
     if not made.name:
         raise RuntimeError(f"no snapshot was made: {made.error}")
     log = WalLog(stage.bus, stage.names, APP)

@@ -162,7 +162,6 @@ BENCHMARKS = (
         work="committed transactions lost, node + keeper + Litestream killed at once, 500 commits a second",
         unit="count",
         bar=5,
-        max_bar=5,
         measure=replication_failover.lost,
         runs=20,
     ),
