@@ -29,7 +29,7 @@ from pathlib import Path
 
 from phalanx import system
 from phalanx.data import ltx
-from phalanx.data.records import WalPlace
+from phalanx.data.records import WalPlace, end_of
 from phalanx.data.sqlite_wal import FRAME_HEADER_BYTES, WAL_HEADER_BYTES, frame_offset
 from phalanx.data.wal_index import Mark, WalIndex, open_for_good
 
@@ -72,11 +72,8 @@ class Committed:
         """
         with file.open("rb") as source:
             header = ltx.decode_header(source.read(ltx.HEADER_BYTES))
-        place = WalPlace(
-            header.wal_salt1, header.wal_salt2, header.wal_offset + header.wal_size, header.page_size
-        )
+        place, certain = end_of(header), _certain(header, before)
         now, last = self._index.look(), frames_at(place)
-        certain = before.frames if before is not None and is_of(before, place) else 0
         if now is None or last <= certain:
             return Verdict.COMMITTED
         if not is_of(now, place):
@@ -88,8 +85,7 @@ class Committed:
             now = self._index.look()
             if now is not None and is_of(now, place) and last > now.frames:
                 return Verdict.PHANTOM
-        begin = (header.wal_offset - WAL_HEADER_BYTES) // (FRAME_HEADER_BYTES + header.page_size)
-        first = max(certain, begin, last - COMPARED_FRAMES) + 1
+        first = max(certain, last - COMPARED_FRAMES) + 1
         return self._compare(file, header, first, last) if first <= last else Verdict.COMMITTED
 
     def _compare(self, file: Path, header: ltx.Header, first: int, last: int) -> Verdict:
@@ -143,50 +139,39 @@ class Committed:
         database = open_for_good(self._live)
         numbers = self._doubtful_pages(file, header, before)
         differing = _differing(file, numbers, database, deadline)
-        seen: object = None
-        while differing:
-            # Litestream may go on by itself meanwhile, and move pages on into the database.
-            at, newer = self._newer(file, header.page_size, deadline)
-            differing = _differing(file, differing - newer, database, deadline)
-            if differing and at == seen:
-                return False
-            seen = at
-        return True
+        # Looked at afterwards: Litestream may go on by itself, and move pages on into the database.
+        return not differing or differing <= self._newer(file, header.page_size, deadline)
 
     def _doubtful_pages(self, file: Path, header: ltx.Header, before: Mark | None) -> set[int]:
         """Those in the frames that *before* does not have, as far as the WAL still has these frames behind
         the new ones; else all of the file's."""
-        place = WalPlace(
-            header.wal_salt1, header.wal_salt2, header.wal_offset + header.wal_size, header.page_size
-        )
-        certain = before.frames if before is not None and is_of(before, place) else 0
-        begin = (header.wal_offset - WAL_HEADER_BYTES) // (FRAME_HEADER_BYTES + header.page_size)
         salts = header.wal_salt1.to_bytes(4, "big") + header.wal_salt2.to_bytes(4, "big")
         numbers: set[int] = set()
         with self._wal.open("rb", buffering=0) as wal:
-            for frame in range(max(certain, begin) + 1, frames_at(place) + 1):
+            for frame in range(_certain(header, before) + 1, frames_at(end_of(header)) + 1):
                 head = os.pread(wal.fileno(), _FRAME_BEGIN.size, frame_offset(frame, header.page_size))
                 if head[8:] != salts:
                     return set(ltx.page_numbers(file))
                 numbers.add(int.from_bytes(head[:4], "big"))
         return {number for number in numbers if number <= header.commit}
 
-    def _newer(self, file: Path, page_size: int, deadline: float) -> tuple[object, set[int]]:
-        """Pages that were written after *file*, and a token: another one once there are more of them."""
-        txids = ltx.parse_file_name(file.name)
-        assert txids is not None
+    def _newer(self, file: Path, page_size: int, deadline: float) -> set[int]:
+        """The pages that were written after *file*. First the WAL, then the files: what leaves the WAL is in
+        a file before."""
         newer: set[int] = set()
-        txid = txids[1] + 1
-        while (later := file.with_name(ltx.file_name(txid, txid))).exists():
-            newer.update(ltx.page_numbers(later))
-            _check(deadline)
-            txid += 1
         mark = self._index.look()
         with self._wal.open("rb", buffering=0) as wal:
             for frame in range(1, (mark.frames if mark is not None else 0) + 1):
                 head = os.pread(wal.fileno(), 4, frame_offset(frame, page_size))
                 newer.add(int.from_bytes(head, "big"))
-        return (txid, mark), newer
+        txids = ltx.parse_file_name(file.name)
+        assert txids is not None
+        txid = txids[1] + 1
+        while (later := file.with_name(ltx.file_name(txid, txid))).exists():
+            newer.update(ltx.page_numbers(later))
+            _check(deadline)
+            txid += 1
+        return newer
 
     def covers(self, end: WalPlace | None, mark: Mark | None) -> bool:
         """Whether what is captured, up to *end*, has all that was committed at *mark*."""
@@ -201,6 +186,13 @@ class Committed:
 def frames_at(place: WalPlace) -> int:
     """How many frames there are up to *place*."""
     return (place.offset - WAL_HEADER_BYTES) // (FRAME_HEADER_BYTES + place.page_size)
+
+
+def _certain(header: ltx.Header, before: Mark | None) -> int:
+    """Up to which frame nothing is in doubt: what *before* has, and what is before the file's own part."""
+    begin = (header.wal_offset - WAL_HEADER_BYTES) // (FRAME_HEADER_BYTES + header.page_size)
+    known = before is not None and is_of(before, end_of(header))
+    return max(before.frames, begin) if before is not None and known else begin
 
 
 def is_of(mark: Mark, place: WalPlace) -> bool:

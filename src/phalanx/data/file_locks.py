@@ -40,6 +40,17 @@ def lock_holder(descriptor: int, start: int, kind: int = EXCLUSIVE) -> int | Non
     kind of lock, or free. None where the system does not tell."""
     if _GET_LOCK is None:
         return None
-    found = fcntl.fcntl(descriptor, _GET_LOCK, _FLOCK.pack(kind, os.SEEK_SET, start, 1, 0))
-    held, _, _, _, pid = _FLOCK.unpack(found)
+    held, pid = _ask(descriptor, start, kind, _GET_LOCK)
     return 0 if held == NONE else max(0, pid)
+
+
+def is_locked(descriptor: int, start: int) -> bool:
+    """Whether anybody has a lock, of whatever kind, on that byte; where the system cannot tell of those of
+    this process, they are overlooked."""
+    return _ask(descriptor, start, EXCLUSIVE, _GET_LOCK or fcntl.F_GETLK)[0] != NONE
+
+
+def _ask(descriptor: int, start: int, kind: int, command: int) -> tuple[int, int]:
+    found = fcntl.fcntl(descriptor, command, _FLOCK.pack(kind, os.SEEK_SET, start, 1, 0))
+    held, _, _, _, pid = _FLOCK.unpack(found)
+    return held, pid

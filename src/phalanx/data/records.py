@@ -253,9 +253,7 @@ class Records:
                 header = _read_header(self._path(self.newest))
             except DatabaseError:
                 return None
-            self._end = WalPlace(
-                header.wal_salt1, header.wal_salt2, header.wal_offset + header.wal_size, header.page_size
-            )
+            self._end = end_of(header)
         return self._end
 
     # --- for the shipper
@@ -297,6 +295,11 @@ class WalPlace(msgspec.Struct, frozen=True):
     salt2: int
     offset: int
     page_size: int
+
+
+def end_of(header: ltx.Header) -> WalPlace:
+    """Where in the WAL a file ends."""
+    return WalPlace(header.wal_salt1, header.wal_salt2, header.wal_offset + header.wal_size, header.page_size)
 
 
 def frames_between(before: WalPlace | None, after: WalPlace | None) -> int:

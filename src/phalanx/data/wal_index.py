@@ -6,17 +6,14 @@ section 2). It is only read here, and no lock is taken.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import struct
 from pathlib import Path
 from typing import NamedTuple
 
+from phalanx.data.file_locks import is_locked
 from phalanx.data.sqlite_wal import ALIVE_LOCK, INDEX_HEADER_BYTES, WRITE_LOCK, decode_index_header
 
 _ATTEMPTS = 100
-_FLOCK = struct.Struct("@hhqqi4x")
-_GET_LOCK = getattr(fcntl, "F_OFD_GETLK", fcntl.F_GETLK)
 
 _descriptors: dict[tuple[int, int], int] = {}
 """Of each index and database that was ever looked at, by device and inode. They are not closed while the file
@@ -61,13 +58,13 @@ class WalIndex:
         descriptor = self._descriptor()
         if descriptor is None:
             return False
-        return _is_locked(descriptor, WRITE_LOCK)
+        return is_locked(descriptor, WRITE_LOCK)
 
     def is_in_use(self) -> bool:
         """Whether some connection is there: nobody makes the index anew from the WAL then. (Again without
         those of this process, where the system cannot tell.)"""
         descriptor = self._descriptor()
-        return descriptor is not None and _is_locked(descriptor, ALIVE_LOCK)
+        return descriptor is not None and is_locked(descriptor, ALIVE_LOCK)
 
     def _descriptor(self) -> int | None:
         try:
@@ -86,11 +83,6 @@ def open_for_good(path: Path) -> int:
     status = os.fstat(descriptor)
     # Should it be known after all, this one stays open, too: closing it would drop locks.
     return _descriptors.setdefault((status.st_dev, status.st_ino), descriptor)
-
-
-def _is_locked(descriptor: int, byte: int) -> bool:
-    question = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-    return _FLOCK.unpack(fcntl.fcntl(descriptor, _GET_LOCK, question))[0] != fcntl.F_UNLCK
 
 
 def close_removed() -> None:
