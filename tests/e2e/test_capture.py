@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.e2e.disks import small_disk_at
 
 from phalanx import system
 from phalanx.data import capture, checkpoints, ltx, wal_index
@@ -591,13 +592,8 @@ async def test_full_record_leaves_the_one_before_as_it_was(bench: Bench) -> None
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(("mount", "-t", "tmpfs", "-o", "size=8m", "none", folder), capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root can have a small disk")
-    yield folder
-    subprocess.run(("umount", folder), check=True)
+    with small_disk_at(tmp_path / "small") as folder:
+        yield folder
 
 
 async def test_disk_that_is_full(small_disk: Path) -> None:

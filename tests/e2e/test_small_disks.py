@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.cli import Cli
+from tests.e2e.disks import small_disk_at
 from tests.e2e.site import Site
 from tests.e2e.test_database import audited, client, database_stage
 from tests.e2e.wal import APP, NAMES, connected, make_log
@@ -37,13 +38,8 @@ def resize(folder: Path, mebibytes: int) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """The folder of node n2: a disk of 8 MiB."""
-    folder = tmp_path / "n2"
-    folder.mkdir()
-    mounted = subprocess.run(("mount", "-t", "tmpfs", "-o", "size=8m", "none", folder), capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root can have a small disk")
-    yield folder
-    subprocess.run(("umount", "--lazy", folder), check=True)
+    with small_disk_at(tmp_path / "n2") as folder:
+        yield folder
 
 
 @pytest.fixture
