@@ -24,7 +24,7 @@ from phalanx.hooks import Hooks
 from phalanx.names import Names
 from phalanx.observe.health import HealthMonitor
 from phalanx.observe.journal import Journal
-from phalanx.ports import Backend, Bus, Fence, SectionContext
+from phalanx.ports import Backend, Bus, Fence, SectionAddresses, SectionContext
 from phalanx.section import Section
 from phalanx.types import AppStatus, Candidate, Health, LeaderRecord, Role
 
@@ -159,9 +159,11 @@ class NodeParts(Protocol):
 class App:
     """An active-passive app. Made by :meth:`phalanx.Platform.app`, never directly."""
 
-    def __init__(self, config: AppConfig, backend: Backend | None) -> None:
+    def __init__(
+        self, config: AppConfig, backend: Backend | None, addresses: SectionAddresses | None = None
+    ) -> None:
         self.config, self.name = config, config.name
-        self._backend = backend
+        self._backend, self._addresses = backend, addresses
         self.hooks = Hooks(config.name, config.hook_timeouts, self._on_hook_run)
         self.health = HealthMonitor(config.name, config.checks, self._on_health)
         self._role, self._since, self._reason = Role.STOPPED, system.wall(), ""
@@ -461,6 +463,7 @@ class App:
             self._backend,
             context,
             database=self.database,
+            addresses=self._addresses,
             on_active_timeout=float(self.config.hook_timeouts.on_active),
             on_passive_timeout=float(self.config.hook_timeouts.on_passive),
             on_role=self._on_section_role,
@@ -553,6 +556,8 @@ class App:
         if self._election is None:
             return "the node has no session"
         if self.database is not None and (reason := self.database.ineligible_because()):
+            return reason
+        if self._addresses is not None and (reason := self._addresses.ineligible_because()):
             return reason
         verdict = self.health.standby_verdict
         if verdict is Health.UNHEALTHY:

@@ -25,6 +25,8 @@
     ├── LockLost                  a held lock is gone (with the session, or taken back)
     ├── HookFailed                a hook raised, or overran its deadline
     ├── BackendError              a backend could not be prepared, started, stopped or fenced
+    ├── AddressError              a virtual address could not be taken, kept or given up
+    ├── FenceFailed               a node could not be fenced, so its app is not taken over
     ├── DatabaseError             an app's database cannot be used, captured, followed or promoted
     │   ├── LtxError              an LTX file is damaged, or none
     │   ├── SyncTimeout           a commit was not confirmed before the deadline: it may survive or not
@@ -239,6 +241,27 @@ class BackendError(PhalanxError):
     def __init__(self, app: str, step: str, problem: str, remedy: str = "") -> None:
         self.app, self.step, self.problem, self.remedy = app, step, problem, remedy
         super().__init__(f"app {app!r}: backend {step}: {problem}" + (f"; {remedy}" if remedy else ""))
+
+
+class AddressError(PhalanxError):
+    """A virtual address failed at one step: prepare, probe, acquire, keep, release."""
+
+    def __init__(self, app: str, address: str, step: str, problem: str, remedy: str = "") -> None:
+        self.app, self.address, self.step, self.problem, self.remedy = app, address, step, problem, remedy
+        super().__init__(
+            f"app {app!r}: address {address} {step}: {problem}" + (f"; {remedy}" if remedy else "")
+        )
+
+
+class FenceFailed(PhalanxError):
+    """The fence command did not confirm that *node* is fenced; what it last said is in ``problem``."""
+
+    def __init__(self, app: str, node: str, problem: str) -> None:
+        self.app, self.node, self.problem = app, node, problem
+        super().__init__(
+            f"app {app!r}: node {node} is not fenced: {problem}; see that it is off, then: phalanx fence "
+            f"{node} --confirm-off"
+        )
 
 
 class DatabaseError(PhalanxError):

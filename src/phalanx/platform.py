@@ -19,13 +19,16 @@ from phalanx.config import (
     Backend,
     Check,
     EmbeddedNats,
+    Fence,
     HookTimeouts,
     HttpServer,
     Logging,
     NatsOptions,
     PlatformConfig,
+    Restart,
     SQLite,
     Timings,
+    VirtualIP,
     between_databases,
     build_app,
     build_platform,
@@ -34,6 +37,7 @@ from phalanx.decide.backoff import Backoff
 from phalanx.ending import EXIT_FAILED, Ending, leave
 from phalanx.errors import ConfigError, PhalanxError, StartError
 from phalanx.hooks import CANCEL_SECONDS
+from phalanx.net import make_addresses
 from phalanx.node import Node
 from phalanx.observe.logs import configure_logging
 from phalanx.types import Member, NodeStatus, Role
@@ -65,6 +69,7 @@ class Platform:
         data_dir: str | None = None,
         labels: Mapping[str, str] | None = None,
         timings: Timings | Mapping[str, Any] | None = None,
+        fence: Fence | str | Sequence[str] | None = None,
         http: HttpServer | Mapping[str, Any] | None = None,
         logging: Logging | Mapping[str, Any] | None = None,
     ) -> None:
@@ -76,6 +81,7 @@ class Platform:
                 data_dir=data_dir,
                 labels=labels,
                 timings=timings,
+                fence=fence,
                 http=http,
                 logging=logging,
             )
@@ -109,6 +115,8 @@ class Platform:
         checks: Sequence[Check] | None = None,
         hook_timeouts: HookTimeouts | None = None,
         database: SQLite | str | None = None,
+        vip: VirtualIP | str | Sequence[VirtualIP | str] | None = None,
+        restart: Restart | None = None,
         kv_history: int | None = None,
         retry: Backoff | None = None,
     ) -> App:
@@ -121,6 +129,8 @@ class Platform:
                 checks=checks,
                 hook_timeouts=hook_timeouts,
                 database=database,
+                vip=vip,
+                restart=restart,
                 kv_history=kv_history,
                 retry=retry,
             )
@@ -134,7 +144,8 @@ class Platform:
         for error in between_databases([*(app.config for app in self._apps.values()), config]):
             raise error
         backend = make_backend(config.backend) if config.backend is not None else None
-        app = self._apps[config.name] = App(config, backend)
+        addresses = make_addresses(config.name, config.vip, self.config.timings.ttl) if config.vip else None
+        app = self._apps[config.name] = App(config, backend, addresses)
         return app
 
     @property

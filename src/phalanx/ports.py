@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from phalanx.types import Resource
+from phalanx.types import ProgramStatus, Resource
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -255,6 +255,17 @@ class Running(Protocol):
         """Done when the program has ended by itself; the result says how (``exited with code 3``)."""
         ...
 
+    def status(self) -> ProgramStatus:
+        """What it does now. Waits for nothing."""
+        ...
+
+    async def wait_ready(self) -> None:
+        """Wait until it serves, by its ready check, for ``ready_timeout`` at most.
+
+        Raises BackendError (step ``ready``); the caller kills it then.
+        """
+        ...
+
     async def stop(self, reason: str) -> None:
         """End it gracefully within the declared time, else by SIGKILL; returns when all of it is gone.
 
@@ -270,11 +281,52 @@ class Running(Protocol):
 class Backend(Protocol):
     """Any program that runs while an app is active on a node: a process, a unit, a container."""
 
-    async def start(self, section: SectionContext) -> Running:
-        """Register, start, wait until ready. On any failure, cancellation too, nothing is left running.
+    async def prepare(self) -> None:
+        """Look whether it could be started on this host; makes nothing. Raises BackendError (``prepare``)."""
+        ...
 
-        Raises BackendError (step ``prepare``, ``start`` or ``ready``), SessionLost.
+    async def start(self, section: SectionContext) -> Running:
+        """Register, then start; it need not be ready. On any failure, cancellation too, nothing is left.
+
+        What an earlier life of this node has left of the app is killed first (:meth:`fence`).
+        Raises BackendError (step ``prepare`` or ``start``), SessionLost.
         """
+        ...
+
+    async def fence(self, app: str) -> list[str]:
+        """Kill what runs of *app* on this host although nobody holds it, as far as this kind of backend can
+        tell; what that was. Raises BackendError (step ``kill``) if something does not die."""
+        ...
+
+    async def adopt(self, section: SectionContext, resource: Resource) -> Running | None:
+        """Take up what an earlier life of this node has left running and registered as *resource*: from now
+        on it is as if started here. None if it does not run any more. Raises BackendError."""
+        ...
+
+    async def logs(self, lines: int = 100) -> list[str]:
+        """The last *lines* (1 to 10,000) that its program wrote, oldest first. Raises BackendError."""
+        ...
+
+
+class SectionAddresses(Protocol):
+    """The virtual addresses of an app, as its active section goes through them."""
+
+    async def acquire(self, section: SectionContext) -> None:
+        """Take all of them: register, see that nobody else has them, add, announce. From then on they are
+        verified and their lifetime is prolonged. Raises AddressError, SessionLost; then none is left."""
+        ...
+
+    @property
+    def lost(self) -> Awaitable[str]:
+        """Done when one of them is not here any more, or somebody else answers for it: why."""
+        ...
+
+    async def release(self) -> None:
+        """Give all of them up; returns when none is left. Raises AddressError (step ``release``)."""
+        ...
+
+    def ineligible_because(self) -> str:
+        """Why this node could not take them now (its interface is down or missing); empty if it could."""
         ...
 
 

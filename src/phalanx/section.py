@@ -17,7 +17,7 @@ from phalanx.coord.election import Reign
 from phalanx.decide.activation import Step, Undo, steps, undoing
 from phalanx.errors import BackendError, HookFailed, PhalanxError
 from phalanx.hooks import Hooks, HookStuck
-from phalanx.ports import Backend, Running, SectionContext, SectionDatabase
+from phalanx.ports import Backend, Running, SectionAddresses, SectionContext, SectionDatabase
 from phalanx.types import Resource, Role
 
 log = logging.getLogger("phalanx.section")
@@ -43,6 +43,8 @@ class Section:
         context: Context,
         *,
         database: SectionDatabase | None = None,
+        addresses: SectionAddresses | None = None,
+        fence_previous: Callable[[], Awaitable[None]] | None = None,
         on_active_timeout: float,
         on_passive_timeout: float,
         on_role: Callable[[Role], None],
@@ -50,7 +52,7 @@ class Section:
     ) -> None:
         self.reign = reign
         self._resources, self._hooks, self._backend, self._context = resources, hooks, backend, context
-        self._database = database
+        self._database, self._addresses, self._fence_previous = database, addresses, fence_previous
         self._on_active_timeout, self._on_passive_timeout = on_active_timeout, on_passive_timeout
         self._on_role, self._on_step = on_role, on_step
         self._hard = asyncio.Event()
@@ -121,7 +123,12 @@ class Section:
 
     async def _activate(self) -> None:
         has_hooks = "on_active" in self._hooks or "on_passive" in self._hooks
-        parts = {"has_backend": self._backend is not None, "has_database": self._database is not None}
+        parts = {
+            "has_backend": self._backend is not None,
+            "has_database": self._database is not None,
+            "has_vip": self._addresses is not None,
+            "needs_fence": self._fence_previous is not None,
+        }
         for step in steps(has_hooks=has_hooks, **parts):
             self._begun.append(step)
             began = system.now()
@@ -133,12 +140,30 @@ class Section:
                     await self._resources.register(resource)
                 case Step.SEAL | Step.PROMOTE | Step.CAPTURE | Step.CAPTURED:
                     await self._take_database(step)
+                case Step.FENCE:
+                    assert self._fence_previous is not None
+                    await self._fence_previous()
+                case Step.VIP:
+                    assert self._addresses is not None
+                    await self._addresses.acquire(self._resources)
                 case Step.BACKEND:
                     assert self._backend is not None
                     self._running = await self._backend.start(self._resources)
+                case Step.READY:
+                    await self._wait_ready()
                 case Step.ON_ACTIVE:
                     await self._run_on_active()
             self._on_step(step, system.now() - began, "")
+
+    async def _wait_ready(self) -> None:
+        assert self._running is not None
+        try:
+            await self._running.wait_ready()
+        except BackendError:
+            # It never served anybody: no grace, which would only hold up the next try.
+            await self._running.kill()
+            self._running = None
+            raise
 
     async def _take_database(self, step: Step) -> None:
         database = self._database
@@ -181,11 +206,14 @@ class Section:
         ending = asyncio.create_task(self.reign.ending.wait())
         hook = self._active_hook if self._active_hook is not None and not self._active_hook.done() else None
         ended = asyncio.ensure_future(self._running.ended) if self._running is not None else None
+        lost = asyncio.ensure_future(self._addresses.lost) if self._addresses is not None else None
         try:
             while not self.reign.ending.is_set():
                 waits: set[asyncio.Future[Any]] = {ending}
-                waits |= {w for w in (hook, ended) if w is not None}
+                waits |= {w for w in (hook, ended, lost) if w is not None}
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                if lost is not None and lost.done():
+                    self._fail(BackendError(self._resources.app, "run", lost.result()))
                 if ended is not None and ended.done():
                     self._fail(BackendError(self._resources.app, "run", ended.result()))
                 if hook is not None and hook.done():
@@ -240,6 +268,9 @@ class Section:
                     problem = await self._run_on_passive()
                 case Undo.STOP_BACKEND:
                     await self._stop_backend(graceful)
+                case Undo.RELEASE_VIP:
+                    assert self._addresses is not None
+                    await self._addresses.release()
                 case Undo.STOP_CAPTURE:
                     assert self._database is not None
                     problem = await self._database.stop_capture(graceful=graceful)
@@ -253,9 +284,10 @@ class Section:
     def _forget(self, undo: Undo) -> None:
         undone: dict[Undo, tuple[Step, ...]] = {
             Undo.ON_PASSIVE: (Step.ON_ACTIVE,),
-            Undo.STOP_BACKEND: (Step.BACKEND,),
-            Undo.STOP_CAPTURE: (Step.CAPTURED, Step.CAPTURE, Step.PROMOTE, Step.SEAL),
+            Undo.STOP_BACKEND: (Step.READY, Step.BACKEND),
+            Undo.RELEASE_VIP: (Step.VIP,),
             Undo.UNREGISTER: (Step.REGISTER,),
+            Undo.STOP_CAPTURE: (Step.CAPTURED, Step.CAPTURE, Step.PROMOTE, Step.SEAL),
         }
         self._begun = [step for step in self._begun if step not in undone.get(undo, ())]
 

@@ -174,8 +174,12 @@ class Resource(msgspec.Struct, frozen=True):
     """Something that runs because an app is active on a node, and that must be gone before the next one.
 
     It is registered with the keeper BEFORE it starts. ``kind``: ``process`` (killed by its marker
-    ``id`` and process group), or ``section`` (code inside the node itself: only killing the node ends
+    ``id`` and process group), ``unit`` (a systemd unit), ``container`` (a Docker container), ``vip`` (an
+    address on an interface), or ``section`` (code inside the node itself: only killing the node ends
     it). ``start_time`` is the process's start in clock ticks since boot, 0 where unknown.
+
+    ``details``: what else its kind needs to be killed, see docs/storage.md. ``adoptable``: while its app is
+    paused it outlives its node, whose next life takes it up again.
     """
 
     kind: str
@@ -184,3 +188,25 @@ class Resource(msgspec.Struct, frozen=True):
     epoch: int
     pgid: int = 0
     start_time: int = 0
+    details: dict[str, str] = {}
+    adoptable: bool = False
+
+
+class ProgramState(StrEnum):
+    """What a backend's program does."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    ENDED = "ended"
+
+
+class ProgramStatus(msgspec.Struct, frozen=True):
+    """A backend's program, as status shows it. ``what``: ``process 4711``, ``unit wiki.service``,
+    ``container 3f2a…``. ``since``: Unix seconds of its start. ``restarts``: in place, in this section."""
+
+    what: str
+    state: ProgramState
+    since: float = 0.0
+    restarts: int = 0
+    detail: str = ""

@@ -377,7 +377,7 @@ WRONG_APP: list[tuple[dict[str, Any], str, str]] = [
     ({"kv_history": 65}, "apps.wiki.kv_history", "1 to 64"),
     ({"backend": "python3"}, "apps.wiki.backend", "Process(...)"),
     ({"backend": {"command": "x"}}, "apps.wiki.backend.type", "process"),
-    ({"backend": {"type": "docker"}}, "apps.wiki.backend.type", "process"),
+    ({"backend": {"type": "podman"}}, "apps.wiki.backend.type", "process"),
     ({"backend": {"type": "process"}}, "apps.wiki.backend.command", "set it"),
     (
         {"backend": {"type": "process", "command": "x", "stop_timout": 1}},

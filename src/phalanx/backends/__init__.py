@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from phalanx import config, ports
+from phalanx.backends.docker import DockerBackend
 from phalanx.backends.process import ProcessBackend
+from phalanx.backends.systemd import SystemdBackend
 
 
 def make_backend(declared: config.Backend) -> ports.Backend:
@@ -11,6 +13,10 @@ def make_backend(declared: config.Backend) -> ports.Backend:
     match declared:
         case config.Process():
             return ProcessBackend(declared)
+        case config.Systemd():
+            return SystemdBackend(declared)
+        case config.Docker():
+            return DockerBackend(declared)
 
 
-__all__ = ["ProcessBackend", "make_backend"]
+__all__ = ["DockerBackend", "ProcessBackend", "SystemdBackend", "make_backend"]

@@ -27,7 +27,7 @@ from phalanx.config import Check, Process
 from phalanx.errors import BackendError
 from phalanx.ports import Running, SectionContext
 from phalanx.probes import CheckFailed, Probe
-from phalanx.types import Resource
+from phalanx.types import ProgramState, ProgramStatus, Resource
 
 log = logging.getLogger("phalanx.backend")
 
@@ -49,8 +49,24 @@ class ProcessBackend:
     def __init__(self, config: Process) -> None:
         self._config = config
 
+    async def prepare(self) -> None:
+        """See ``ports.Backend.prepare``."""
+        await child.in_thread(partial(_prepare, self._config, ""))
+
+    async def fence(self, app: str) -> list[str]:
+        """Nothing to do: what an earlier life left is in the keeper's file, and the keeper has killed it."""
+        return []
+
+    async def adopt(self, section: SectionContext, resource: Resource) -> Running | None:
+        """The kernel ends a process with its node: there is never one to take up."""
+        return None
+
+    async def logs(self, lines: int = 100) -> list[str]:
+        """See ``ports.Backend.logs``."""
+        return []
+
     async def start(self, section: SectionContext) -> Running:
-        """Register, spawn, register with the group, wait until ready. See ``ports.Backend.start``.
+        """Register, spawn, register with the group. See ``ports.Backend.start``.
 
         On a failure or cancellation it returns only when nothing is left, however long processes take to
         die: the section takes a start that has failed for one that left nothing.
@@ -162,6 +178,7 @@ class _Run:
         self._asked_to_end = False
         self._killing: asyncio.Task[tuple[int, ...]] | None = None
         self._gone = False
+        self._since = 0.0
         self._lines = logging.getLogger(f"phalanx.app.{section.app}")
 
     @property
@@ -172,7 +189,7 @@ class _Run:
     # --- start
 
     async def start(self) -> None:
-        """From registration to readiness; on failure the caller abandons it."""
+        """From registration to the program's start; on failure the caller abandons it."""
         await self._section.register(self._resource)
         # To its end even if cancelled: a program whose group we do not know could not be killed as well.
         await child.finish(asyncio.create_task(self._spawn(), name=f"{self._app} backend, spawning"))
@@ -182,9 +199,25 @@ class _Run:
         )
         await self._section.register(self._resource)
         await self._open()
+        self._since = system.wall()
         log.info("app %s: started process %d", self._app, self._child.pid, extra={"app": self._app})
+
+    async def wait_ready(self) -> None:
+        """See ``ports.Running.wait_ready``."""
+        assert self._child is not None
         if self._config.ready is not None:
             await self._wait_ready(self._child, self._config.ready)
+
+    def status(self) -> ProgramStatus:
+        """See ``ports.Running.status``."""
+        pid = self._child.pid if self._child is not None else 0
+        if self._gone or self._ended.done():
+            state = ProgramState.ENDED
+        elif self._asked_to_end:
+            state = ProgramState.STOPPING
+        else:
+            state = ProgramState.RUNNING if self._since else ProgramState.STARTING
+        return ProgramStatus(f"process {pid}", state, self._since)
 
     async def _spawn(self) -> None:
         env = {

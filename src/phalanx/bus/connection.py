@@ -116,6 +116,10 @@ class _Client(Client):
         # A server that took the connection but never spoke: nats-py would leave that socket open.
         self.abort()
         await super()._connect_to_server(s)
+        if self.is_closed:
+            # Closed meanwhile, but Python 3.11's wait_for swallows a cancellation that comes with the result.
+            self.abort()
+            raise asyncio.CancelledError
 
     async def leave(self) -> None:
         """Reconnect to the next server of the pool."""

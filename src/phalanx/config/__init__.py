@@ -5,26 +5,17 @@
 ``toml`` files; ``reference`` writes docs/configuration.md.
 """
 
-from phalanx.config.apps import (
-    ActivePassive,
-    AppConfig,
-    Backend,
-    Check,
-    CheckSettings,
-    CommandCheck,
-    FunctionCheck,
-    HookTimeouts,
-    HttpCheck,
-    Process,
-    TcpCheck,
-)
+from phalanx.config.apps import ActivePassive, AppConfig, HookTimeouts, Restart
+from phalanx.config.backends import Backend, Docker, Process, Systemd
 from phalanx.config.build import build_app, build_platform
+from phalanx.config.checks import Check, CheckSettings, CommandCheck, FunctionCheck, HttpCheck, TcpCheck
 from phalanx.config.database_relations import between_databases
 from phalanx.config.databases import SQLite
-from phalanx.config.node import EmbeddedNats, HttpServer, Logging, NatsOptions, PlatformConfig, Timings
+from phalanx.config.node import EmbeddedNats, Fence, HttpServer, Logging, NatsOptions, PlatformConfig, Timings
 from phalanx.config.redact import redacted
 from phalanx.config.secret import Secret, hide_secrets, restore_secrets, reveal_secrets
 from phalanx.config.toml import check_toml, load_toml
+from phalanx.config.vip import VirtualIP
 
 __all__ = [
     "ActivePassive",
@@ -33,7 +24,9 @@ __all__ = [
     "Check",
     "CheckSettings",
     "CommandCheck",
+    "Docker",
     "EmbeddedNats",
+    "Fence",
     "FunctionCheck",
     "HookTimeouts",
     "HttpCheck",
@@ -42,10 +35,13 @@ __all__ = [
     "NatsOptions",
     "PlatformConfig",
     "Process",
+    "Restart",
     "SQLite",
     "Secret",
+    "Systemd",
     "TcpCheck",
     "Timings",
+    "VirtualIP",
     "between_databases",
     "build_app",
     "build_platform",

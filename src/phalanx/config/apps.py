@@ -7,14 +7,16 @@ source of the validation and of docs/configuration.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Annotated, Literal
 
 from phalanx.config import rules, texts
-from phalanx.config.aliases import CommandLine, PathText, Seconds, Texts, default
+from phalanx.config.aliases import Seconds, default
+from phalanx.config.backends import Backend
+from phalanx.config.checks import Check
 from phalanx.config.databases import SQLite
 from phalanx.config.declaration import Declaration
 from phalanx.config.rules import About
+from phalanx.config.vip import VirtualIP
 from phalanx.decide.backoff import Backoff
 from phalanx.names import RESERVED_APPS
 
@@ -30,155 +32,45 @@ class ActivePassive(Declaration, frozen=True, kw_only=True, tag="active-passive"
             trade_off="A preference, no right: a better one does not take the app away from an active node.",
         ),
     ] = 0
-
-
-# --- health checks
-
-
-class CheckSettings(Declaration, frozen=True, kw_only=True):
-    """What all health checks have."""
-
-    name: Annotated[
-        str,
+    no_failover: Annotated[
+        bool,
         About(
-            "Name in status, logs and `depends_on`; unique in its app.",
-            texts.Name(),
-            default="kind of check, `-2`, `-3` … where it is taken",
+            "This node never takes the app over by itself; `switchover --to` it still can.",
+            rules.Switch(),
         ),
-    ] = ""
-    interval: Annotated[
-        Seconds,
+    ] = False
+    on_nats_loss: Annotated[
+        Literal["demote", "hold"],
         About(
-            "From the start of one run to the start of the next. Runs of one check never overlap.",
-            rules.Duration(0.05, 3600),
-            trade_off="`interval × failures` is how long an illness may go unseen.",
+            "What the active node does when its session cannot be renewed. `demote`: stand down. `hold`: go "
+            "on as long as every other member is reached directly and agrees that nobody else is active.",
+            rules.Choice(("demote", "hold")),
+            trade_off="`hold` outlives the loss of NATS, but not of any member: it wants all of them.",
         ),
-    ] = default(2.0)
-    timeout: Annotated[Seconds, About("A run that takes longer has failed.", rules.Duration(0.01, 600))] = (
-        default(1.0)
-    )
-    failures: Annotated[
+    ] = "demote"
+
+
+class Restart(Declaration, frozen=True, kw_only=True):
+    """A backend that ends or falls ill is started again in place so often, before another node takes over."""
+
+    count: Annotated[
         int,
         About(
-            "Failed runs in a row until the check is unhealthy.",
-            rules.Whole(1, 100),
-            trade_off="Few find an illness sooner, many bear hiccups without a failover.",
+            "Restarts in place within `window`; one more failure, and another node takes over. 0: none.",
+            rules.Whole(0, 1000),
+            trade_off="A restart keeps the address and the database; a failover also survives a bad host.",
         ),
-    ] = 3
-    successes: Annotated[
-        int, About("Good runs in a row until an unhealthy check is healthy again.", rules.Whole(1, 100))
-    ] = 1
-    depends_on: Annotated[
-        Texts,
-        About(
-            "Names of checks of this app that must be healthy for this one to count.",
-            texts.Strings(texts.Name()),
-        ),
-    ] = default(())
-    when: Annotated[
-        Literal["active", "always"],
-        About(
-            "`active`: runs in the active section, and an unhealthy result ends it. `always`: runs on "
-            "standbys too, and decides whether they are candidates.",
-            rules.Choice(("active", "always")),
-        ),
-    ] = "active"
-
-
-class _HttpTarget(CheckSettings, frozen=True):
-    url: Annotated[str, About("What is fetched by GET.", texts.HttpUrl())]
-
-
-class HttpCheck(_HttpTarget, frozen=True, kw_only=True, tag="http", tag_field="type"):
-    """Healthy when a GET is answered with an expected status. Redirects are not followed."""
-
-    expect: Annotated[
-        tuple[int, int], About("Lowest and highest status that is healthy.", rules.Span(100, 599))
-    ] = (200, 399)
-
-
-class TcpCheck(CheckSettings, frozen=True, tag="tcp", tag_field="type"):
-    """Healthy when a TCP connection can be made."""
-
-    address: Annotated[str, About("Where to connect.", texts.Address())]
-
-
-class CommandCheck(CheckSettings, frozen=True, tag="command", tag_field="type"):
-    """Healthy when a program ends with exit code 0."""
-
-    command: Annotated[CommandLine, About("The program and its arguments.", texts.Command())]
-
-
-class FunctionCheck(CheckSettings, frozen=True, tag="function", tag_field="type"):
-    """Healthy unless a Python function returns False or raises. Only in Python."""
-
-    function: Annotated[
-        Callable[[], object],
-        About(
-            "Called without arguments; may be async, and must be if it takes time.",
-            rules.Function(),
-            python_only=True,
-        ),
-    ]
-
-
-Check = HttpCheck | TcpCheck | CommandCheck | FunctionCheck
-CHECKS = (HttpCheck, TcpCheck, CommandCheck, FunctionCheck)
-
-
-# --- backends
-
-
-class _Program(Declaration, frozen=True):
-    command: Annotated[CommandLine, About("The program and its arguments.", texts.Command())]
-
-
-class Process(_Program, frozen=True, kw_only=True, tag="process", tag_field="type"):
-    """A program that runs, in a process group of its own, while the app is active on this node."""
-
-    env: Annotated[
-        Mapping[str, str],
-        About("Environment variables on top of the node's own.", texts.Environment(), default="none"),
-    ] = {}
-    cwd: Annotated[PathText, About("Working directory.", texts.File(), default="the node's own")] = default(
-        ""
+    ] = 2
+    window: Annotated[Seconds, About("Restarts that are older do not count.", rules.Duration(1, 86400))] = (
+        default(600.0)
     )
-    user: Annotated[
-        str,
-        About(
-            "User to run as; only root can.", texts.Text("user name", spaces=False), default="the node's own"
-        ),
-    ] = ""
-    stop_signal: Annotated[str, About("Asks the program to end.", texts.Signal())] = "TERM"
-    stop_timeout: Annotated[
+    delay: Annotated[
         Seconds,
-        About(
-            "From the signal until SIGKILL of the whole process group.",
-            rules.Duration(0, 3600),
-            trade_off="A planned hand-over may take this long. A session that runs out does not wait for it.",
-        ),
-    ] = default(10.0)
-    ready: Annotated[
-        Check | None,
-        About(
-            "The app is active only once this check is healthy.",
-            rules.Nested("a check"),
-            default="none: active as soon as the program runs",
-        ),
-    ] = None
-    ready_timeout: Annotated[
-        Seconds,
-        About(
-            "Not ready after this long: the activation has failed, and another node is tried.",
-            rules.Duration(0.05, 3600),
-        ),
-    ] = default(30.0)
-
-
-Backend = Process
-
-
-# --- apps
+        About("Before the first restart; twice as long before each further one.", rules.Duration(0, 60)),
+    ] = default(0.1)
+    longest_delay: Annotated[Seconds, About("The longest such delay.", rules.Duration(0, 3600))] = default(
+        5.0
+    )
 
 
 class HookTimeouts(Declaration, frozen=True, kw_only=True):
@@ -229,6 +121,17 @@ class AppConfig(Declaration, frozen=True, kw_only=True):
         SQLite | None,
         About("Its database.", rules.Nested("path, or see Database: sqlite"), default="none"),
     ] = None
+    vip: Annotated[
+        tuple[VirtualIP, ...],
+        About(
+            "Virtual addresses that follow the active node.",
+            rules.Nested("address/length, or see Virtual IP, or a list"),
+            default="none",
+        ),
+    ] = ()
+    restart: Annotated[
+        Restart, About("Restarts of its backend in place.", rules.Nested("see Restart"), default="see there")
+    ] = Restart()
     checks: Annotated[
         tuple[Check, ...],
         About(

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from phalanx.config import rules, texts
-from phalanx.config.aliases import MaybeSeconds, PathText, Seconds, SecretText, Texts, default
+from phalanx.config.aliases import CommandLine, MaybeSeconds, PathText, Seconds, SecretText, Texts, default
 from phalanx.config.declaration import Declaration
 from phalanx.config.rules import About
 from phalanx.config.secret import Secret
@@ -256,6 +256,32 @@ class Logging(Declaration, frozen=True, kw_only=True):
     ] = "info"
 
 
+class _FenceCommand(Declaration, frozen=True):
+    command: Annotated[
+        CommandLine,
+        About(
+            "What makes sure that a host runs nothing any more: IPMI, a cloud's API. `{node}`, `{host}` and "
+            "`{app}` in its arguments say who is to be fenced, for what. Exit code 0: it is so.",
+            texts.Command(),
+        ),
+    ]
+
+
+class Fence(_FenceCommand, frozen=True, kw_only=True):
+    """A command that runs before an app is taken over from a node that did not end its session itself."""
+
+    timeout: Annotated[
+        Seconds,
+        About(
+            "A run that takes longer is killed and has failed.",
+            rules.Duration(0.1, 600),
+            trade_off="Adds to the failover of a dead host, as nothing starts before.",
+        ),
+    ] = default(10.0)
+    retries: Annotated[int, About("Further runs after one that failed.", rules.Whole(0, 100))] = 2
+    delay: Annotated[Seconds, About("Pause before each of them.", rules.Duration(0, 60))] = default(1.0)
+
+
 class PlatformConfig(Declaration, frozen=True, kw_only=True):
     """One node of a platform."""
 
@@ -288,6 +314,14 @@ class PlatformConfig(Declaration, frozen=True, kw_only=True):
     timings: Annotated[
         Timings, About("Durations of the session.", rules.Nested("see Timings"), default="see there")
     ] = Timings()
+    fence: Annotated[
+        Fence | None,
+        About(
+            "What fences another node before its apps are taken over.",
+            rules.Nested("command, or see Fence"),
+            default="none: nothing is taken over before the other's session is over",
+        ),
+    ] = None
     http: Annotated[
         HttpServer, About("The node's HTTP server.", rules.Nested("see HTTP"), default="see there")
     ] = HttpServer()

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 import msgspec
 
-from phalanx.config import apps, node
+from phalanx.config import apps, backends, checks, node
 from phalanx.config.databases import SQLite
 from phalanx.config.declaration import unknown_key
 from phalanx.config.nats_urls import LOGIN_FIELDS, parse_urls
@@ -22,12 +22,13 @@ from phalanx.config.relations import check_relations, relations
 from phalanx.config.rules import About, Nested, kind_of
 from phalanx.config.secret import Secret
 from phalanx.config.texts import File, Label, SecretRule
+from phalanx.config.vip import VirtualIP, vip_of
 from phalanx.decide.backoff import Backoff
 from phalanx.errors import ConfigError
 
 S = TypeVar("S", bound=msgspec.Struct)
 
-SECTIONS = ("nats", "labels", "timings", "http", "logging")
+SECTIONS = ("nats", "labels", "timings", "fence", "http", "logging")
 """Fields of PlatformConfig that are sections of their own in TOML, and in the keys of errors."""
 
 MAX_SECRET_BYTES = 64 * 1024
@@ -76,9 +77,12 @@ class Reader:
         self._environ = os.environ if environ is None else environ
         self._nested: dict[str, Callable[[object, str], object]] = {
             "pattern": self._pattern,
-            "backend": lambda value, key: self._optional(value, key, (apps.Process,)),
+            "backend": lambda value, key: self._optional(value, key, backends.BACKENDS),
             "database": self._database,
-            "ready": lambda value, key: self._optional(value, key, apps.CHECKS),
+            "ready": lambda value, key: self._optional(value, key, checks.CHECKS),
+            "vip": self._vips,
+            "restart": lambda value, key: self.read(apps.Restart, value, key),
+            "fence": self._fence,
             "checks": self._checks,
             "hook_timeouts": lambda value, key: self.read(apps.HookTimeouts, value, key),
             "retry": lambda value, key: self.read(Backoff, value, key),
@@ -241,20 +245,43 @@ class Reader:
             value = {"type": tag_of(SQLite), **cast("Mapping[object, object]", value)}
         return self._tagged(value, key, (SQLite,))
 
-    def _checks(self, value: object, key: str) -> tuple[apps.Check, ...]:
+    def _fence(self, value: object, key: str) -> node.Fence | None:
+        """Text, or a list of texts, is a command."""
+        if value is None:
+            return None
+        if isinstance(value, str | list | tuple):
+            value = {"command": cast("object", value)}
+        return self.read(node.Fence, value, key)
+
+    def _vips(self, value: object, key: str) -> tuple[VirtualIP, ...]:
+        """One address, or a list of them."""
+        if value is None:
+            return ()
+        several = isinstance(value, list | tuple)
+        items = list(cast("Iterable[object]", value)) if several else [value]
+        found: list[VirtualIP] = []
+        for number, item in enumerate(items):
+            try:
+                place = f"{key}[{number}]" if several else key
+                found.append(self._tagged(vip_of(item), place, (VirtualIP,)))
+            except ConfigError as error:
+                self.errors.append(error)
+        return tuple(found)
+
+    def _checks(self, value: object, key: str) -> tuple[checks.Check, ...]:
         if not isinstance(value, list | tuple):
             raise ConfigError(key, value, f"{kind_of(value)}, not a list", "write a list of checks")
-        checks: list[apps.Check] = []
+        found: list[checks.Check] = []
         before = len(self.errors)
         for number, item in enumerate(cast("Iterable[object]", value)):
             try:
-                checks.append(self._tagged(item, f"{key}[{number}]", apps.CHECKS))
+                found.append(self._tagged(item, f"{key}[{number}]", checks.CHECKS))
             except ConfigError as error:
                 self.errors.append(error)
         if len(self.errors) == before:
-            checks = _named(checks)
-            self.errors += check_relations(checks, key)
-        return tuple(checks)
+            found = _named(found)
+            self.errors += check_relations(found, key)
+        return tuple(found)
 
     def _options(self, value: object, key: str, urls_key: str = "") -> node.NatsOptions | None:
         """NatsOptions, with the login that is in the URLs, if any, in its own fields."""
@@ -334,11 +361,11 @@ def _holds_secrets(kind: type[msgspec.Struct]) -> bool:
     return any(isinstance(field.about.rule, SecretRule) for field in fields_of(kind).values())
 
 
-def _named(checks: list[apps.Check]) -> list[apps.Check]:
+def _named(found: list[checks.Check]) -> list[checks.Check]:
     """Every check with a name: its kind, numbered where that is taken."""
-    taken = {check.name for check in checks}
-    named: list[apps.Check] = []
-    for check in checks:
+    taken = {check.name for check in found}
+    named: list[checks.Check] = []
+    for check in found:
         name, number = check.name or tag_of(type(check)), 2
         if not check.name:
             while name in taken:

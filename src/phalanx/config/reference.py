@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from phalanx.config import apps, node
+from phalanx.config import apps, backends, checks, node, vip
 from phalanx.config.build import VARIABLES
 from phalanx.config.databases import SQLite
 from phalanx.config.reader import Field, fields_of, tag_of
@@ -90,6 +90,16 @@ _DATABASE = (
     'In Python `database=` takes `SQLite("data/wiki.db", ...)` or the path alone.'
 )
 
+_FENCE = (
+    '`fence = "fence-it {node}"` above all sections is short for a table with nothing but `command`. '
+    "What it is for: fencing.md."
+)
+
+_VIP = (
+    '`vip = "10.0.0.9/24"` is short for a table with nothing but `address`; `type` may be left out. In '
+    'Python `vip=` takes `VirtualIP("10.0.0.9/24", ...)`, the address alone, or a list of either.'
+)
+
 _NATS = (
     "In Python `nats=` takes URLs (one text, or a list), `NatsOptions(...)`, `EmbeddedNats(...)` or "
     '`"embedded"`. In a file write `[nats]` with `urls`, or `[nats.embedded]` (the same as `[nats]` with '
@@ -115,16 +125,21 @@ def _sections() -> Iterator[str]:
     yield from _section("NATS servers of your own", "[nats]", node.NatsOptions, _NATS)
     yield from _section("Embedded NATS", "[nats.embedded]", node.EmbeddedNats)
     yield from _section("Timings", "[timings]", node.Timings)
+    yield from _section("Fence", "[fence]", node.Fence, _FENCE)
     yield from _section("HTTP", "[http]", node.HttpServer)
     yield from _section("Logging", "[logging]", node.Logging)
     yield from _section("App", "[apps.NAME]", apps.AppConfig)
     yield from _section("Pattern: active-passive", "pattern", apps.ActivePassive)
-    yield from _section("Backend: process", "[apps.NAME.backend]", apps.Process)
+    yield from _section("Backend: process", "[apps.NAME.backend]", backends.Process)
+    yield from _section("Backend: systemd", "[apps.NAME.backend]", backends.Systemd)
+    yield from _section("Backend: docker", "[apps.NAME.backend]", backends.Docker)
+    yield from _section("Restart", "[apps.NAME.restart]", apps.Restart)
+    yield from _section("Virtual IP", "[[apps.NAME.vip]]", vip.VirtualIP, _VIP)
     yield from _section("Database: sqlite", "[apps.NAME.database]", SQLite, _DATABASE)
-    yield from _section("Health checks", "[[apps.NAME.checks]]", apps.CheckSettings, _CHECKS)
-    for kind in apps.CHECKS:
-        place = "only in Python" if kind is apps.FunctionCheck else "[[apps.NAME.checks]]"
-        yield from _section(f"Check: {tag_of(kind)}", place, kind, without=apps.CheckSettings)
+    yield from _section("Health checks", "[[apps.NAME.checks]]", checks.CheckSettings, _CHECKS)
+    for kind in checks.CHECKS:
+        place = "only in Python" if kind is checks.FunctionCheck else "[[apps.NAME.checks]]"
+        yield from _section(f"Check: {tag_of(kind)}", place, kind, without=checks.CheckSettings)
     yield from _section("Hook timeouts", "[apps.NAME.hook_timeouts]", apps.HookTimeouts)
     yield from _section("Retry", "[apps.NAME.retry]", Backoff)
 
@@ -139,7 +154,7 @@ def _section(
 ) -> Iterator[str]:
     tag = f', `type = "{tag_of(kind)}"`' if tag_of(kind) else ""
     where = place if place.startswith("only") else f"`{place}`{tag}"
-    name = "" if kind is apps.CheckSettings else f" `{kind.__name__}` in Python."
+    name = "" if kind is checks.CheckSettings else f" `{kind.__name__}` in Python."
     yield f"## {title}\n"
     doc = "\n".join(line.strip() for line in (kind.__doc__ or "").strip().splitlines()).replace("``", "`")
     yield f"{doc}\n\nIn a file: {where}.{name}\n"

@@ -6,7 +6,8 @@ import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from phalanx.config.apps import Check, Process
+from phalanx.config.backends import Docker, Process, Systemd
+from phalanx.config.checks import Check
 from phalanx.config.database_relations import database_relations
 from phalanx.config.databases import SQLite
 from phalanx.config.node import EmbeddedNats, HttpServer, NatsOptions, PlatformConfig, Timings
@@ -31,7 +32,12 @@ def relations(config: object, key: str) -> Iterator[ConfigError]:
         case EmbeddedNats():
             yield from _embedded(config, key)
         case Process():
-            yield from _process(config, key)
+            yield from _ready(config, key)
+        case Systemd():
+            yield from _ready(config, key)
+        case Docker():
+            yield from _docker(config, key)
+            yield from _ready(config, key)
         case SQLite():
             yield from database_relations(config, key)
         case PlatformConfig():
@@ -191,7 +197,21 @@ def is_loopback(host: str) -> bool:
 # --- apps
 
 
-def _process(config: Process, key: str) -> Iterator[ConfigError]:
+def _docker(config: Docker, key: str) -> Iterator[ConfigError]:
+    if bool(config.image) == bool(config.container):
+        problem = "image and container exclude each other" if config.image else "neither image nor container"
+        yield ConfigError(f"{key}.image", config.image, problem, "set one of them")
+        return
+    if not config.container:
+        return
+    for field in ("command", "env", "ports", "volumes", "network", "user", "memory"):
+        if given := getattr(config, field):
+            shown = "(set)" if field == "env" else given
+            problem = "an existing container has its own"
+            yield ConfigError(f"{key}.{field}", shown, problem, "leave it out, or declare image")
+
+
+def _ready(config: Process | Systemd | Docker, key: str) -> Iterator[ConfigError]:
     ready = config.ready
     if ready is None:
         return

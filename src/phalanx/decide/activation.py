@@ -1,8 +1,8 @@
 """Which steps make an app active, in which order, and what undoes them.
 
 Becoming active goes through the steps in order; standing down undoes what was done, backwards. The
-first failing step turns the whole thing around. Later steps of the design (virtual IP, services) take
-their places in the same order.
+first failing step turns the whole thing around. Later steps of the design (services) take their places in
+the same order.
 """
 
 from __future__ import annotations
@@ -26,14 +26,20 @@ class Step(StrEnum):
 
     REGISTER = "register"
     """The keeper learns that code of this section runs inside the node."""
+    FENCE = "fence"
+    """The previous leader's host, which did not end its session itself, is known to run nothing any more."""
     SEAL = "seal"
     """The WAL log is sealed under this epoch, and the replica has applied it to the seal."""
     PROMOTE = "promote"
     """The replica is the live database."""
     CAPTURE = "capture"
     """Nothing that is committed from now on can escape the capture, which is being started."""
+    VIP = "vip"
+    """The virtual addresses are here, and the neighbours know it."""
     BACKEND = "backend"
-    """The backend runs and is ready (it registers itself before it starts)."""
+    """The backend runs (it registers itself before it starts)."""
+    READY = "ready"
+    """It serves, by its ready check."""
     ON_ACTIVE = "on_active"
     """The hook has returned, or has said that it serves."""
     CAPTURED = "captured"
@@ -46,19 +52,31 @@ class Undo(StrEnum):
     END_ON_ACTIVE = "end-on_active"
     ON_PASSIVE = "on_passive"
     STOP_BACKEND = "stop-backend"
+    RELEASE_VIP = "release-vip"
+    """After the backend: its connections are closed from the address that the clients know."""
     STOP_CAPTURE = "stop-capture"
     """Gracefully: the rest goes into the log, which is closed. Else Litestream is killed."""
     UNREGISTER = "unregister"
 
 
-def steps(*, has_backend: bool, has_hooks: bool, has_database: bool = False) -> tuple[Step, ...]:
-    """What becoming active takes."""
+def steps(
+    *,
+    has_backend: bool,
+    has_hooks: bool,
+    has_database: bool = False,
+    has_vip: bool = False,
+    needs_fence: bool = False,
+) -> tuple[Step, ...]:
+    """What becoming active takes. *needs_fence*: the previous leader is to be fenced first."""
     wanted = {
         Step.REGISTER: has_hooks,
+        Step.FENCE: needs_fence,
         Step.SEAL: has_database,
         Step.PROMOTE: has_database,
         Step.CAPTURE: has_database,
+        Step.VIP: has_vip,
         Step.BACKEND: has_backend,
+        Step.READY: has_backend,
         Step.ON_ACTIVE: has_hooks,
         Step.CAPTURED: has_database,
     }
@@ -79,6 +97,8 @@ def undoing(begun: Iterable[Step], *, graceful: bool) -> tuple[Undo, ...]:
             plan.append(Undo.ON_PASSIVE)
     if Step.BACKEND in done:
         plan.append(Undo.STOP_BACKEND)
+    if Step.VIP in done:
+        plan.append(Undo.RELEASE_VIP)
     if done & {Step.SEAL, Step.PROMOTE, Step.CAPTURE, Step.CAPTURED}:
         # After whatever writes: what it wrote last is still captured.
         plan.append(Undo.STOP_CAPTURE)

@@ -21,6 +21,9 @@ from phalanx.types import Resource
 log = logging.getLogger("phalanx.keeper")
 
 KILL_DEADLINE_SECONDS = 2.0
+ADDRESSES_WAIT_SECONDS = 0.2
+"""How long addresses wait for the end of the programs behind them."""
+
 _RETRY_SECONDS = 0.1
 _FIND_SECONDS = 0.25
 
@@ -142,16 +145,23 @@ def _find_one(resource: Resource) -> list[system.ProcessRef]:
         return []
 
 
-async def kill_processes(resources: list[Resource], known: Known | None = None) -> bool:
-    """SIGKILL every process of *resources*, and what is *known*; True once all are seen to be gone."""
-    outcomes = await asyncio.gather(
-        *(
-            asyncio.to_thread(_kill_one, resource, tuple((known or {}).get(resource.id, ())))
-            for resource in resources
-            if resource.kind == "process"
-        )
-    )
-    if all(outcomes):
+async def kill_resources(resources: list[Resource], known: Known | None = None) -> bool:
+    """Kill every program of *resources*, and what is *known*, then drop the addresses; True once all of it is
+    seen to be gone.
+
+    Addresses go last, so that the connections of the killed are closed from the address that the clients
+    know; but they do not wait for what does not die.
+    """
+    programs = [resource for resource in resources if resource.kind not in ("section", "vip")]
+    addresses = [resource for resource in resources if resource.kind == "vip"]
+    killing = [
+        asyncio.create_task(asyncio.to_thread(_kill_one, resource, tuple((known or {}).get(resource.id, ()))))
+        for resource in programs
+    ]
+    if killing and addresses:
+        await asyncio.wait(killing, timeout=ADDRESSES_WAIT_SECONDS)
+    dropping = [asyncio.create_task(asyncio.to_thread(_kill_one, resource, ())) for resource in addresses]
+    if all(await asyncio.gather(*killing, *dropping)):
         return True
     await asyncio.sleep(_RETRY_SECONDS)
     return False
@@ -159,6 +169,19 @@ async def kill_processes(resources: list[Resource], known: Known | None = None) 
 
 def _kill_one(resource: Resource, known: tuple[system.ProcessRef, ...]) -> bool:
     """Whether all of it is seen to be gone. Never raises: a keeper that ends would leave it running."""
+    try:
+        match resource.kind:
+            case "process":
+                return _kill_process(resource, known)
+            case kind:
+                log.critical("app %s: nobody here can end a %s (%s)", resource.app, kind, resource.id)
+                return False
+    except Exception:
+        log.exception("app %s: %s %s could not be ended", resource.app, resource.kind, resource.id)
+        return False
+
+
+def _kill_process(resource: Resource, known: tuple[system.ProcessRef, ...]) -> bool:
     try:
         report = system.kill_marked(
             resource.id,

@@ -84,7 +84,7 @@ class Keeper:
 
     async def _serve(self, start: wire.Start) -> None:
         self._registry = fencing.Registry(Path(start.state_dir))
-        while not await fencing.kill_processes(self._registry.left_over()):
+        while not await fencing.kill_resources(self._registry.left_over()):
             self._say(wire.Lost("left-overs of an earlier life do not die"))
             await asyncio.sleep(1)
         try:
@@ -204,7 +204,7 @@ class Keeper:
             if fencing.node_lives(self._node_pid):
                 known = await fencing.find_processes(registry.resources)
             fencing.kill_node(self._node_pid)
-        while not await fencing.kill_processes(registry.resources, known):
+        while not await fencing.kill_resources(registry.resources, known):
             log.error("node %s: not releasing while processes of it still run", start.session.node)
         if kill_node:
             await fencing.node_gone(self._node_pid)
