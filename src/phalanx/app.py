@@ -228,6 +228,16 @@ class App:
         self.hooks.add("on_health_change", function)
         return function
 
+    async def check(self) -> None:
+        """Look for what would keep its backend and its addresses from this host; makes nothing.
+
+        Raises BackendError, AddressError (step ``prepare``).
+        """
+        if self._backend is not None:
+            await self._backend.prepare(self.name)
+        if self._addresses is not None:
+            await self._addresses.check()
+
     # --- what is so
 
     @property

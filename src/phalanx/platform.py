@@ -35,7 +35,7 @@ from phalanx.config import (
 )
 from phalanx.decide.backoff import Backoff
 from phalanx.ending import EXIT_FAILED, Ending, leave
-from phalanx.errors import ConfigError, PhalanxError, StartError
+from phalanx.errors import AddressError, BackendError, ConfigError, PhalanxError, StartError
 from phalanx.hooks import CANCEL_SECONDS
 from phalanx.net import make_addresses
 from phalanx.node import Node
@@ -158,9 +158,12 @@ class Platform:
     async def check(self) -> None:
         """Look for what would keep this node from starting: files, ports, NATS, rights. Makes nothing.
 
-        Raises ConfigError, StartError. :meth:`start` does this first, unless it was done just before.
+        Raises ConfigError, StartError, BackendError, AddressError. :meth:`start` does this first, unless it was
+        done just before.
         """
         await preflight.check(self.config, [app.config for app in self._apps.values()])
+        for app in self._apps.values():
+            await app.check()
         self._checked = True
 
     async def start(self) -> None:
@@ -280,7 +283,7 @@ class Platform:
         code = EXIT_FAILED
         try:
             code = await self._live_until_signal()
-        except (ConfigError, StartError) as error:
+        except (ConfigError, StartError, BackendError, AddressError) as error:
             log.error("%s", error)
             code = EXIT_BAD_INPUT
         except PhalanxError as error:

@@ -281,8 +281,8 @@ class Running(Protocol):
 class Backend(Protocol):
     """Any program that runs while an app is active on a node: a process, a unit, a container."""
 
-    async def prepare(self) -> None:
-        """Look whether it could be started on this host; makes nothing. Raises BackendError (``prepare``)."""
+    async def prepare(self, app: str) -> None:
+        """Look whether *app*'s program could be started on this host; makes nothing. Raises BackendError (``prepare``)."""
         ...
 
     async def start(self, section: SectionContext) -> Running:
@@ -303,7 +303,7 @@ class Backend(Protocol):
         on it is as if started here. None if it does not run any more. Raises BackendError."""
         ...
 
-    async def logs(self, lines: int = 100) -> list[str]:
+    async def logs(self, app: str, lines: int = 100) -> list[str]:
         """The last *lines* (1 to 10,000) that its program wrote, oldest first. Raises BackendError."""
         ...
 
@@ -323,6 +323,10 @@ class SectionAddresses(Protocol):
 
     async def release(self) -> None:
         """Give all of them up; returns when none is left. Raises AddressError (step ``release``)."""
+        ...
+
+    async def check(self) -> None:
+        """Look whether this host could take them; makes nothing. Raises AddressError (``prepare``)."""
         ...
 
     def ineligible_because(self) -> str:

@@ -49,9 +49,9 @@ class ProcessBackend:
     def __init__(self, config: Process) -> None:
         self._config = config
 
-    async def prepare(self) -> None:
+    async def prepare(self, app: str) -> None:
         """See ``ports.Backend.prepare``."""
-        await child.in_thread(partial(_prepare, self._config, ""))
+        await child.in_thread(partial(_prepare, self._config, app))
 
     async def fence(self, app: str) -> list[str]:
         """Nothing to do: what an earlier life left is in the keeper's file, and the keeper has killed it."""
@@ -61,7 +61,7 @@ class ProcessBackend:
         """The kernel ends a process with its node: there is never one to take up."""
         return None
 
-    async def logs(self, lines: int = 100) -> list[str]:
+    async def logs(self, app: str, lines: int = 100) -> list[str]:
         """See ``ports.Backend.logs``."""
         return []
 

@@ -14,9 +14,9 @@ class SystemdBackend:
     def __init__(self, config: Systemd) -> None:
         self._config = config
 
-    async def prepare(self) -> None:
+    async def prepare(self, app: str) -> None:
         """See ``ports.Backend.prepare``."""
-        raise BackendError("", "prepare", "not built yet")
+        raise BackendError(app, "prepare", "not built yet")
 
     async def start(self, section: SectionContext) -> Running:
         """See ``ports.Backend.start``."""
@@ -30,6 +30,6 @@ class SystemdBackend:
         """See ``ports.Backend.adopt``."""
         raise BackendError(section.app, "start", "not built yet")
 
-    async def logs(self, lines: int = 100) -> list[str]:
+    async def logs(self, app: str, lines: int = 100) -> list[str]:
         """See ``ports.Backend.logs``."""
-        raise BackendError("", "logs", "not built yet")
+        raise BackendError(app, "logs", "not built yet")

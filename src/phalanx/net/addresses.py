@@ -31,6 +31,10 @@ class Addresses:
     async def release(self) -> None:
         """See ``ports.SectionAddresses.release``."""
 
+    async def check(self) -> None:
+        """See ``ports.SectionAddresses.check``."""
+        raise AddressError(self._app, self._declared[0].address, "prepare", "not built yet")
+
     def ineligible_because(self) -> str:
         """See ``ports.SectionAddresses.ineligible_because``."""
         return "virtual addresses are not built yet"
