@@ -158,8 +158,8 @@ class Platform:
     async def check(self) -> None:
         """Look for what would keep this node from starting: files, ports, NATS, rights. Makes nothing.
 
-        Raises ConfigError, StartError, BackendError, AddressError. :meth:`start` does this first, unless it was
-        done just before.
+        Raises ConfigError, StartError, BackendError, AddressError. :meth:`start` does this first, unless
+        it was done just before.
         """
         await preflight.check(self.config, [app.config for app in self._apps.values()])
         for app in self._apps.values():

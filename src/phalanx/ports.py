@@ -282,7 +282,10 @@ class Backend(Protocol):
     """Any program that runs while an app is active on a node: a process, a unit, a container."""
 
     async def prepare(self, app: str) -> None:
-        """Look whether *app*'s program could be started on this host; makes nothing. Raises BackendError (``prepare``)."""
+        """Look whether *app*'s program could be started on this host; makes nothing.
+
+        Raises BackendError (``prepare``).
+        """
         ...
 
     async def start(self, section: SectionContext) -> Running:
