@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import nkeys
 import pytest
+from nats.aio.transport import TcpTransport
 
 from phalanx.bus.connection import NatsBus
 from phalanx.config import NatsOptions, Secret
@@ -244,6 +246,30 @@ async def test_close_is_bounded_on_a_pulled_cable(nats_server: NatsServer) -> No
         bus = await connect(NatsOptions(urls=(link.url,)))
         link.black_hole()
         await asyncio.wait_for(bus.close(), 5)
+
+
+async def test_reconnection_that_succeeds_while_the_bus_is_closed(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11's wait_for swallows a cancellation that comes with the result: no socket is left open."""
+    bus = await connect(NatsOptions(urls=tuple(nats_server.urls)))
+    connect_really = TcpTransport.connect
+    made: list[asyncio.StreamWriter] = []
+    closing: list[asyncio.Task[None]] = []
+
+    async def connect_and_miss_the_cancellation(self: TcpTransport, *args: Any, **options: Any) -> None:
+        await connect_really(self, *args, **options)
+        assert self._io_writer is not None
+        made.append(self._io_writer)
+        closing.append(asyncio.create_task(bus.close()))
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(5)
+
+    monkeypatch.setattr(TcpTransport, "connect", connect_and_miss_the_cancellation)
+    await bus.switch_server("a test")
+    await eventually(lambda: closing)
+    await closing[0]
+    await eventually(lambda: all(writer.transport.is_closing() for writer in made), 2)
 
 
 async def test_client_that_the_server_ended_for_good_is_replaced(tmp_path: Path) -> None:
