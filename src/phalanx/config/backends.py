@@ -64,7 +64,7 @@ class _Unit(Declaration, frozen=True):
         About(
             "The unit: a service of the system's manager, such as `wiki.service`, or an instance of a "
             "template (`wiki@blue.service`). Without a suffix it is a service.",
-            texts.Text("unit name", spaces=False),
+            texts.Text("unit name", empty=False, spaces=False),
         ),
     ]
 
@@ -118,7 +118,7 @@ class Docker(Declaration, frozen=True, kw_only=True, tag="docker", tag_field="ty
         ),
     ] = ""
     command: Annotated[
-        CommandLine, About("Command of the container.", texts.Command(), default="the image's own")
+        CommandLine, About("Command of the container.", texts.Command(empty=True), default="the image's own")
     ] = default(())
     env: Annotated[
         Mapping[str, str],

@@ -163,7 +163,12 @@ class SecretRule(msgspec.Struct, frozen=True):
 
 
 class Command(msgspec.Struct, frozen=True):
-    """A program and its arguments. Text is split as a POSIX shell would, but no shell runs it."""
+    """A program and its arguments. Text is split as a POSIX shell would, but no shell runs it.
+
+    *empty*: an empty list means "not set".
+    """
+
+    empty: bool = False
 
     @property
     def shape(self) -> str:
@@ -178,6 +183,8 @@ class Command(msgspec.Struct, frozen=True):
                 raise ConfigError(key, value, f"cannot be split: {error}", "close the quotes") from error
         else:
             arguments = strings(key, value, remedy)
+            if not arguments and self.empty:
+                return ()
         if not arguments or not arguments[0]:
             raise ConfigError(key, value, "names no program", remedy)
         if not all(is_passable(argument) for argument in arguments):
