@@ -1,0 +1,532 @@
+"""Hosts as Linux network namespaces on a bridge: real network faults on one machine. Needs root.
+
+::
+
+    with NetLab(hosts=5) as lab:
+        server = lab[0].popen(["python3", "-m", "http.server", "80"])
+        lab[1].get(lab[0].address, 80, "/")       # (200, b"…"), asked from the second host
+        lab.cut_link(0)                           # its cable is pulled: eth0 has no carrier
+        lab.drop(0, 1)                            # one way: nothing of host 0 reaches host 1
+        lab.partition([0, 1, 2], [3, 4])          # groups that do not see each other
+        lab.heal()
+
+Each host has ``lo`` and ``eth0``; the bridge, a switch, lives in a namespace of its own, so nothing touches
+the machine's network, and labs never meet, even of the same subnet. Faults are rules of *the switch*
+(nftables, family bridge) and of its ports: they hold for every frame, so for ARP, IPv6, multicast and
+virtual addresses too, and the hosts' own firewalls stay empty.
+
+A lab ends with everything that runs in its hosts. What a killed process leaves behind (the namespaces
+``phx-PID-…``, and whatever runs in them) is removed by the next lab. Several labs may run at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import ipaddress
+import itertools
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ParamSpec, Self, TypeVar
+
+_PROGRAMS = {"ip": "iproute2", "nft": "nftables", "nsenter": "util-linux"}
+"""What the lab calls, and the Debian package that has it."""
+
+_NEIGHBOURS = ("ether type arp", "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert }")
+_NAMESPACES = Path("/run/netns")
+_NAME = re.compile(r"phx-(\d+)-\d+-\w+")
+_CLONE_NEWNET = 0x40000000  # linux/sched.h
+_THREADS_PER_HOST = 16
+_END_SECONDS = 10.0
+
+_numbers = itertools.count(1)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class NetLabError(RuntimeError):
+    """The lab cannot be had here, or a command of it failed; says what is missing."""
+
+
+class Host:
+    """One host of a lab. Programs run in it by ``popen`` and ``run``, functions by ``call``."""
+
+    def __init__(self, lab: NetLab, index: int) -> None:
+        self._lab, self.index = lab, index
+        self.name = f"h{index + 1}"
+        self.namespace = lab.namespace(self.name)
+        self.address = lab.address(11 + index)
+        self.address6 = lab.address6(11 + index) if lab.network6 else ""
+        self.executor = ThreadPoolExecutor(_THREADS_PER_HOST, self.name, lambda: enter(self.namespace))
+        """Its threads are inside this host: what they connect and listen to is."""
+        self._processes: list[subprocess.Popen[Any]] = []
+
+    # --- programs
+
+    def command(self, *command: str) -> list[str]:
+        """*command*, as it has to be started from outside to run in this host. The process id stays the same.
+
+        Only the network is the host's: ``/sys/class/net`` still shows the machine's interfaces.
+        """
+        return ["nsenter", f"--net={_NAMESPACES / self.namespace}", "--", *command]
+
+    def popen(self, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+        """``subprocess.Popen`` inside this host, with its *options*; killed with the lab at the latest."""
+        process: subprocess.Popen[Any] = subprocess.Popen(self.command(*command), **options)
+        self._processes.append(process)
+        return process
+
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        timeout: float = 30.0,
+        check: bool = True,
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a program to its end. With *check*, NetLabError with its output when it fails."""
+        return _run(self.command(*command), timeout=timeout, check=check, env=env)
+
+    def ip(self, *arguments: str) -> str:
+        """``ip`` inside this host: its output. Raises NetLabError."""
+        return _run(["ip", "-n", self.namespace, *arguments]).stdout
+
+    def addresses(self, interface: str = "eth0") -> list[str]:
+        """The addresses of an interface, without their prefix lengths, link-local ones left out."""
+        shown = self.ip("-o", "addr", "show", "dev", interface, "scope", "global")
+        return re.findall(r"inet6? ([0-9a-f:.]+)", shown)
+
+    def pids(self) -> list[int]:
+        """Every process that runs in this host, however it came there."""
+        return _pids(self.namespace)
+
+    # --- functions and sockets
+
+    def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run *function* in a thread of this host; wait for what it returns.
+
+        Sockets belong to the thread that makes them, so a whole client may live there:
+        ``host.call(asyncio.run, main())``.
+        """
+        return self.executor.submit(function, *args, **kwargs).result()
+
+    async def acall(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """``call``, for asyncio. Cancelled, it leaves the function running: give it a deadline."""
+        return await asyncio.wrap_future(self.executor.submit(function, *args, **kwargs))
+
+    def socket(
+        self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, protocol: int = 0
+    ) -> socket.socket:
+        """A socket of this host, to be used anywhere: ``await loop.sock_connect(host.socket(), (…))``."""
+        return self.call(socket.socket, family, kind, protocol)
+
+    def get(self, address: str, port: int, path: str, timeout: float = 0.5) -> tuple[int, bytes]:
+        """HTTP GET from this host: status and body; status 0 when there is no whole answer in time."""
+        return self.call(_get, address, port, path, timeout)
+
+    async def aget(self, address: str, port: int, path: str, timeout: float = 0.5) -> tuple[int, bytes]:
+        """``get``, for asyncio."""
+        return await self.acall(_get, address, port, path, timeout)
+
+    def reaches(self, other: Host, *, timeout: float = 0.3) -> bool:
+        """Whether a packet (UDP) gets from this host to *other* and its answer back."""
+        return self.call(_sent, other, timeout, echo=True)
+
+    def delivers(self, other: Host, *, timeout: float = 0.3) -> bool:
+        """Whether a packet (UDP) gets from this host to *other*, one way."""
+        return self.call(_sent, other, timeout, echo=False)
+
+    # --- its end
+
+    def close(self) -> None:
+        """Kill everything that runs in this host, and remove it. For the lab."""
+        _end_processes(self.namespace)
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_SECONDS)
+        self.executor.shutdown(cancel_futures=True)
+        _delete(self.namespace)
+
+
+class NetLab:
+    """*hosts* hosts, counted from 0 and named h1, h2, …, on the switch.
+
+    *subnet*: IPv4, host i has its address 11 + i; others are free for virtual addresses (``address(100)``).
+    *ipv6*: the same numbers in a unique local /64. *networks*: a second one gives each host ``eth1`` on a
+    switch of its own (the next subnet), and so on. Raises NetLabError where labs cannot be had.
+    """
+
+    def __init__(
+        self,
+        hosts: int = 3,
+        *,
+        subnet: str = "10.66.0.0/24",
+        ipv6: bool = False,
+        networks: int = 1,
+    ) -> None:
+        self.network = ipaddress.IPv4Network(subnet)
+        self.network6 = ipaddress.IPv6Network("fd66:66::/64") if ipv6 else None
+        if not 1 <= hosts <= 64 or self.network.prefixlen > 24 or networks < 1:
+            raise ValueError(f"a lab has 1 to 64 hosts in a /24 or larger, not {hosts} in {subnet}")
+        self.networks = networks
+        self._prefix = f"phx-{os.getpid()}-{next(_numbers)}"
+        self.bridge = self.namespace("br")
+        """The namespace of the switch."""
+        self.hosts = [Host(self, i) for i in range(hosts)]
+        self._drops: dict[tuple[int, int], bool] = {}  # sender and receiver → whether all frames
+        self._loss: dict[int, float] = {}
+        self._cut: set[tuple[int, int]] = set()
+        self._flaps: list[tuple[threading.Event, threading.Thread]] = []
+        # Faults may come from several threads (flapping has its own).
+        self._lock = threading.RLock()
+
+    def namespace(self, name: str) -> str:
+        """The name of a namespace of this lab, as ``ip netns exec`` knows it."""
+        return f"{self._prefix}-{name}"
+
+    def address(self, number: int) -> str:
+        """Address *number* of the subnet. Hosts have 11 and more, the rest is free."""
+        return str(self.network[number])
+
+    def address6(self, number: int) -> str:
+        """Address *number* of the IPv6 network. Raises ValueError without one."""
+        if self.network6 is None:
+            raise ValueError("this lab has no IPv6: NetLab(ipv6=True)")
+        return str(self.network6[number])
+
+    def host(self, index: int) -> Host:
+        """Host *index*, counted from 0."""
+        return self.hosts[index]
+
+    def __getitem__(self, index: int) -> Host:
+        return self.hosts[index]
+
+    def __iter__(self) -> Iterator[Host]:
+        return iter(self.hosts)
+
+    def __len__(self) -> int:
+        return len(self.hosts)
+
+    # --- faults: frames that the switch drops
+
+    def drop(self, sender: int, receiver: int, *, all_frames: bool = False) -> None:
+        """One way: nothing that host *sender* sends arrives at host *receiver*. Carriers stay.
+
+        ARP and neighbour discovery pass, as with a firewall or a route gone wrong: without them, the other
+        way would fail as well after some seconds. With *all_frames* they are dropped too.
+        """
+        with self._lock:
+            self._check(sender, receiver)
+            self._drops[sender, receiver] = all_frames
+            self._apply()
+
+    def cut(self, one: int, other: int) -> None:
+        """Both ways between two hosts. Carriers stay."""
+        self.partition([one], [other])
+
+    def isolate(self, index: int) -> None:
+        """Host *index* and the others do not see each other; its carrier stays, as behind a broken switch."""
+        self.partition([index], [host.index for host in self if host.index != index])
+
+    def partition(self, *groups: Sequence[int]) -> None:
+        """Only hosts of the same group see each other. Hosts in no group see everybody. Carriers stay."""
+        with self._lock:
+            self._check(*itertools.chain.from_iterable(groups))
+            for one, other in itertools.permutations(groups, 2):
+                self._drops.update(dict.fromkeys(itertools.product(one, other), True))
+            self._apply()
+
+    def allow(self, one: int, other: int) -> None:
+        """End what is dropped between two hosts, both ways."""
+        with self._lock:
+            self._drops.pop((one, other), None)
+            self._drops.pop((other, one), None)
+            self._apply()
+
+    def lose(self, index: int, fraction: float) -> None:
+        """*fraction* (0 to 1) of what host *index* sends, and the same of what it should get, is lost."""
+        self._check(index)
+        if not 0.0 <= fraction <= 1.0:
+            raise ValueError(f"a fraction is from 0 to 1, not {fraction}")
+        with self._lock:
+            self._loss[index] = fraction
+            self._apply()
+
+    # --- faults: links
+
+    def cut_link(self, index: int, *, network: int = 0) -> None:
+        """Pull the cable of host *index*: no carrier, its interface is up without lower layer."""
+        self._set_port(index, network, up=False)
+
+    def restore_link(self, index: int, *, network: int = 0) -> None:
+        """Plug it in again."""
+        self._set_port(index, network, up=True)
+
+    def flap_link(self, index: int, *, up_seconds: float = 0.5, down_seconds: float = 0.5) -> None:
+        """The link of host *index* goes down and up, until ``heal()``."""
+        stop = threading.Event()
+
+        def flap() -> None:
+            while not stop.is_set():
+                self.cut_link(index)
+                stop.wait(down_seconds)
+                self.restore_link(index)
+                stop.wait(up_seconds)
+
+        thread = threading.Thread(target=flap, name=f"flap-{index}", daemon=True)
+        self._flaps.append((stop, thread))
+        thread.start()
+
+    def stop_switch(self) -> None:
+        """The switch forwards nothing any more; the hosts' carriers stay."""
+        for number in range(self.networks):
+            _ip(self.bridge, "link", "set", f"br{number}", "down")
+
+    def start_switch(self) -> None:
+        """It forwards again."""
+        for number in range(self.networks):
+            _ip(self.bridge, "link", "set", f"br{number}", "up")
+
+    def heal(self) -> None:
+        """End every fault."""
+        for stop, _ in self._flaps:
+            stop.set()
+        for _, thread in self._flaps:
+            thread.join(_END_SECONDS)
+        self._flaps.clear()
+        with self._lock:
+            self._drops.clear()
+            self._loss.clear()
+            self._apply()
+            for index, network in sorted(self._cut):
+                self.restore_link(index, network=network)
+        self.start_switch()
+
+    def _set_port(self, index: int, network: int, *, up: bool) -> None:
+        with self._lock:
+            _ip(self.bridge, "link", "set", _port(index, network), "up" if up else "down")
+            (self._cut.discard if up else self._cut.add)((index, network))
+
+    def _check(self, *indexes: int) -> None:
+        for index in indexes:
+            if not 0 <= index < len(self.hosts):
+                raise ValueError(f"no host {index} among {len(self.hosts)}")
+
+    def _apply(self) -> None:
+        """Give the switch all rules anew, in one transaction."""
+        rules: list[str] = []
+        ports = range(self.networks)
+        for index, fraction in sorted(self._loss.items()):
+            # In thousands; both directions are lost at this one place.
+            lost = f"numgen random mod 1000 < {round(fraction * 1000)} drop" if fraction < 1 else "drop"
+            rules += [f"{way} {_port(index, n)} {lost}" for way in ("iifname", "oifname") for n in ports]
+        for (sender, receiver), all_frames in sorted(self._drops.items()):
+            for frames in [f"iifname {_port(sender, n)} oifname {_port(receiver, n)}" for n in ports]:
+                if not all_frames:
+                    rules += [f"{frames} {neighbours} accept" for neighbours in _NEIGHBOURS]
+                rules.append(f"{frames} drop")
+        script = "".join(f"add rule bridge lab forward {rule}\n" for rule in rules)
+        _nft(self.bridge, f"flush chain bridge lab forward\n{script}")
+
+    # --- lifetime
+
+    def start(self) -> None:
+        """Make the hosts, five in about 0.3 s. Raises NetLabError."""
+        _require()
+        remove_leftovers()
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Kill what runs in the hosts and remove everything. Harmless when done twice."""
+        for stop, _ in self._flaps:
+            stop.set()
+        for _, thread in self._flaps:
+            thread.join(_END_SECONDS)
+        self._flaps.clear()
+        for host in self.hosts:
+            host.close()
+        _delete(self.bridge)
+
+    def _build(self) -> None:
+        _add(self.bridge)
+        for number in range(self.networks):
+            bridge = f"br{number}"
+            # Forwards at once; multicast is flooded, as a plain switch does.
+            kind = ("type", "bridge", "forward_delay", "0", "stp_state", "0", "mcast_snooping", "0")
+            _ip(self.bridge, "link", "add", bridge, *kind)
+            _ip(self.bridge, "link", "set", bridge, "addrgenmode", "none", "up")
+        _nft(
+            self.bridge,
+            "table bridge lab {\n chain forward { type filter hook forward priority 0; policy accept; }\n}\n",
+        )
+        for host in self.hosts:
+            self._plug_in(host)
+
+    def _plug_in(self, host: Host) -> None:
+        _add(host.namespace)
+        host.ip("link", "set", "lo", "up")
+        for number in range(self.networks):
+            port, interface = _port(host.index, number), f"eth{number}"
+            peer = ("peer", "name", interface, "netns", host.namespace)
+            _ip(self.bridge, "link", "add", port, "type", "veth", *peer)
+            _ip(self.bridge, "link", "set", port, "addrgenmode", "none", "master", f"br{number}", "up")
+            host.ip("link", "set", interface, "addrgenmode", "none", "up")
+            own = ipaddress.IPv4Address(host.address) + number * self.network.num_addresses
+            broadcast = self.network.broadcast_address + number * self.network.num_addresses
+            whole = f"{own}/{self.network.prefixlen}"
+            host.ip("addr", "add", whole, "broadcast", str(broadcast), "dev", interface)
+            # The kernel's own duplicate detection would make these unusable for their first second.
+            host.ip("addr", "add", f"fe80::{11 + host.index:x}/64", "dev", interface, "nodad")
+            if self.network6 and number == 0:
+                host.ip("addr", "add", f"{host.address6}/64", "dev", interface, "nodad")
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def enter(namespace: str) -> None:
+    """Move the calling *thread* into a network namespace, for good."""
+    import ctypes
+
+    descriptor = os.open(_NAMESPACES / namespace, os.O_RDONLY)
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)  # os.setns came with Python 3.12
+        if libc.setns(descriptor, _CLONE_NEWNET):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), namespace)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers() -> list[str]:
+    """Remove the namespaces of labs whose process is gone, with all that runs in them; their names."""
+    found: list[str] = []
+    for path in sorted(_NAMESPACES.glob("phx-*")):
+        match = _NAME.fullmatch(path.name)
+        if match and not Path(f"/proc/{match[1]}").exists():
+            _end_processes(path.name)
+            _delete(path.name)
+            found.append(path.name)
+    return found
+
+
+def _require() -> None:
+    missing = [
+        f"{program} ({package})" for program, package in _PROGRAMS.items() if not shutil.which(program)
+    ]
+    if os.geteuid() != 0:
+        missing.append("root's rights")
+    if missing:
+        raise NetLabError(f"network namespaces need {', '.join(missing)}")
+
+
+def _port(index: int, network: int) -> str:
+    return f"p{index + 1}n{network}"
+
+
+def _add(namespace: str) -> None:
+    _run(["ip", "netns", "add", namespace])
+
+
+def _delete(namespace: str) -> None:
+    # Another lab may have removed it as a left-over at the same moment.
+    if (_NAMESPACES / namespace).exists():
+        _run(["ip", "netns", "del", namespace], check=False)
+
+
+def _ip(namespace: str, *arguments: str) -> None:
+    _run(["ip", "-n", namespace, *arguments])
+
+
+def _nft(namespace: str, script: str) -> None:
+    _run(["nsenter", f"--net={_NAMESPACES / namespace}", "--", "nft", "-f", "-"], stdin=script)
+
+
+def _run(
+    command: Sequence[str],
+    *,
+    stdin: str = "",
+    timeout: float = 30.0,
+    check: bool = True,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False, env=env
+    )
+    if check and done.returncode:
+        output = (done.stderr or done.stdout).strip()
+        raise NetLabError(f"{' '.join(command)} ended with {done.returncode}: {output}")
+    return done
+
+
+def _pids(namespace: str) -> list[int]:
+    if not (_NAMESPACES / namespace).exists():
+        return []
+    listed = _run(["ip", "netns", "pids", namespace], check=False).stdout
+    return [pid for pid in map(int, listed.split()) if pid != os.getpid()]
+
+
+def _end_processes(namespace: str) -> None:
+    """SIGKILL everything in a namespace, also what is started meanwhile. Raises NetLabError."""
+    deadline = time.monotonic() + _END_SECONDS
+    while pids := _pids(namespace):
+        if time.monotonic() > deadline:
+            raise NetLabError(f"processes {pids} in {namespace} do not end")
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+
+
+def _get(address: str, port: int, path: str, timeout: float) -> tuple[int, bytes]:
+    connection = http.client.HTTPConnection(address, port, timeout=timeout)
+    try:
+        connection.request("GET", path, headers={"Connection": "close"})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    except (OSError, http.client.HTTPException):
+        return 0, b""
+    finally:
+        connection.close()
+
+
+def _sent(other: Host, timeout: float, *, echo: bool) -> bool:
+    """Whether a packet arrives at a socket of *other*, and one back. The calling thread is in the sender."""
+    with (
+        other.socket(kind=socket.SOCK_DGRAM) as theirs,
+        socket.socket(type=socket.SOCK_DGRAM) as ours,
+    ):
+        theirs.bind((other.address, 0))
+        theirs.settimeout(timeout)
+        ours.settimeout(timeout)
+        try:
+            ours.sendto(b"ping", theirs.getsockname())
+            _, sender = theirs.recvfrom(16)
+            if echo:
+                theirs.sendto(b"pong", sender)
+                ours.recv(16)
+        except OSError:  # lost, or no route while there is no carrier
+            return False
+        return True
