@@ -26,7 +26,7 @@ from phalanx.observe.health import HealthMonitor
 from phalanx.observe.journal import Journal
 from phalanx.ports import Backend, Bus, Fence, SectionAddresses, SectionContext
 from phalanx.section import Section
-from phalanx.types import AppStatus, Candidate, Health, LeaderRecord, Role
+from phalanx.types import AppStatus, Candidate, Health, LeaderRecord, Role, Succession
 
 if TYPE_CHECKING:
     # At run time only by apps that declare a database: it brings libraries of its own along.
@@ -170,6 +170,8 @@ class App:
         self._failures = Failures()
         self._activating_since = self._standing_down_since = 0.0
         self._highest_epoch = 0
+        self._succession: Succession | None = None
+        """How this node came to lead, the last time it did."""
         self._parts: NodeParts | None = None
         self._session: Session | None = None
         self._election: Election | None = None
@@ -405,6 +407,7 @@ class App:
             session,
             register,
             priority=self.config.pattern.priority,
+            no_failover=self.config.pattern.no_failover,
             highest=self._highest_epoch,
             handicap=self.database.handicap_seconds if self.database is not None else lambda: 0.0,
             on_leader=self._on_leader,
@@ -628,10 +631,9 @@ class App:
         if self._parts is not None:
             self._parts.journal.hook(self.name, hook, seconds)
 
-    def _on_acquired(self, record: LeaderRecord, vacant_for: float) -> None:
-        self._running_parts.journal.app(
-            self.name, "leader-acquired", epoch=record.revision, duration_seconds=vacant_for
-        )
+    def _on_acquired(self, succession: Succession) -> None:
+        self._succession = succession
+        self._running_parts.journal.acquired(self.name, succession)
 
     def _on_leader(self, old: LeaderRecord, new: LeaderRecord) -> None:
         before = old.session.node if old.session is not None else None

@@ -16,6 +16,7 @@ RESERVED_APPS = frozenset({"platform", "services", "sessions", "events", "audit"
 LEADER_KEY = "election.leader"
 FENCE_KEY = "fence"
 CANDIDATE_KEYS = "election.candidate"
+NOMINATION_KEY = "election.nomination"
 
 
 class Names:

@@ -103,12 +103,43 @@ class LeaderRecord(msgspec.Struct, frozen=True):
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """A node's standing offer to lead one app. ``priority``: the higher one is preferred."""
+    """A node's standing offer to lead one app. ``priority``: the higher one is preferred. ``no_failover``: it
+    leads only if an operator names it."""
 
     session: SessionId
     eligible: bool
     priority: int = 0
     reason: str = ""
+    no_failover: bool = False
+
+
+class Nomination(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An operator's word who shall follow the reign of *epoch*, and no other. ``by``: who said so."""
+
+    epoch: int
+    node: str
+    by: str = ""
+
+
+class Succession(msgspec.Struct, frozen=True):
+    """How a node came to lead an app under *epoch*.
+
+    ``at``: when it took the leader key, Unix seconds. ``previous``: the node that led before under
+    ``previous_epoch``, empty if nobody ever had. ``how``: ``released`` (it gave the key back) or
+    ``session-over`` (its session ended), empty without a previous one; ``reason``: why. ``named``: this node
+    was named as the successor; ``by``: by which operator, if it was one. ``vacant_seconds``: from when this
+    node knew that nobody led any more until it took the key.
+    """
+
+    epoch: int
+    at: float
+    previous: str = ""
+    previous_epoch: int = 0
+    how: str = ""
+    reason: str = ""
+    named: bool = False
+    by: str = ""
+    vacant_seconds: float = 0.0
 
 
 class Member(msgspec.Struct, frozen=True):

@@ -33,7 +33,7 @@ from phalanx.decide.session import SessionBody, StreamList
 from phalanx.names import Names
 from phalanx.observe.audit import AuditEntry
 from phalanx.observe.metrics import Metrics
-from phalanx.types import Candidate, Member, NodeStatus, Position, Resource
+from phalanx.types import Candidate, Member, NodeStatus, Nomination, Position, Resource
 
 NAMES = Names("prod")
 SOURCES = sorted((ROOT / "src" / "phalanx").rglob("*.py"))
@@ -53,6 +53,7 @@ VALUES: dict[str, Any] = {
     "AppRegistration": membership.AppRegistration,
     "leader": election._LeaderBody,  # pyright: ignore[reportPrivateUsage]
     "Candidate": Candidate,
+    "Nomination": Nomination,
     "Holder": lock_key.Holder,
     "SessionBody": SessionBody,
     "AuditEntry": AuditEntry,

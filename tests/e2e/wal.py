@@ -44,15 +44,15 @@ async def make_log(bus: NatsBus, replicas: int = 1) -> WalLog:
     return WalLog(bus, NAMES, APP)
 
 
-async def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> None:
-    """Wait until *condition* (sync or async) holds."""
+async def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
+    """Wait until *condition* (sync or async) holds; what it returned."""
     async with asyncio.timeout(seconds):
         while True:
             result = condition()
             if asyncio.iscoroutine(result):
                 result = await result
             if result:
-                return
+                return result
             await asyncio.sleep(0.005)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from phalanx.decide.election import (
@@ -20,7 +21,7 @@ from phalanx.decide.election import (
     next_action,
     rank,
 )
-from phalanx.types import Candidate, LeaderRecord, SessionId
+from phalanx.types import Candidate, LeaderRecord, Nomination, SessionId
 
 ME, A, Z = SessionId("n1", "x"), SessionId("a", "1"), SessionId("z", "1")
 OFFERS = (Candidate(ME, True), Candidate(A, True), Candidate(Z, True))
@@ -115,3 +116,41 @@ def test_the_successor_is_the_best_live_other() -> None:
     assert choose_successor(ME, OFFERS, lambda s: s == A) == "z"
     assert choose_successor(ME, (*OFFERS[:2], Candidate(Z, True, 1)), nobody_over) == "z"
     assert choose_successor(ME, (Candidate(ME, True), Candidate(A, False)), nobody_over) is None
+
+
+def test_a_node_without_failover_leads_only_if_it_is_named() -> None:
+    """It leaves a free key alone; named by the last leader or by an operator it takes it."""
+    assert act(LeaderRecord(7), no_failover=True) == Idle()
+    assert act(LeaderRecord(7, A), leader_over=True, no_failover=True) == Idle()
+    assert act(LeaderRecord(7, None, "z"), no_failover=True) == Idle()
+    assert act(LeaderRecord(7, None, "n1"), no_failover=True) == Acquire(7)
+    nominated = Nomination(7, "n1")
+    assert act(LeaderRecord(7, A), leader_over=True, no_failover=True, nomination=nominated) == Acquire(7)
+    assert act(LeaderRecord(9, ME), no_failover=True) == Begin(9)
+
+
+def test_a_node_without_failover_is_neither_chosen_nor_waited_for() -> None:
+    """However high its priority."""
+    offers = (*OFFERS, Candidate(SessionId("b", "1"), True, 9, no_failover=True))
+    assert choose_successor(ME, offers, nobody_over) == "a"
+    assert rank(ME, offers, nobody_over) == 1
+    assert choose_successor(ME, offers[3:], nobody_over) is None
+
+
+def test_an_operators_nominee_follows_the_reign_that_was_named_and_no_other() -> None:
+    """It goes before the last leader's own choice, also where that one's session has just ended."""
+    mine, other = Nomination(7, "n1"), Nomination(7, "z")
+    assert act(LeaderRecord(7, None, "z"), candidates=OFFERS, nomination=mine) == Acquire(7)
+    assert act(LeaderRecord(7, A), leader_over=True, candidates=OFFERS, nomination=mine) == Acquire(7)
+    late = 100.0 + RANK_STEP_SECONDS
+    assert act(LeaderRecord(7, A), leader_over=True, candidates=OFFERS, nomination=other) == Wait(
+        late + HEAD_START_SECONDS
+    )
+    assert act(LeaderRecord(8, A), leader_over=True, candidates=OFFERS, nomination=mine) == Wait(late)
+    assert act(LeaderRecord(7, A), nomination=mine) == Idle()
+
+
+def test_an_offer_as_older_versions_write_it_is_understood() -> None:
+    """Without the field that came later."""
+    old = b'{"session": {"node": "n2", "nonce": "x"}, "eligible": true, "priority": 3, "reason": ""}'
+    assert msgspec.json.decode(old, type=Candidate) == Candidate(SessionId("n2", "x"), True, 3)

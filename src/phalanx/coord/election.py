@@ -17,9 +17,9 @@ from phalanx.coord.watch import Watch
 from phalanx.decide import election as rules
 from phalanx.decide.backoff import Backoff
 from phalanx.errors import BusError, ConfigError, WrongRevision
-from phalanx.names import CANDIDATE_KEYS, LEADER_KEY, Names
+from phalanx.names import CANDIDATE_KEYS, LEADER_KEY, NOMINATION_KEY, Names
 from phalanx.ports import STREAM_NOT_FOUND, Bus, Connection, Fence, Record
-from phalanx.types import Candidate, Epoch, LeaderRecord, SessionId
+from phalanx.types import Candidate, Epoch, LeaderRecord, Nomination, SessionId, Succession
 
 log = logging.getLogger("phalanx.election")
 
@@ -42,6 +42,7 @@ class _LeaderBody(msgspec.Struct, frozen=True, omit_defaults=True):
 
 _leader_of = msgspec.json.Decoder(_LeaderBody).decode
 _candidate_of = msgspec.json.Decoder(Candidate).decode
+_nomination_of = msgspec.json.Decoder(Nomination).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -75,18 +76,25 @@ class Election:
         register: Register,
         *,
         priority: int = 0,
+        no_failover: bool = False,
         highest: int = 0,
         handicap: Callable[[], float] = lambda: 0.0,
         on_leader: Callable[[LeaderRecord, LeaderRecord], None] = lambda old, new: None,
-        on_acquired: Callable[[LeaderRecord, float], None] = lambda record, waited: None,
+        on_acquired: Callable[[Succession], None] = lambda succession: None,
     ) -> None:
         self._bus, self._names, self._app = bus, names, app
         self._session, self._register, self._priority = session, register, priority
+        self._no_failover = no_failover
         self._on_leader, self._on_acquired, self._handicap = on_leader, on_acquired, handicap
         self._bucket = names.app_bucket(app)
         self._stream = names.bucket_stream(self._bucket)
         self._leader_subject = names.key_subject(self._bucket, LEADER_KEY)
         self.leader = LeaderRecord(0)
+        self._before = LeaderRecord(0)
+        """What the leader key said before it said ``leader``."""
+        self._last_reign = LeaderRecord(0)
+        """The last one of somebody who led before ``leader``, or before that was released."""
+        self._nomination: Nomination | None = None
         self._vacant_since = system.now()
         self.candidates: dict[str, Candidate] = {}
         self._offer_revisions: dict[str, int] = {}
@@ -127,7 +135,7 @@ class Election:
         self._eligible, self._not_before = eligible, not_before
         # A change of mind comes in the middle of a hand-over, which must not wait for it.
         self._offer_due = system.now() + (OFFER_LINGER_SECONDS if self._offered is not None else 0.0)
-        self._offer = Candidate(self._session.id, eligible, self._priority, reason)
+        self._offer = Candidate(self._session.id, eligible, self._priority, reason, self._no_failover)
         self._changed.set()
 
     async def next_reign(self) -> Reign:
@@ -135,7 +143,12 @@ class Election:
         return await self._reigns.get()
 
     def successor(self) -> str | None:
-        """Who would take over best; None when nobody else is eligible."""
+        """Who would take over best, or whom an operator has named; None when nobody else is eligible."""
+        nomination = self._nomination
+        if nomination is not None and nomination.epoch == self.leader.revision:
+            offer = self.candidates.get(nomination.node)
+            if offer is not None and offer.eligible and not self._register.is_over(offer.session):
+                return nomination.node
         return rules.choose_successor(self._session.id, self.candidates.values(), self._register.is_over)
 
     def check_successor(self, node: str) -> str:
@@ -261,6 +274,8 @@ class Election:
             leading=self._reign.epoch if self._reign else None,
             handicap_seconds=self._handicap(),
             ended=self._ended,
+            no_failover=self._no_failover,
+            nomination=self._nomination,
         )
 
     async def _acquire(self, expected: int) -> float | None:
@@ -302,8 +317,29 @@ class Election:
         reign = Reign(Epoch(epoch), Fence(self._leader_subject, epoch))
         self._reign = reign
         self._tidy_at = system.now() + TIDY_SECONDS
-        self._on_acquired(self.leader, vacant_for)
+        self._on_acquired(self._succession(vacant_for))
         self._reigns.put_nowait(reign)
+
+    def _succession(self, vacant_for: float) -> Succession:
+        before, last = self._before, self._last_reign
+        how = reason = ""
+        if before.session is not None and before.session != self._session.id:
+            how, reason = "session-over", self._register.why_over(before.session)
+        elif last.session is not None or before.revision:
+            how, reason = "released", before.reason
+        named = rules.named_successor(before, self._nomination) == self._session.id.node
+        nominated = self._nomination is not None and self._nomination.epoch == before.revision
+        return Succession(
+            self.leader.revision,
+            system.wall(),
+            last.session.node if last.session is not None else "",
+            last.revision if last.session is not None else 0,
+            how,
+            reason,
+            named,
+            self._nomination.by if self._nomination is not None and named and nominated else "",
+            vacant_for,
+        )
 
     async def _try_release(self) -> bool:
         # The loop and release() come here at the same moment: a second write would only be refused.
@@ -396,6 +432,8 @@ class Election:
         if key == LEADER_KEY:
             if not record.removed:
                 self._learn(_record(record.revision, _leader_of(record.data)))
+        elif key == NOMINATION_KEY:
+            self._nomination = None if record.removed else _nomination_of(record.data)
         elif key.startswith(CANDIDATE_KEYS) and not record.removed:
             self._on_offer(_candidate_of(record.data), record.revision)
         elif key.startswith(CANDIDATE_KEYS):
@@ -448,7 +486,9 @@ class Election:
             self._replace(record)
 
     def _replace(self, record: LeaderRecord) -> None:
-        old, self.leader = self.leader, record
+        old, self.leader, self._before = self.leader, record, self.leader
+        if old.session is not None:
+            self._last_reign = old
         if old.session is not None:
             self._register.unnote(old.session)
         self._highest = max(self._highest, old.revision)

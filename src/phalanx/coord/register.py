@@ -22,6 +22,9 @@ from phalanx.types import SessionId
 
 log = logging.getLogger("phalanx.register")
 
+MAX_REASONS = 256
+"""Of so many ended sessions it is remembered why they ended."""
+
 _body_of = msgspec.json.Decoder(SessionBody).decode
 _encode = msgspec.json.Encoder().encode
 
@@ -45,6 +48,7 @@ class Register:
         self._burying: set[Tombstone] = set()
         self._caught_up: set[str] = set()
         self._noted: Counter[SessionId] = Counter()
+        self._reasons: dict[SessionId, str] = {}
         self.heard_at = system.now()
         """When a session stream was last heard."""
         self.ready = asyncio.Event()
@@ -60,6 +64,10 @@ class Register:
     def is_over(self, session: SessionId) -> bool:
         """Whether *session* has ended, for good."""
         return self._observer.is_over(session)
+
+    def why_over(self, session: SessionId) -> str:
+        """Why *session* has ended, as its tombstone says; empty where that is not known (any more)."""
+        return self._reasons.get(session, "")
 
     def live(self) -> list[SessionId]:
         """The sessions that are not over."""
@@ -209,8 +217,9 @@ class Register:
         if record.removed:
             self._is_absent(session, stream)  # a tombstone whose time is up
             return
-        over = self._observer.on_record(stream, session, record.revision, _body_of(record.data), system.now())
-        self._tell(over)
+        body = _body_of(record.data)
+        self._note_reason(session, body)
+        self._tell(self._observer.on_record(stream, session, record.revision, body, system.now()))
 
     def _on_catch_up(self, stream: str, records: list[Record], interrupted: bool, asked_at: float) -> None:
         keys = {
@@ -218,6 +227,8 @@ class Register:
             for record in records
             if not record.removed
         }
+        for session, (_, body) in keys.items():
+            self._note_reason(session, body)
         over = self._observer.on_catch_up(
             stream, keys, system.now(), interrupted=interrupted, asked_at=asked_at
         )
@@ -233,6 +244,12 @@ class Register:
                 self.ready.set()
         self._tell(over)
         self._changed.set()
+
+    def _note_reason(self, session: SessionId, body: SessionBody) -> None:
+        if body.tombstone and session not in self._reasons:
+            self._reasons[session] = body.reason
+            while len(self._reasons) > MAX_REASONS:
+                del self._reasons[next(iter(self._reasons))]
 
     def _is_absent(self, session: SessionId, stream: str) -> None:
         """Forget a session that ended so long ago that its tombstones are gone, unless a key may name it."""
@@ -266,6 +283,7 @@ class Register:
                 ttl_seconds=TOMBSTONE_KEPT_SECONDS,
                 timeout=max(0.2, min(1.0, self._timing.ttl / 5)),
             )
+            self._note_reason(tombstone.session, body)
             self._tell(
                 self._observer.on_record(tombstone.stream, tombstone.session, revision, body, system.now())
             )

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from phalanx.types import Candidate, LeaderRecord, SessionId
+from phalanx.types import Candidate, LeaderRecord, Nomination, SessionId
 
 HEAD_START_SECONDS = 0.030
 """What a named successor has before everybody else."""
@@ -26,7 +26,8 @@ class View(msgspec.Struct, frozen=True):
     """What one node knows about one app's election.
 
     ``vacant_since``: when this node learned that the seat is free (meaningless while it is not).
-    ``not_before``: this node steps aside until then, after failures of its own.
+    ``not_before``: this node steps aside until then, after failures of its own. ``no_failover``: this node
+    leads only if it is named. ``nomination``: the last one by an operator, for whichever reign.
     """
 
     me: SessionId
@@ -43,6 +44,8 @@ class View(msgspec.Struct, frozen=True):
     """How much longer this node waits because another one is likely to have more of the app's data."""
     ended: int = 0
     """The latest epoch whose reign has ended on this node: it never begins again (G2)."""
+    no_failover: bool = False
+    nomination: Nomination | None = None
 
 
 class Idle(msgspec.Struct, frozen=True):
@@ -77,20 +80,41 @@ Action: TypeAlias = Idle | Wait | Acquire | Begin | Deposed
 
 
 def rank(me: SessionId, candidates: Iterable[Candidate], is_over: Callable[[SessionId], bool]) -> int:
-    """How many live, eligible candidates are preferred to *me*: higher priority, then node name."""
+    """How many live, eligible candidates are preferred to *me*: higher priority, then node name. Those that
+    never take over by themselves do not count."""
     offers = [c for c in candidates if c.eligible and not is_over(c.session)]
     mine = next((c for c in offers if c.session == me), None)
     priority = mine.priority if mine else 0
-    return sum(1 for c in offers if c.session != me and (-c.priority, c.session.node) < (-priority, me.node))
+    return sum(
+        1
+        for c in offers
+        if c.session != me and not c.no_failover and (-c.priority, c.session.node) < (-priority, me.node)
+    )
 
 
 def choose_successor(
     me: SessionId, candidates: Iterable[Candidate], is_over: Callable[[SessionId], bool]
 ) -> str | None:
-    """The node that a release names: the most preferred live, eligible candidate but oneself."""
-    offers = [c for c in candidates if c.eligible and c.session != me and not is_over(c.session)]
+    """The node that a release names unless an operator did: the most preferred live, eligible candidate but
+    oneself. Never one with ``no_failover``: to be named is what lets such a node lead."""
+    offers = [
+        c
+        for c in candidates
+        if c.eligible and not c.no_failover and c.session != me and not is_over(c.session)
+    ]
     best = min(offers, key=lambda c: (-c.priority, c.session.node), default=None)
     return best.session.node if best else None
+
+
+def named_successor(leader: LeaderRecord, nomination: Nomination | None) -> str | None:
+    """Who was named to follow *leader*: an operator's nominee for this very reign goes first.
+
+    The last leader's own word counts only once it has released: its session may end at any time after it
+    has chosen.
+    """
+    if nomination is not None and nomination.epoch == leader.revision:
+        return nomination.node
+    return leader.successor if leader.session is None else None
 
 
 def next_action(view: View, now: float, is_over: Callable[[SessionId], bool]) -> Action:
@@ -113,6 +137,8 @@ def next_action(view: View, now: float, is_over: Callable[[SessionId], bool]) ->
         return Idle()
     if not view.eligible:
         return Idle()
+    if view.no_failover and named_successor(view.leader, view.nomination) != view.me.node:
+        return Idle()
     start = max(view.vacant_since + _delay(view, is_over), view.not_before)
     if now < start:
         return Wait(start)
@@ -120,9 +146,10 @@ def next_action(view: View, now: float, is_over: Callable[[SessionId], bool]) ->
 
 
 def _delay(view: View, is_over: Callable[[SessionId], bool]) -> float:
-    if view.leader.session is None and view.leader.successor == view.me.node:
+    named = named_successor(view.leader, view.nomination)
+    if named == view.me.node:
         return view.handicap_seconds
     delay = view.handicap_seconds + rank(view.me, view.candidates, is_over) * RANK_STEP_SECONDS
-    if view.leader.session is None and view.leader.successor:
+    if named:
         delay += HEAD_START_SECONDS
     return delay

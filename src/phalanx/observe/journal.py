@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Protocol
 
+from phalanx.types import Succession
+
 log = logging.getLogger("phalanx")
 
 
@@ -53,8 +55,6 @@ class Journal:
         **details: str,
     ) -> None:
         """A transition of an app on this node."""
-        if action == "leader-acquired":
-            self._meter.leader_acquired(app)
         self._audit.record(
             "app", action, app=app, epoch=epoch, reason=reason, duration_seconds=duration_seconds, **details
         )
@@ -66,6 +66,22 @@ class Journal:
             f" (epoch {epoch})" if epoch else "",
             f": {reason}" if reason else "",
             extra={"app": app, "epoch": epoch, "duration_seconds": duration_seconds},
+        )
+
+    def acquired(self, app: str, succession: Succession) -> None:
+        """This node leads an app now, and how that came about."""
+        self._meter.leader_acquired(app)
+        self.app(
+            app,
+            "leader-acquired",
+            epoch=succession.epoch,
+            reason=succession.reason,
+            duration_seconds=succession.vacant_seconds,
+            previous=succession.previous,
+            previous_epoch=str(succession.previous_epoch),
+            how=succession.how,
+            named="yes" if succession.named else "no",
+            by=succession.by,
         )
 
     def activated(self, app: str, epoch: int, seconds: float) -> None:

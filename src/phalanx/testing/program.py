@@ -36,7 +36,8 @@ class Settings(msgspec.Struct, kw_only=True):
     ``writes``: fenced writes while active, each ``write_seconds`` after the last, to one key or
     (``distinct_keys``) each to its own. ``database``: where each node's SQLite database lies, with
     ``{node}`` in it; while active a row is committed every ``commit_seconds``, and every ``sync_every``
-    rows ``db.sync()`` is awaited; ``database_options`` are more fields of its declaration; ``storms`` and
+    rows ``db.sync()`` is awaited; ``no_failover``: nodes that never take over by
+    themselves. ``database_options`` are more fields of its declaration; ``storms`` and
     ``stop_file``: see ``committing.Committer``."""
 
     history: str
@@ -55,6 +56,7 @@ class Settings(msgspec.Struct, kw_only=True):
     fault_file: str = ""
     fault_node: str = ""
     priority: int = 0
+    no_failover: tuple[str, ...] = ()
     writes: bool = False
     write_seconds: float = 0.02
     distinct_keys: bool = False
@@ -151,7 +153,9 @@ def build(settings: Settings) -> Platform:
             path = settings.database.format(node=platform.config.node, app=name)
             os.makedirs(os.path.dirname(path), exist_ok=True)
             database = SQLite(path, **settings.database_options)
-        pattern = ActivePassive(priority=settings.priority)
+        pattern = ActivePassive(
+            priority=settings.priority, no_failover=platform.config.node in settings.no_failover
+        )
         app = platform.app(name, pattern, backend=backend, database=database)
         if settings.hooks:
 
