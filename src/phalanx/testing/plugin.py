@@ -1,4 +1,4 @@
-"""The pytest plugin of ``phalanx.testing``: fixtures that give real NATS servers.
+"""The pytest plugin of ``phalanx.testing``: fixtures that give real NATS servers, and a real dockerd.
 
 pytest imports this module at its start, so it imports nothing of Phalanx before a fixture runs.
 The fixtures are synchronous: they work in plain and in asyncio tests.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from phalanx.testing.dockerd import DockerDaemon
     from phalanx.testing.nats import NatsCluster, NatsServer
 
 
@@ -31,3 +32,12 @@ def nats_cluster() -> Iterator[NatsCluster]:
 
     with NatsCluster(3) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def dockerd() -> Iterator[DockerDaemon]:
+    """One real dockerd of its own for all tests of a run; up in about a second. Needs root and docker.io."""
+    from phalanx.testing.dockerd import DockerDaemon
+
+    with DockerDaemon() as daemon:
+        yield daemon
