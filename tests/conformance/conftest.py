@@ -1,34 +1,17 @@
-"""What the conformance suite of backends needs: each backend under test, and a section that records.
-
-A new backend is one more entry in ``BACKENDS``: how it makes a backend that runs a given program.
-"""
+"""What the conformance suite of backends needs: each stage in turn, and a section that records."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 
-from phalanx import config, system
-from phalanx.backends import make_backend
-from phalanx.ports import Backend, SectionContext
+from phalanx.ports import SectionContext
 from phalanx.types import Resource
 
-
-def process(code: str, **options: object) -> Backend:
-    """Python *code* as a process."""
-    declared = config.build_app(
-        "wiki", config.ActivePassive(), backend=config.Process([sys.executable, "-uc", code], **options)
-    ).backend
-    assert declared is not None
-    return make_backend(declared)
-
-
-BACKENDS: dict[str, Callable[..., Backend]] = {"process": process}
+from .stages import BACKENDS, Stage
 
 
 class Recorder:
@@ -37,15 +20,19 @@ class Recorder:
     def __init__(self, epoch: int) -> None:
         self.calls: list[tuple[str, str]] = []
         self.resources: dict[str, Resource] = {}
-        self.markers: set[str] = set()
+        self.all: dict[str, Resource] = {}
+        """Whatever was ever registered."""
         self.on_register: dict[int, Callable[[Resource], object]] = {}
         self.section = SectionContext("prod", "n1", "wiki", epoch, self._register, self._unregister)
 
+    def count(self, call: str) -> int:
+        """How many calls there were of that kind."""
+        return sum(kind == call for kind, _ in self.calls)
+
     async def _register(self, resource: Resource) -> None:
-        number = sum(kind == "register" for kind, _ in self.calls) + 1
+        number = self.count("register") + 1
         self.calls.append(("register", resource.id))
-        self.resources[resource.id] = resource
-        self.markers.add(resource.id)
+        self.resources[resource.id] = self.all[resource.id] = resource
         if act := self.on_register.get(number):
             result = act(resource)
             if asyncio.iscoroutine(result):
@@ -56,24 +43,21 @@ class Recorder:
         self.calls.append(("unregister", resource_id))
         self.resources.pop(resource_id, None)
 
-    def left(self) -> list[int]:
-        """The processes that still run of all that was ever registered."""
-        return [pid for marker in self.markers for pid in system.find_marked(marker)]
-
 
 @pytest.fixture(params=list(BACKENDS))
-def backend(request: pytest.FixtureRequest) -> Callable[..., Backend]:
-    """Makes a backend that runs Python code."""
-    return BACKENDS[request.param]
+async def stage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Stage]:
+    """One backend under test; nothing of it outlives the test."""
+    made = BACKENDS[request.param](tmp_path)
+    yield made
+    await made.close()
 
 
 @pytest.fixture
-async def recorder() -> AsyncIterator[Recorder]:
-    """A section that records; nothing of it outlives the test."""
+async def recorder(stage: Stage) -> AsyncIterator[Recorder]:
+    """A section that records; what it knew is ended with the test."""
     made = Recorder(epoch=7)
     yield made
-    for marker in made.markers:
-        system.kill_marked(marker)
+    await stage.keeper_kills(list(made.all.values()))
 
 
 async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
@@ -81,10 +65,3 @@ async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-
-
-def text(path: Path) -> str:
-    """What is in *path*, nothing if it is not there (yet)."""
-    with contextlib.suppress(FileNotFoundError):
-        return path.read_text()
-    return ""

@@ -3,132 +3,103 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from phalanx import config, system
+from phalanx import system
 from phalanx.errors import BackendError, SessionLost
-from phalanx.ports import Backend
-from phalanx.types import Resource
+from phalanx.ports import Running
+from phalanx.testing.fake_backend import Behaviour
+from phalanx.types import ProgramState, Resource
 
-from .conftest import Recorder, text, until
+from .conftest import Recorder, until
+from .stages import Stage
 
-MakeBackend = Callable[..., Backend]
+SERVES = Behaviour()
+IGNORES_STOP = Behaviour(stop_seconds=None)
+CRASHES = Behaviour(ends_seconds=0.2, exit_code=3)
+LEAVES_A_DAEMON = Behaviour(daemon=True)
 
-SLEEPS = "import time; time.sleep(60)"
-IGNORES = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf'); time.sleep(60)"
-NEVER_READY = config.FunctionCheck(lambda: False, interval=0.05)
-
-
-def sets_out(path: Path, then: str) -> str:
-    """Code with a child that has left group and session, says so in *path*, and goes on with *then*."""
-    return (
-        "import os, sys, time\n"
-        "if os.fork() == 0:\n"
-        "    os.setsid()\n"
-        "    if os.fork() == 0:\n"
-        f"        open({str(path)!r}, 'w').write(str(os.getpid()))\n"
-        "        time.sleep(60)\n"
-        "    os._exit(0)\n"
-        f"while not (os.path.exists({str(path)!r}) and open({str(path)!r}).read()): time.sleep(0.01)\n"
-        f"{then}\n"
-    )
+REGISTRATIONS = (1, 2)
 
 
-async def test_registers_before_it_starts(backend: MakeBackend, recorder: Recorder, tmp_path: Path) -> None:
-    """G4: the keeper knows the program before it runs, and its group before start() returns."""
-    ran = tmp_path / "ran"
+async def start(stage: Stage, recorder: Recorder, behaviour: Behaviour, **options: float) -> Running:
+    """Start it, and wait until the program has come so far that it knows what to do with a signal."""
+    running = await stage.backend(behaviour, **options).start(recorder.section)  # pyright: ignore
+    await until(lambda: stage.has_said("started"))
+    return running
+
+
+def assert_nothing_is_left(stage: Stage, recorder: Recorder) -> None:
+    """Nothing runs, and nothing is registered."""
+    assert stage.left() == []
+    assert not recorder.resources
+
+
+# --- start
+
+
+async def test_registers_before_it_starts(stage: Stage, recorder: Recorder) -> None:
+    """G4: the keeper knows the program before it runs, and all that it needs before start() returns."""
     seen: list[bool] = []
-    recorder.on_register[1] = lambda resource: asyncio.sleep(0.2, seen.append(ran.exists()))
-    recorder.on_register[2] = lambda resource: seen.append(resource.pgid > 0 and resource.start_time > 0)
-
-    running = await backend(f"open({str(ran)!r}, 'w').close(); {SLEEPS}").start(recorder.section)
-
-    assert seen == [False, True]
-    assert [kind for kind, _ in recorder.calls] == ["register", "register"]
+    for number in range(1, stage.registrations + 1):
+        recorder.on_register[number] = lambda resource: asyncio.sleep(
+            0.2, seen.append(stage.has_said("started"))
+        )
+    running = await stage.backend(SERVES).start(recorder.section)
+    assert seen == [False] * stage.registrations
+    assert [kind for kind, _ in recorder.calls] == ["register"] * stage.registrations
     (resource,) = recorder.resources.values()
-    assert (resource.kind, resource.app, resource.epoch) == ("process", "wiki", 7)
-    assert system.ProcessRef(resource.pgid, resource.start_time).alive()
+    assert (resource.kind, resource.app, resource.epoch) == (stage.kind, "wiki", 7)
+    await until(lambda: stage.has_said("started"))
+    assert stage.left()
     await running.stop("done")
     assert recorder.calls[-1] == ("unregister", resource.id)
+    assert_nothing_is_left(stage, recorder)
 
 
-async def test_keeper_that_refuses_lets_nothing_start(
-    backend: MakeBackend, recorder: Recorder, tmp_path: Path
+@pytest.mark.parametrize("registration", REGISTRATIONS)
+async def test_keeper_that_refuses_lets_nothing_run(
+    stage: Stage, recorder: Recorder, registration: int
 ) -> None:
-    """A refused registration is raised, and the program never ran."""
-    ran = tmp_path / "ran"
+    """A refused registration, of the session that was lost, is raised, and the program never ran."""
+    if registration > stage.registrations:
+        pytest.skip("it registers once")
 
     def refuse(resource: Resource) -> None:
         raise SessionLost("n1.ab", "gone")
 
-    recorder.on_register[1] = refuse
+    recorder.on_register[registration] = refuse
     with pytest.raises(SessionLost):
-        await backend(f"open({str(ran)!r}, 'w').close()").start(recorder.section)
-    assert not ran.exists()
-    assert not recorder.resources
-
-
-async def test_session_lost_while_starting_leaves_nothing(backend: MakeBackend, recorder: Recorder) -> None:
-    """A program that runs already is killed when the second registration is refused."""
-
-    def refuse(resource: Resource) -> None:
-        raise SessionLost("n1.ab", "gone")
-
-    recorder.on_register[2] = refuse
-    with pytest.raises(SessionLost):
-        await backend(SLEEPS).start(recorder.section)
-    assert recorder.left() == []
-    assert not recorder.resources
-
-
-async def test_start_that_does_not_get_ready_leaves_nothing(backend: MakeBackend, recorder: Recorder) -> None:
-    """Not ready in time: BackendError of step ready with what the check said; all of it gone."""
-    program = backend(
-        SLEEPS, ready=config.TcpCheck("127.0.0.1:1", interval=0.05, timeout=0.2), ready_timeout=0.4
-    )
-    with pytest.raises(BackendError, match=r"not ready within 0\.4 s: cannot connect") as caught:
-        await program.start(recorder.section)
-    assert caught.value.step == "ready"
-    assert recorder.left() == []
-    assert not recorder.resources
-
-
-async def test_program_that_ends_before_it_is_ready(backend: MakeBackend, recorder: Recorder) -> None:
-    """It fails at once, not at ready_timeout, and the error holds the program's last words."""
-    program = backend("import sys; print('address in use'); sys.exit(3)", ready=NEVER_READY)
-    with pytest.raises(
-        BackendError, match="exited with code 3 before it was ready: address in use"
-    ) as caught:
-        async with asyncio.timeout(5):
-            await program.start(recorder.section)
-    assert caught.value.step == "ready"
-    assert not recorder.resources
+        await stage.backend(SERVES).start(recorder.section)
+    assert not stage.has_said("started")
+    assert_nothing_is_left(stage, recorder)
 
 
 @pytest.mark.parametrize("delay", [0.0, 0.002, 0.005, 0.01, 0.02, 0.05, 0.3])
 async def test_start_cancelled_at_any_moment_leaves_nothing(
-    backend: MakeBackend, recorder: Recorder, delay: float
+    stage: Stage, recorder: Recorder, delay: float
 ) -> None:
     """G8: whenever start() is cancelled, when it has ended nothing runs and nothing is registered."""
-    start = asyncio.create_task(backend(SLEEPS, ready=NEVER_READY).start(recorder.section))
+    starting = asyncio.create_task(stage.backend(SERVES).start(recorder.section))
     await asyncio.sleep(delay)
-    start.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await start
-    assert recorder.left() == []
-    assert not recorder.resources
+    starting.cancel()
+    try:
+        running = await starting
+    except asyncio.CancelledError:
+        pass
+    else:
+        await running.kill()
+    assert_nothing_is_left(stage, recorder)
 
 
-@pytest.mark.parametrize("registration", [1, 2])
+@pytest.mark.parametrize("registration", REGISTRATIONS)
 async def test_start_cancelled_while_registering_leaves_nothing(
-    backend: MakeBackend, recorder: Recorder, registration: int
+    stage: Stage, recorder: Recorder, registration: int
 ) -> None:
-    """Also while the keeper's answer is awaited, before or after the spawn, and cancelled twice."""
+    """Also while the keeper's answer is awaited, and cancelled twice."""
+    if registration > stage.registrations:
+        pytest.skip("it registers once")
     reached = asyncio.Event()
 
     async def hang() -> None:
@@ -136,223 +107,348 @@ async def test_start_cancelled_while_registering_leaves_nothing(
         await asyncio.sleep(60)
 
     recorder.on_register[registration] = lambda resource: hang()
-    start = asyncio.create_task(backend(SLEEPS).start(recorder.section))
+    starting = asyncio.create_task(stage.backend(SERVES).start(recorder.section))
     await reached.wait()
-    start.cancel()
+    starting.cancel()
     await asyncio.sleep(0)
-    start.cancel()
+    starting.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await start
-    assert recorder.left() == []
-    assert not recorder.resources
+        await starting
+    assert not stage.has_said("started")
+    assert_nothing_is_left(stage, recorder)
 
 
-async def test_waits_until_ready(backend: MakeBackend, recorder: Recorder, tmp_path: Path) -> None:
-    """start() returns when the ready check passes, not before."""
-    ready = tmp_path / "ready"
-    check = config.FunctionCheck(ready.exists, interval=0.05)
-    start = asyncio.create_task(
-        backend(
-            f"import time; time.sleep(0.3); open({str(ready)!r}, 'w'); time.sleep(60)", ready=check
-        ).start(recorder.section)
-    )
-    running = await start
-    assert ready.exists()
+async def test_program_that_cannot_be_started(stage: Stage, recorder: Recorder) -> None:
+    """No such program, image or unit: said by prepare() and by start(), with a remedy; nothing registered."""
+    backend = stage.backend(Behaviour(missing=True))
+    for attempt in (backend.prepare("wiki"), backend.start(recorder.section)):
+        with pytest.raises(BackendError) as caught:
+            await attempt
+        assert (caught.value.app, caught.value.step) == ("wiki", "prepare")
+        assert caught.value.remedy
+    assert_nothing_is_left(stage, recorder)
+
+
+async def test_prepare_starts_nothing(stage: Stage, recorder: Recorder) -> None:
+    """It only looks."""
+    await stage.backend(SERVES).prepare("wiki")
+    await asyncio.sleep(0.2)
+    assert not stage.has_said("started")
+    assert_nothing_is_left(stage, recorder)
+
+
+# --- ready
+
+
+async def test_without_a_check_it_is_ready_at_once(stage: Stage, recorder: Recorder) -> None:
+    """Nothing to wait for, though the program itself takes its time."""
+    running = await stage.backend(Behaviour(ready_seconds=None)).start(recorder.section)
+    async with asyncio.timeout(5):
+        await running.wait_ready()
+    assert running.status().state is ProgramState.RUNNING
     await running.kill()
 
 
-async def test_stop_is_graceful(backend: MakeBackend, recorder: Recorder, tmp_path: Path) -> None:
+async def test_slow_start_is_waited_for(stage: Stage, recorder: Recorder) -> None:
+    """start() does not wait for readiness; wait_ready() returns when the check passes, not before."""
+    running = await stage.backend(Behaviour(ready_seconds=0.7), ready=True).start(recorder.section)
+    assert not stage.has_said("ready")
+    await running.wait_ready()
+    assert stage.has_said("ready")
+    assert not asyncio.ensure_future(running.ended).done()
+    await running.kill()
+    assert_nothing_is_left(stage, recorder)
+
+
+async def test_program_that_does_not_get_ready(stage: Stage, recorder: Recorder) -> None:
+    """BackendError of step ready, in time; whoever waited kills it then."""
+    running = await stage.backend(Behaviour(ready_seconds=None), ready=True, ready_timeout=0.5).start(
+        recorder.section
+    )
+    with pytest.raises(BackendError, match=r"not ready within 0\.5 s") as caught:
+        await running.wait_ready()
+    assert caught.value.step == "ready"
+    await running.kill()
+    assert_nothing_is_left(stage, recorder)
+
+
+async def test_program_that_exits_before_it_is_ready(stage: Stage, recorder: Recorder) -> None:
+    """It fails at once, not at ready_timeout, and says how the program ended."""
+    behaviour = Behaviour(ready_seconds=None, ends_seconds=0.2, exit_code=3)
+    running = await stage.backend(behaviour, ready=True, ready_timeout=60).start(recorder.section)
+    with pytest.raises(BackendError, match="code 3") as caught:
+        async with asyncio.timeout(10):
+            await running.wait_ready()
+    assert caught.value.step == "ready"
+    await running.kill()
+    assert_nothing_is_left(stage, recorder)
+
+
+async def test_cancelled_wait_for_readiness_leaves_it_running(stage: Stage, recorder: Recorder) -> None:
+    """To wait is no more than that: it can be given up, and the program be ended in order."""
+    running = await stage.backend(Behaviour(ready_seconds=None), ready=True).start(recorder.section)
+    waiting = asyncio.create_task(running.wait_ready())
+    await until(lambda: stage.has_said("started"))
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert stage.left()
+    await running.stop("done")
+    assert stage.has_said("bye")
+    assert_nothing_is_left(stage, recorder)
+
+
+# --- end
+
+
+async def test_stop_is_graceful(stage: Stage, recorder: Recorder) -> None:
     """G10: the program gets its signal and the time to end in its own way."""
-    said, up = tmp_path / "said", tmp_path / "up"
-    code = (
-        "import signal, sys, time\n"
-        "def bye(*_):\n"
-        f"    time.sleep(0.2); open({str(said)!r}, 'w').write('bye'); sys.exit(0)\n"
-        f"signal.signal(signal.SIGTERM, bye); open({str(up)!r}, 'w').close()\n"
-        "time.sleep(60)"
-    )
-    running = await backend(code).start(recorder.section)
-    await until(up.exists)
-    await running.stop("hand-over")
-    assert text(said) == "bye"
-    assert recorder.left() == []
-    assert not recorder.resources
+    running = await start(stage, recorder, Behaviour(stop_seconds=0.3))
+    stopping = asyncio.create_task(running.stop("hand-over"))
+    await asyncio.sleep(0.05)
+    assert running.status().state is ProgramState.STOPPING
+    await stopping
+    assert stage.has_said("bye")
+    assert running.status().state is ProgramState.ENDED
     assert not asyncio.ensure_future(running.ended).done()  # it did not end by itself
+    assert_nothing_is_left(stage, recorder)
 
 
-async def test_stop_gives_the_whole_group_its_time(
-    backend: MakeBackend, recorder: Recorder, tmp_path: Path
-) -> None:
-    """A worker that ends later than its parent is not killed while there is time (G10)."""
-    said, up = tmp_path / "said", tmp_path / "up"
-    code = (
-        "import os, signal, time\n"
-        "def bye(*_):\n"
-        f"    time.sleep(0.3); open({str(said)!r}, 'w').write('bye'); os._exit(0)\n"
-        "if os.fork() == 0:\n"
-        f"    signal.signal(signal.SIGTERM, bye); open({str(up)!r}, 'w').close(); time.sleep(60)\n"
-        "time.sleep(60)"
-    )
-    running = await backend(code).start(recorder.section)
-    await until(up.exists)
-    await running.stop("hand-over")
-    assert text(said) == "bye"
-    assert recorder.left() == []
-
-
-async def test_stop_of_a_deaf_program(
-    backend: MakeBackend, recorder: Recorder, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A program that ignores the signal is killed when its time is up, and not before."""
-    caplog.set_level(logging.INFO)
-    running = await backend(IGNORES, stop_timeout=0.5).start(recorder.section)
-    await until(lambda: "deaf" in caplog.text)
+async def test_stop_of_a_program_that_ignores_it(stage: Stage, recorder: Recorder) -> None:
+    """It is killed when its time is up, and not before."""
+    running = await start(stage, recorder, IGNORES_STOP, stop_timeout=1.0)
     began = system.now()
     await running.stop("hand-over")
-    assert 0.5 <= system.now() - began < 3
-    assert recorder.left() == []
-    assert not recorder.resources
+    assert 0.9 <= system.now() - began < 6
+    assert not stage.has_said("bye")
+    assert_nothing_is_left(stage, recorder)
 
 
-async def test_kill_is_at_once(
-    backend: MakeBackend, recorder: Recorder, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_kill_is_at_once(stage: Stage, recorder: Recorder) -> None:
     """kill() waits for nothing, and may come in the middle of a stop (fence)."""
-    caplog.set_level(logging.INFO)
-    running = await backend(IGNORES, stop_timeout=30).start(recorder.section)
-    await until(lambda: "deaf" in caplog.text)
-    stop = asyncio.create_task(running.stop("hand-over"))
+    running = await start(stage, recorder, IGNORES_STOP, stop_timeout=30)
+    stopping = asyncio.create_task(running.stop("hand-over"))
     await asyncio.sleep(0.1)
-    assert not stop.done()
+    assert not stopping.done()
     began = system.now()
     await running.kill()
-    assert system.now() - began < 1
-    assert recorder.left() == []
-    await asyncio.wait_for(stop, 5)
-    assert [kind for kind, _ in recorder.calls].count("unregister") == 1
+    assert system.now() - began < 2
+    assert stage.left() == []
+    async with asyncio.timeout(5):
+        await stopping
+    assert recorder.count("unregister") == 1
 
 
-async def test_cancelled_kill_kills(backend: MakeBackend, recorder: Recorder) -> None:
+async def test_cancelled_kill_kills(stage: Stage, recorder: Recorder) -> None:
     """kill() is shielded: once begun it ends with everything gone, cancelled or not."""
-    running = await backend(SLEEPS).start(recorder.section)
+    running = await start(stage, recorder, SERVES)
     kill = asyncio.create_task(running.kill())
     await asyncio.sleep(0)
     kill.cancel()
     with pytest.raises(asyncio.CancelledError):
         await kill
-    assert recorder.left() == []
-    assert not recorder.resources
+    assert_nothing_is_left(stage, recorder)
+
+
+async def test_stopping_twice_is_harmless(stage: Stage, recorder: Recorder) -> None:
+    """stop() and kill() after the end do nothing; two stops at once end it once."""
+    running = await start(stage, recorder, SERVES)
+    await asyncio.gather(running.stop("one"), running.stop("two"))
+    await running.stop("again")
+    await running.kill()
+    assert recorder.count("unregister") == 1
 
 
 @pytest.mark.parametrize("how", ["stop", "kill"])
 async def test_children_that_left_the_group_are_killed_too(
-    backend: MakeBackend, recorder: Recorder, tmp_path: Path, how: str
+    stage: Stage, recorder: Recorder, how: str
 ) -> None:
-    """G1: a daemon with a session of its own, holding the pipe, is gone when stop() or kill() return."""
-    path = tmp_path / "child"
-    running = await backend(sets_out(path, SLEEPS)).start(recorder.section)
-    await until(lambda: text(path))
-    escaped = int(text(path))
-    async with asyncio.timeout(5):
+    """G1: a daemon with a session of its own, holding the output, is gone when stop() or kill() return."""
+    running = await start(stage, recorder, LEAVES_A_DAEMON)
+    assert stage.has_said("daemon")
+    async with asyncio.timeout(8):
         await (running.stop("done") if how == "stop" else running.kill())
-    assert not system.is_running(escaped)
-    assert recorder.left() == []
+    assert stage.has_said("bye") == (how == "stop")
+    assert_nothing_is_left(stage, recorder)
 
 
-async def test_program_that_ends_by_itself(backend: MakeBackend, recorder: Recorder) -> None:
+async def test_program_that_crashes(stage: Stage, recorder: Recorder) -> None:
     """``ended`` says how; several may wait, and one that gives up disturbs nobody."""
-    running = await backend("import time; time.sleep(0.2); raise SystemExit(3)").start(recorder.section)
+    running = await stage.backend(CRASHES).start(recorder.section)
     impatient = asyncio.ensure_future(running.ended)
     impatient.cancel()
-    assert await asyncio.wait_for(running.ended, 5) == "exited with code 3"
-    assert await running.ended == "exited with code 3"
+    async with asyncio.timeout(10):
+        assert "code 3" in await running.ended
+    assert "code 3" in await running.ended
+    assert running.status().state is ProgramState.ENDED
     assert recorder.resources, "registered until somebody has seen that nothing is left"
     await running.stop("it ended")
-    assert not recorder.resources
+    assert_nothing_is_left(stage, recorder)
 
 
-async def test_program_that_is_killed_says_so(backend: MakeBackend, recorder: Recorder) -> None:
-    """A signal from outside is told from an exit code."""
-    running = await backend("import os, signal; os.kill(os.getpid(), signal.SIGKILL)").start(recorder.section)
-    assert await asyncio.wait_for(running.ended, 5) == "killed by SIGKILL"
+async def test_program_that_is_killed_from_outside(stage: Stage, recorder: Recorder) -> None:
+    """Noticed, and told from an end in order."""
+    running = await start(stage, recorder, SERVES)
+    stage.crash()
+    async with asyncio.timeout(10):
+        how = await running.ended
+    assert how
+    assert "code 0" not in how
     await running.kill()
+    assert_nothing_is_left(stage, recorder)
 
 
-async def test_what_an_ended_program_left_is_killed(
-    backend: MakeBackend, recorder: Recorder, tmp_path: Path
-) -> None:
-    """G1: children outlive a program that crashes; stop() ends them, without waiting for stop_timeout."""
-    path = tmp_path / "child"
-    running = await backend(sets_out(path, "os._exit(1)"), stop_timeout=30).start(recorder.section)
-    assert await asyncio.wait_for(running.ended, 5) == "exited with code 1"
-    escaped = int(text(path))
-    assert system.is_running(escaped)
+async def test_what_a_crashed_program_left_is_killed(stage: Stage, recorder: Recorder) -> None:
+    """G1: a daemon outlives the program; stop() ends it, without waiting for stop_timeout."""
+    running = await start(stage, recorder, LEAVES_A_DAEMON, stop_timeout=30)
+    stage.crash()
+    async with asyncio.timeout(10):
+        await running.ended
     began = system.now()
     await running.stop("it ended")
-    assert system.now() - began < 3
-    assert not system.is_running(escaped)
-    assert not recorder.resources
+    assert system.now() - began < 5
+    assert_nothing_is_left(stage, recorder)
 
 
-async def test_stopping_twice_is_harmless(backend: MakeBackend, recorder: Recorder) -> None:
-    """stop() and kill() after the end do nothing; two stops at once signal once."""
-    running = await backend(SLEEPS).start(recorder.section)
-    await asyncio.gather(running.stop("one"), running.stop("two"))
-    await running.stop("again")
-    await running.kill()
-    assert [kind for kind, _ in recorder.calls].count("unregister") == 1
+async def test_crash_loop(stage: Stage, recorder: Recorder) -> None:
+    """A program that crashes again and again is started again and again, each time as if the first."""
+    backend = stage.backend(Behaviour(ends_seconds=0.0, exit_code=1))
+    for count in range(1, 6):
+        running = await backend.start(recorder.section)
+        async with asyncio.timeout(10):
+            assert "code 1" in await running.ended
+        await running.stop("it ended")
+        assert_nothing_is_left(stage, recorder)
+        assert recorder.count("unregister") == count
+    assert len(recorder.all) in (1, 5)
 
 
-async def test_flood_of_output_does_not_hold_up_the_loop(
-    backend: MakeBackend, recorder: Recorder, caplog: pytest.LogCaptureFixture
-) -> None:
-    """A program that prints for ever waits for us, not we for it: the loop turns on, memory does not grow."""
-    lines, in_handler, last = 0, 0.0, ""
+# --- output
 
-    class Counts(logging.Handler):
-        """A log as slow as a real one."""
 
-        def emit(self, record: logging.LogRecord) -> None:
-            nonlocal lines, in_handler, last
-            began = system.now()
-            lines, last = lines + 1, record.getMessage()
-            left_out.extend([last] if "left out" in last else [])
-            time.sleep(0.0003)
-            in_handler += system.now() - began
+async def test_last_lines_are_kept(stage: Stage, recorder: Recorder) -> None:
+    """logs() has the last lines that were printed, oldest first, also after the end."""
+    backend = stage.backend(Behaviour(lines=("one", "two", "three"), ends_seconds=0.2))
+    running = await backend.start(recorder.section)
+    async with asyncio.timeout(10):
+        await running.ended
+    await running.stop("it ended")
+    assert [line.split()[-1] for line in await backend.logs("wiki", 2)] == ["two", "three"]
 
-    left_out: list[str] = []
-    logger, counts = logging.getLogger("phalanx.app.wiki"), Counts()
-    logger.addHandler(counts)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        running = await backend("import os\nwhile True: os.write(1, b'y\\n' * 30000)").start(recorder.section)
-        await until(lambda: lines > 100)
-        worst, since, in_handler = 0.0, system.now(), 0.0
-        for _ in range(100):
-            began = system.now()
-            await asyncio.sleep(0.01)
-            worst = max(worst, system.now() - began - 0.01)
-        share = in_handler / (system.now() - since)
+
+async def test_flood_of_output_holds_nobody_up(stage: Stage, recorder: Recorder) -> None:
+    """A program that prints for ever: the loop turns on, only the last lines are kept, kill() is at once."""
+    backend = stage.backend(Behaviour(floods=True))
+    running = await backend.start(recorder.section)
+    await until(lambda: stage.has_said("ready"))
+    worst = 0.0
+    for _ in range(100):
         began = system.now()
-        await running.kill()
-        assert system.now() - began < 2
-    finally:
-        logger.removeHandler(counts)
-        logger.setLevel(logging.NOTSET)
-        logger.propagate = True
+        await asyncio.sleep(0.01)
+        worst = max(worst, system.now() - began - 0.01)
     assert worst < 0.25
-    assert share < 0.5
-    assert len(left_out) == 1, "of a full pipe only the last lines are shown, and it says so"
-    assert recorder.left() == []
+    assert len(await backend.logs("wiki", 10)) == 10
+    began = system.now()
+    await running.kill()
+    assert system.now() - began < 3
+    assert_nothing_is_left(stage, recorder)
 
 
-async def test_two_sections_do_not_meet(backend: MakeBackend, recorder: Recorder) -> None:
-    """Each start has a marker of its own: the end of one leaves the other alone."""
-    maker = backend(SLEEPS)
-    one, two = await maker.start(recorder.section), await maker.start(recorder.section)
-    await one.kill()
-    (left,) = recorder.resources.values()
-    assert system.ProcessRef(left.pgid, left.start_time).alive()
-    await two.kill()
-    assert system.process_start_time(left.pgid) == 0
+# --- the life after
+
+
+@pytest.mark.parametrize("registration", [*REGISTRATIONS, 0])
+async def test_node_killed_while_starting_leaves_nothing_that_the_keeper_does_not_find(
+    stage: Stage, recorder: Recorder, registration: int
+) -> None:
+    """G1: SIGKILL of the node in the middle of start(): its keeper ends whatever came of it."""
+    if registration > stage.registrations:
+        pytest.skip("it registers once")
+    known = await stage.node_dies(LEAVES_A_DAEMON, registration)
+    assert [(resource.app, resource.epoch) for resource in known] == [("wiki", 6)]
+    assert await stage.keeper_kills(known)
+    assert stage.left() == []
+    if registration:
+        assert not stage.has_said("started")
+
+
+async def test_restarted_node_takes_up_what_runs(stage: Stage, recorder: Recorder) -> None:
+    """The node was killed, the keeper let its program run (pause): adopt() has it as if it were started here.
+
+    Where the kernel ends programs with their node, there is nothing to take up.
+    """
+    (resource,) = await stage.node_dies(Behaviour(daemon=True, lines=("up",)), 0)
+    await asyncio.sleep(0.1)
+    backend = stage.backend(SERVES, ready=True)
+    running = await backend.adopt(recorder.section, resource)
+    assert (running is not None) == stage.adopts == resource.adoptable
+    if running is None:
+        await stage.keeper_kills([resource])
+        assert_nothing_is_left(stage, recorder)
+        return
+    await until(lambda: stage.has_said("ready"))
+    await running.wait_ready()
+    assert running.status().state is ProgramState.RUNNING
+    assert not asyncio.ensure_future(running.ended).done()
+    await running.stop("done")
+    assert stage.has_said("bye")
+    assert_nothing_is_left(stage, recorder)
+
+
+async def test_adopted_program_that_ends_says_so(stage: Stage, recorder: Recorder) -> None:
+    """The end of a program is noticed, whoever has started it."""
+    if not stage.adopts:
+        pytest.skip("the kernel ends its programs with the node")
+    (resource,) = await stage.node_dies(SERVES, 0)
+    running = await stage.backend(SERVES).adopt(recorder.section, resource)
+    assert running is not None
+    await until(lambda: stage.has_said("ready"))
+    stage.crash()
+    async with asyncio.timeout(10):
+        assert await running.ended
+    assert running.status().state is ProgramState.ENDED
+    await running.stop("it ended")
+    assert_nothing_is_left(stage, recorder)
+
+
+async def test_there_is_nothing_to_adopt_of_what_has_ended(stage: Stage, recorder: Recorder) -> None:
+    """It ended while nobody looked: None, and the caller starts anew."""
+    (resource,) = await stage.node_dies(SERVES, 0)
+    assert await stage.keeper_kills([resource])
+    assert await stage.backend(SERVES).adopt(recorder.section, resource) is None
+    assert_nothing_is_left(stage, recorder)
+
+
+async def test_fence_ends_what_a_dead_node_left(stage: Stage, recorder: Recorder) -> None:
+    """G1: node and keeper are dead, and their list is lost: fence() finds what runs of the app, by itself."""
+    await stage.node_dies(LEAVES_A_DAEMON, 0)
+    if not stage.fences:
+        pytest.skip("only the keeper's list tells of it")
+    backend = stage.backend(SERVES)
+    if stage.left():
+        assert await backend.fence("wiki")
+    assert stage.left() == []
+    assert await backend.fence("wiki") == []
+
+
+async def test_start_ends_what_a_dead_node_left(stage: Stage, recorder: Recorder) -> None:
+    """The same when the app is started again: never two of them."""
+    await stage.node_dies(LEAVES_A_DAEMON, 0)
+    if not stage.fences:
+        pytest.skip("only the keeper's list tells of it")
+    before = set(stage.left())
+    running = await stage.backend(SERVES).start(recorder.section)
+    assert not before & set(stage.left())
+    await running.kill()
+    assert_nothing_is_left(stage, recorder)
+
+
+async def test_fence_leaves_alone_what_is_held(stage: Stage, recorder: Recorder) -> None:
+    """What a living node runs is none of fence()'s business."""
+    backend = stage.backend(SERVES)
+    running = await backend.start(recorder.section)
+    assert await backend.fence("wiki") == []
+    assert await backend.fence("other") == []
+    assert stage.left()
+    assert not asyncio.ensure_future(running.ended).done()
+    await running.kill()

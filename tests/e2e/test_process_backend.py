@@ -19,7 +19,7 @@ import pytest
 
 from phalanx import child, config, system
 from phalanx.backends import ProcessBackend, gate, process
-from phalanx.errors import BackendError
+from phalanx.errors import BackendError, SessionLost
 from phalanx.ports import Running, SectionContext
 from phalanx.types import Resource
 
@@ -43,7 +43,17 @@ class Sections:
         del self.resources[resource_id]
 
     async def start(self, command: object, **options: object) -> Running:
-        """Start a program in a section of epoch 12."""
+        """Start a program in a section of epoch 12, and wait until it is ready; else it is killed."""
+        running = await self.begin(command, **options)
+        try:
+            await running.wait_ready()
+        except BaseException:
+            await running.kill()
+            raise
+        return running
+
+    async def begin(self, command: object, **options: object) -> Running:
+        """Start a program, and do not wait for it."""
         declared = config.build_app(
             "wiki",
             config.ActivePassive(),
@@ -391,6 +401,72 @@ async def test_a_gate_costs_little(sections: Sections) -> None:
     assert min(seconds) < 0.05
 
 
+# --- what the keeper knows, and when
+
+
+async def test_registers_first_its_mark_and_then_its_group(sections: Sections) -> None:
+    """G4: both before the program runs."""
+    seen: list[tuple[int, int]] = []
+    real = sections.register
+
+    async def register(resource: Resource) -> None:
+        seen.append((resource.pgid, resource.start_time))
+        await real(resource)
+
+    sections.register = register  # pyright: ignore
+    running = await sections.start("sleep 60")
+    (resource,) = sections.resources.values()
+    assert seen == [(0, 0), (resource.pgid, resource.start_time)]
+    assert (resource.kind, resource.app, resource.epoch) == ("process", "wiki", 12)
+    assert system.ProcessRef(resource.pgid, resource.start_time).alive()
+    await running.kill()
+
+
+async def test_two_sections_do_not_meet(sections: Sections) -> None:
+    """Each start has a marker of its own: the end of one leaves the other alone."""
+    one, two = await sections.start("sleep 60"), await sections.start("sleep 60")
+    await one.kill()
+    (left,) = sections.resources.values()
+    assert system.ProcessRef(left.pgid, left.start_time).alive()
+    await two.kill()
+    assert system.process_start_time(left.pgid) == 0
+
+
+# --- its end
+
+
+async def test_program_that_is_killed_says_so(sections: Sections) -> None:
+    """A signal from outside is told from an exit code."""
+    running = await sections.start(python("import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
+    assert await asyncio.wait_for(running.ended, 5) == "killed by SIGKILL"
+    await running.kill()
+
+
+async def test_program_that_ends_before_it_is_ready_has_last_words(sections: Sections) -> None:
+    """They are in the error."""
+    never = config.FunctionCheck(lambda: False, interval=0.05)
+    with pytest.raises(BackendError, match="exited with code 3 before it was ready: address in use"):
+        await sections.start(python("import sys; print('address in use'); sys.exit(3)"), ready=never)
+    assert not sections.resources
+
+
+async def test_stop_gives_the_whole_group_its_time(sections: Sections, tmp_path: Path) -> None:
+    """A worker that ends later than its parent is not killed while there is time (G10)."""
+    said, up = tmp_path / "said", tmp_path / "up"
+    code = (
+        "import os, signal, time\n"
+        "def bye(*_):\n"
+        f"    time.sleep(0.3); open({str(said)!r}, 'w').write('bye'); os._exit(0)\n"
+        "if os.fork() == 0:\n"
+        f"    signal.signal(signal.SIGTERM, bye); open({str(up)!r}, 'w').close(); time.sleep(60)\n"
+        "time.sleep(60)"
+    )
+    running = await sections.start(python(code))
+    await until(up.exists)
+    await running.stop("hand-over")
+    assert said.read_text() == "bye"
+
+
 # --- what a program leaves
 
 
@@ -441,6 +517,45 @@ async def test_last_words_are_not_lost(sections: Sections, lines: list[str]) -> 
     await running.stop("done")
     assert lines[-1] == "1999"
     assert lines[-2] == "1998"
+
+
+async def test_flood_of_output_does_not_hold_up_the_loop(sections: Sections) -> None:
+    """A program that prints for ever waits for us, not we for it, however slow the log is."""
+    lines, in_handler = 0, 0.0
+    left_out: list[str] = []
+
+    class Counts(logging.Handler):
+        """A log as slow as a real one."""
+
+        def emit(self, record: logging.LogRecord) -> None:
+            nonlocal lines, in_handler
+            began = system.now()
+            lines, last = lines + 1, record.getMessage()
+            left_out.extend([last] if "left out" in last else [])
+            time.sleep(0.0003)
+            in_handler += system.now() - began
+
+    counts = Counts()
+    LINES.addHandler(counts)
+    LINES.setLevel(logging.INFO)
+    LINES.propagate = False
+    try:
+        running = await sections.start(python("import os\nwhile True: os.write(1, b'y\\n' * 30000)"))
+        await until(lambda: lines > 100)
+        worst, since, in_handler = 0.0, system.now(), 0.0
+        for _ in range(100):
+            began = system.now()
+            await asyncio.sleep(0.01)
+            worst = max(worst, system.now() - began - 0.01)
+        share = in_handler / (system.now() - since)
+        await running.kill()
+    finally:
+        LINES.removeHandler(counts)
+        LINES.setLevel(logging.NOTSET)
+        LINES.propagate = True
+    assert worst < 0.25
+    assert share < 0.5
+    assert len(left_out) == 1, "of a full pipe only the last lines are shown, and it says so"
 
 
 async def test_escaped_holder_of_the_pipe_does_not_hang_stop(sections: Sections, lines: list[str]) -> None:
@@ -498,9 +613,13 @@ async def test_failed_start_ends_only_when_all_is_gone(
 
     monkeypatch.setattr(process.system, "kill_marked", kill)
     monkeypatch.setattr(process, "_RETRY_SECONDS", 0.02)
-    check = config.FunctionCheck(lambda: False, timeout=0.05)
-    with pytest.raises(BackendError, match="not ready"):
-        await sections.start("sleep 60", ready=check, ready_timeout=0.1)
+
+    async def refuse() -> None:
+        raise SessionLost("n1.ab", "gone")
+
+    sections.before_group = refuse
+    with pytest.raises(SessionLost):
+        await sections.start("sleep 60")
     assert refused == 3
     assert not sections.resources
 

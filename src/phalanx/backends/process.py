@@ -16,6 +16,7 @@ import pwd
 import secrets
 import shutil
 import signal
+from collections import deque
 from collections.abc import Mapping
 from functools import partial
 
@@ -32,6 +33,8 @@ from phalanx.types import ProgramState, ProgramStatus, Resource
 log = logging.getLogger("phalanx.backend")
 
 KILL_DEADLINE_SECONDS = 2.0
+LINES_KEPT = 1000
+"""How many of the last lines of its programs a backend knows (of 4 KiB at most, ``child.MAX_LINE_BYTES``)."""
 READY_POLL_SECONDS = 0.1
 """How often at least a program that starts is asked whether it is ready."""
 
@@ -48,6 +51,7 @@ class ProcessBackend:
 
     def __init__(self, config: Process) -> None:
         self._config = config
+        self._kept: deque[str] = deque(maxlen=LINES_KEPT)
 
     async def prepare(self, app: str) -> None:
         """See ``ports.Backend.prepare``."""
@@ -62,8 +66,8 @@ class ProcessBackend:
         return None
 
     async def logs(self, app: str, lines: int = 100) -> list[str]:
-        """See ``ports.Backend.logs``."""
-        return []
+        """See ``ports.Backend.logs``. The last ``LINES_KEPT`` of this life of the node, of all its starts."""
+        return list(self._kept)[-lines:]
 
     async def start(self, section: SectionContext) -> Running:
         """Register, spawn, register with the group. See ``ports.Backend.start``.
@@ -72,7 +76,7 @@ class ProcessBackend:
         die: the section takes a start that has failed for one that left nothing.
         """
         launch = await child.in_thread(partial(_prepare, self._config, section.app))
-        run = _Run(self._config, section, launch)
+        run = _Run(self._config, section, launch, self._kept)
         try:
             await run.start()
         except BaseException:
@@ -165,8 +169,8 @@ def _spawn_failed(app: str, command: str, error: OSError) -> BackendError:
 class _Run:
     """Implements ``ports.Running``: one start of the program."""
 
-    def __init__(self, config: Process, section: SectionContext, launch: _Launch) -> None:
-        self._config, self._section, self._launch = config, section, launch
+    def __init__(self, config: Process, section: SectionContext, launch: _Launch, kept: deque[str]) -> None:
+        self._config, self._section, self._launch, self._kept = config, section, launch, kept
         self._app = section.app
         marker = f"{section.app}.{section.epoch}.{secrets.token_hex(8)}"
         self._resource = Resource("process", marker, section.app, section.epoch)
@@ -240,7 +244,11 @@ class _Run:
             process, self._gate = await child.in_thread(start)
         except OSError as error:
             raise _spawn_failed(self._app, self._launch.program, error) from error
-        self._child = child.Child(process, partial(self._lines.info, "%s"), self._on_exit)
+        self._child = child.Child(process, self._on_line, self._on_exit)
+
+    def _on_line(self, line: str) -> None:
+        self._kept.append(line)
+        self._lines.info("%s", line)
 
     async def _open(self) -> None:
         """Let it run: the keeper knows all that it needs."""
