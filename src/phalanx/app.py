@@ -19,12 +19,14 @@ from phalanx.coord.locks import Lock, Locks
 from phalanx.coord.register import Register
 from phalanx.coord.session import Session
 from phalanx.decide.activation import STEP_ASIDE_SECONDS, Failures
+from phalanx.decide.restart import FailOver, RestartIn
 from phalanx.errors import HookFailed, NotActive, StartError
 from phalanx.hooks import Hooks
 from phalanx.names import Names
 from phalanx.observe.health import HealthMonitor
 from phalanx.observe.journal import Journal
 from phalanx.ports import Backend, Bus, Fence, SectionAddresses, SectionContext
+from phalanx.program import Program, RestartPolicy
 from phalanx.section import Section
 from phalanx.types import AppStatus, Candidate, Health, LeaderRecord, Role, Succession
 
@@ -168,6 +170,7 @@ class App:
         self.health = HealthMonitor(config.name, config.checks, self._on_health)
         self._role, self._since, self._reason = Role.STOPPED, system.wall(), ""
         self._failures = Failures()
+        self._policy = RestartPolicy(config.restart, self)
         self._activating_since = self._standing_down_since = 0.0
         self._highest_epoch = 0
         self._succession: Succession | None = None
@@ -320,6 +323,7 @@ class App:
             self._since,
             self._reason,
             self.database.brief() if self.database is not None else None,
+            self._section.program.status() if self._section is not None and self._section.program else None,
         )
 
     async def wait_for_role(self, *roles: Role, timeout: float) -> Role:
@@ -461,19 +465,20 @@ class App:
             self._locks.under(reign.fence, epoch),
             self.database,
         )
+        resources = SectionContext(
+            parts.names.platform,
+            parts.node,
+            self.name,
+            epoch,
+            parts.register,
+            parts.unregister,
+            str(self.database.live) if self.database is not None else "",
+        )
         section = Section(
             reign,
-            SectionContext(
-                parts.names.platform,
-                parts.node,
-                self.name,
-                epoch,
-                parts.register,
-                parts.unregister,
-                str(self.database.live) if self.database is not None else "",
-            ),
+            resources,
             self.hooks,
-            self._backend,
+            Program(self._backend, resources, self._policy) if self._backend is not None else None,
             context,
             database=self.database,
             addresses=self._addresses,
@@ -502,7 +507,7 @@ class App:
         self._running_parts.journal.stood_down(self.name, now - self._standing_down_since)
         reason, epoch = section.reign.reason, int(section.reign.epoch)
         if section.failure is not None:
-            self._failures = self._failures.failed(now, str(section.failure), self.config.retry)
+            self._count_failure(str(section.failure), section.steady_seconds)
             delay = self._failures.not_before - now
             action = "activation-failed" if section.active_since is None else "section-failed"
             self._journal_app(
@@ -512,7 +517,7 @@ class App:
                 epoch=epoch,
             )
         elif section.active_since is not None:
-            self._failures = self._failures.was_active(now - section.active_since)
+            self._failures = self._failures.was_active(section.steady_seconds)
         self._offer_candidacy()
         successor = self._target if self._target is not None else election.successor()
         await election.release(section.reign, reason, successor)
@@ -651,11 +656,52 @@ class App:
         self._queue_event("on_health_change", HealthChange(self.name, health, reason))
         section = self._section
         if section is not None and health is Health.UNHEALTHY:
-            self._failures = self._failures.failed(system.now(), reason, self.config.retry)
-            self.end_section(f"unhealthy: {reason}")
+            self._on_unhealthy(section, f"unhealthy: {reason}")
         self._offer_candidacy()
         if section is None and self._started and self._election is not None:
             self._set_role(self._passive_role())
+
+    def _on_unhealthy(self, section: Section, reason: str) -> None:
+        # A check that runs on standbys too is about this node: a restart would not cure it.
+        is_of_node = self.health.standby_verdict is Health.UNHEALTHY
+        if section.program is None or is_of_node or isinstance(self._policy.decide(), FailOver):
+            self._count_failure(reason, section.steady_seconds)
+            self.end_section(reason)
+        else:
+            section.program.restart(reason)
+
+    def _count_failure(self, reason: str, steady_seconds: float) -> None:
+        self._failures = self._failures.failed(
+            system.now(), reason, self.config.retry, steady_seconds=steady_seconds
+        )
+
+    # --- restarts in place (Restarting)
+
+    def others_can(self) -> bool:
+        """Whether another node is an eligible candidate."""
+        return self._election is not None and self._election.successor() is not None
+
+    def on_program_ended(self, how: str) -> None:
+        """Its program has ended by itself."""
+        self._journal_app("backend-ended", how, level=logging.WARNING)
+
+    def on_restarting(self, reason: str, decision: RestartIn, restarts: int) -> None:
+        """Its program is about to be started again in place."""
+        # What was seen of the old one does not count for the new one, and what is starting is not ill.
+        self.health.set_active(False)
+        count, window = self.config.restart.count, self.config.restart.window
+        why = f"restart {restarts} of {count} within {window:g} s"
+        if decision.beyond:
+            why = f"more than {count} restarts within {window:g} s, but no other eligible node"
+        why = f"{reason}; {why}; in {decision.delay:g} s"
+        self._journal_app("restarting", why, level=logging.WARNING)
+        self._set_role(self._role, f"its program is being restarted: {reason}")
+
+    def on_restarted(self, seconds: float) -> None:
+        """It is ready again."""
+        self._journal_app("restarted", "", seconds)
+        self._set_role(self._role)
+        self.health.set_active(self._role is Role.ACTIVE)
 
     def _standbys(self) -> list[str]:
         return [o.session.node for o in self.candidates() if o.eligible and o.session.node != self.node]
@@ -668,7 +714,7 @@ class App:
 
     def _on_database_lost(self, reason: str) -> None:
         if self._section is not None:
-            self._failures = self._failures.failed(system.now(), reason, self.config.retry)
+            self._count_failure(reason, self._section.steady_seconds)
             self.end_section(reason)
 
     def _queue_event(self, hook: str, argument: object) -> None:

@@ -17,7 +17,8 @@ from phalanx.coord.election import Reign
 from phalanx.decide.activation import Step, Undo, steps, undoing
 from phalanx.errors import BackendError, HookFailed, PhalanxError
 from phalanx.hooks import Hooks, HookStuck
-from phalanx.ports import Backend, Running, SectionAddresses, SectionContext, SectionDatabase
+from phalanx.ports import SectionAddresses, SectionContext, SectionDatabase
+from phalanx.program import Program
 from phalanx.types import Resource, Role
 
 log = logging.getLogger("phalanx.section")
@@ -39,7 +40,7 @@ class Section:
         reign: Reign,
         resources: SectionContext,
         hooks: Hooks,
-        backend: Backend | None,
+        program: Program | None,
         context: Context,
         *,
         database: SectionDatabase | None = None,
@@ -51,18 +52,25 @@ class Section:
         on_step: Callable[[str, float, str], None],
     ) -> None:
         self.reign = reign
-        self._resources, self._hooks, self._backend, self._context = resources, hooks, backend, context
+        self._resources, self._hooks, self.program, self._context = resources, hooks, program, context
         self._database, self._addresses, self._fence_previous = database, addresses, fence_previous
         self._on_active_timeout, self._on_passive_timeout = on_active_timeout, on_passive_timeout
         self._on_role, self._on_step = on_role, on_step
         self._hard = asyncio.Event()
         self._begun: list[Step] = []
-        self._running: Running | None = None
         self._active_hook: asyncio.Task[Any] | None = None
         self.failure: PhalanxError | None = None
         """Why the section failed by itself; None if somebody asked it to end."""
         self.active_since: float | None = None
         self.stuck = asyncio.Event()
+
+    @property
+    def steady_seconds(self) -> float:
+        """How long it is active by now, or ready since its program was started the last time."""
+        if self.active_since is None:
+            return 0.0
+        steady = self.program.steady_since if self.program is not None else self.active_since
+        return system.now() - max(self.active_since, steady)
 
     @property
     def resource_id(self) -> str:
@@ -124,7 +132,7 @@ class Section:
     async def _activate(self) -> None:
         has_hooks = "on_active" in self._hooks or "on_passive" in self._hooks
         parts = {
-            "has_backend": self._backend is not None,
+            "has_backend": self.program is not None,
             "has_database": self._database is not None,
             "has_vip": self._addresses is not None,
             "needs_fence": self._fence_previous is not None,
@@ -147,23 +155,14 @@ class Section:
                     assert self._addresses is not None
                     await self._addresses.acquire(self._resources)
                 case Step.BACKEND:
-                    assert self._backend is not None
-                    self._running = await self._backend.start(self._resources)
+                    assert self.program is not None
+                    await self.program.start()
                 case Step.READY:
-                    await self._wait_ready()
+                    assert self.program is not None
+                    await self.program.wait_ready()
                 case Step.ON_ACTIVE:
                     await self._run_on_active()
             self._on_step(step, system.now() - began, "")
-
-    async def _wait_ready(self) -> None:
-        assert self._running is not None
-        try:
-            await self._running.wait_ready()
-        except BackendError:
-            # It never served anybody: no grace, which would only hold up the next try.
-            await self._running.kill()
-            self._running = None
-            raise
 
     async def _take_database(self, step: Step) -> None:
         database = self._database
@@ -202,20 +201,20 @@ class Section:
     # --- being active
 
     async def _hold(self) -> None:
-        """Until somebody asks for the end, or the backend or the hook end by themselves."""
+        """Until somebody asks for the end, or the program is given up here, or the hook ends badly."""
         ending = asyncio.create_task(self.reign.ending.wait())
         hook = self._active_hook if self._active_hook is not None and not self._active_hook.done() else None
-        ended = asyncio.ensure_future(self._running.ended) if self._running is not None else None
+        kept = asyncio.create_task(self.program.keep()) if self.program is not None else None
         lost = asyncio.ensure_future(self._addresses.lost) if self._addresses is not None else None
         try:
             while not self.reign.ending.is_set():
                 waits: set[asyncio.Future[Any]] = {ending}
-                waits |= {w for w in (hook, ended, lost) if w is not None}
+                waits |= {w for w in (hook, kept, lost) if w is not None}
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
                 if lost is not None and lost.done():
                     self._fail(BackendError(self._resources.app, "run", lost.result()))
-                if ended is not None and ended.done():
-                    self._fail(BackendError(self._resources.app, "run", ended.result()))
+                if kept is not None and kept.done() and (error := kept.exception()) is not None:
+                    self._fail(error)
                 if hook is not None and hook.done():
                     try:
                         self._hooks.result("on_active", hook)
@@ -224,6 +223,10 @@ class Section:
                     hook = None
         finally:
             ending.cancel()
+            if kept is not None:
+                # To its end: a start that is under way leaves nothing behind, or is known to be running.
+                kept.cancel()
+                await asyncio.gather(kept, return_exceptions=True)
 
     async def _hold_until(self, reached: Coroutine[Any, Any, None]) -> None:
         """The same while the last step of the activation is waited for, and until that at most."""
@@ -267,7 +270,8 @@ class Section:
                 case Undo.ON_PASSIVE:
                     problem = await self._run_on_passive()
                 case Undo.STOP_BACKEND:
-                    await self._stop_backend(graceful)
+                    assert self.program is not None
+                    await self.program.end(self.reign.reason, graceful=graceful)
                 case Undo.RELEASE_VIP:
                     assert self._addresses is not None
                     await self._addresses.release()
@@ -310,13 +314,3 @@ class Section:
         except HookFailed as error:
             return str(error)
         return ""
-
-    async def _stop_backend(self, graceful: bool) -> None:
-        running = self._running
-        if running is None:
-            return  # its start failed or was cancelled, and left nothing behind
-        if graceful:
-            await running.stop(self.reign.reason)
-        else:
-            await running.kill()
-        self._running = None

@@ -171,9 +171,29 @@ class DatabaseState(msgspec.Struct, frozen=True):
     problem: str = ""
 
 
+class ProgramState(StrEnum):
+    """What a backend's program does."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    ENDED = "ended"
+
+
+class ProgramStatus(msgspec.Struct, frozen=True):
+    """A backend's program, as status shows it. ``what``: ``process 4711``, ``unit wiki.service``,
+    ``container 3f2a…``. ``since``: Unix seconds of its start. ``restarts``: in place, in this section."""
+
+    what: str
+    state: ProgramState
+    since: float = 0.0
+    restarts: int = 0
+    detail: str = ""
+
+
 class AppStatus(msgspec.Struct, frozen=True):
     """One app on one node. ``since`` is Unix seconds: when the role was taken up. ``database``: its database
-    there, None for an app without one."""
+    there, None for an app without one. ``program``: what its backend runs there now, None if nothing."""
 
     name: str
     role: Role
@@ -183,6 +203,7 @@ class AppStatus(msgspec.Struct, frozen=True):
     since: float = 0.0
     reason: str = ""
     database: DatabaseState | None = None
+    program: ProgramStatus | None = None
 
 
 class NodeStatus(msgspec.Struct, frozen=True):
@@ -221,23 +242,3 @@ class Resource(msgspec.Struct, frozen=True):
     start_time: int = 0
     details: dict[str, str] = {}
     adoptable: bool = False
-
-
-class ProgramState(StrEnum):
-    """What a backend's program does."""
-
-    STARTING = "starting"
-    RUNNING = "running"
-    STOPPING = "stopping"
-    ENDED = "ended"
-
-
-class ProgramStatus(msgspec.Struct, frozen=True):
-    """A backend's program, as status shows it. ``what``: ``process 4711``, ``unit wiki.service``,
-    ``container 3f2a…``. ``since``: Unix seconds of its start. ``restarts``: in place, in this section."""
-
-    what: str
-    state: ProgramState
-    since: float = 0.0
-    restarts: int = 0
-    detail: str = ""

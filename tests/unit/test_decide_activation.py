@@ -10,11 +10,12 @@ RETRY = Backoff(first=1.0, factor=2.0, longest=5.0)
 
 def test_steps_are_those_that_the_app_has() -> None:
     """Registration is for code inside the node; what writes starts beside Litestream, after the guard."""
-    assert steps(has_backend=True, has_hooks=True) == (Step.REGISTER, Step.BACKEND, Step.ON_ACTIVE)
-    assert steps(has_backend=True, has_hooks=False) == (Step.BACKEND,)
+    program = (Step.BACKEND, Step.READY)
+    assert steps(has_backend=True, has_hooks=True) == (Step.REGISTER, *program, Step.ON_ACTIVE)
+    assert steps(has_backend=True, has_hooks=False) == program
     assert steps(has_backend=False, has_hooks=False) == ()
     database = (Step.SEAL, Step.PROMOTE, Step.CAPTURE)
-    all_of_them = (Step.REGISTER, *database, Step.BACKEND, Step.ON_ACTIVE, Step.CAPTURED)
+    all_of_them = (Step.REGISTER, *database, *program, Step.ON_ACTIVE, Step.CAPTURED)
     assert steps(has_backend=True, has_hooks=True, has_database=True) == all_of_them
 
 

@@ -114,9 +114,9 @@ class Failures(msgspec.Struct, frozen=True):
     not_before: float = float("-inf")
     reason: str = ""
 
-    def failed(self, now: float, reason: str, retry: Backoff) -> Failures:
-        """One more."""
-        count = self.count + 1
+    def failed(self, now: float, reason: str, retry: Backoff, *, steady_seconds: float = 0.0) -> Failures:
+        """One more, after all went well for *steady_seconds*: if that was long, it is the first one again."""
+        count = 1 if steady_seconds >= STABLE_SECONDS else self.count + 1
         return Failures(count, now + retry.delay(count), reason)
 
     def was_active(self, seconds: float) -> Failures:

@@ -34,6 +34,7 @@ class Meter(Protocol):
     def observe_activation(self, app: str, seconds: float) -> None: ...
     def observe_hook(self, app: str, hook: str, seconds: float) -> None: ...
     def leader_acquired(self, app: str) -> None: ...
+    def backend_restarted(self, app: str) -> None: ...
     def nats_disconnected(self) -> None: ...
 
 
@@ -55,6 +56,8 @@ class Journal:
         **details: str,
     ) -> None:
         """A transition of an app on this node."""
+        if action == "restarting":
+            self._meter.backend_restarted(app)
         self._audit.record(
             "app", action, app=app, epoch=epoch, reason=reason, duration_seconds=duration_seconds, **details
         )

@@ -39,6 +39,7 @@ class Metrics:
         self._loop_lag = 0.0
         # By label text, of which most kinds have few: apps times hooks or steps.
         self._failovers: dict[str, int] = {}
+        self._restarts: dict[str, int] = {}
         self._steps: dict[str, tuple[int, float]] = {}
         self._activations: dict[str, _Histogram] = {}
         self._stand_downs: dict[str, _Histogram] = {}
@@ -49,11 +50,17 @@ class Metrics:
     def declare_app(self, app: str) -> None:
         """Show the app's counters from the start, as 0: rates of a series that is not there are wrong."""
         self._failovers.setdefault(_labels(app=app), 0)
+        self._restarts.setdefault(_labels(app=app), 0)
 
     def leader_acquired(self, app: str) -> None:
         """This node has acquired the leadership of *app*."""
         key = _labels(app=app)
         self._failovers[key] = self._failovers.get(key, 0) + 1
+
+    def backend_restarted(self, app: str) -> None:
+        """The program of *app* is started again in place."""
+        key = _labels(app=app)
+        self._restarts[key] = self._restarts.get(key, 0) + 1
 
     def nats_disconnected(self) -> None:
         """The connection to NATS was lost."""
@@ -132,6 +139,8 @@ class Metrics:
             yield from self._simple(name, "gauge", about, values)
         about = "Leaderships that this node acquired."
         yield from self._simple("phalanx_failovers_total", "counter", about, self._failovers.items())
+        about = "Restarts of the app's program in place on this node."
+        yield from self._simple("phalanx_backend_restarts_total", "counter", about, self._restarts.items())
 
     def _durations(self) -> Iterator[str]:
         name = "phalanx_step_seconds"
