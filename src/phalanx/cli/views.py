@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from phalanx.client import NO_ANSWER, NodeView
-from phalanx.types import AppStatus, Health, Role
+from phalanx.types import AppStatus, Health, ProgramStatus, Role
 
 
 class AppOnNode(msgspec.Struct, frozen=True):
@@ -21,6 +21,7 @@ class AppOnNode(msgspec.Struct, frozen=True):
     leader: str | None
     since: float
     reason: str
+    program: ProgramStatus | None = None
 
 
 class AppView(msgspec.Struct, frozen=True):
@@ -123,7 +124,8 @@ def _app(name: str, nodes: Sequence[NodeView]) -> AppView:
 
 
 def _on_node(node: str, app: AppStatus) -> AppOnNode:
-    return AppOnNode(node, str(app.role), str(app.health), app.epoch, app.leader, app.since, app.reason)
+    role, health = str(app.role), str(app.health)
+    return AppOnNode(node, role, health, app.epoch, app.leader, app.since, app.reason, app.program)
 
 
 def verdict(view: PlatformView) -> list[str]:
