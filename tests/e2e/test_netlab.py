@@ -119,6 +119,26 @@ def test_both_ways(lab: NetLab) -> None:
     until(lambda: seen(lab) == ALL, "not healed")
 
 
+def test_one_port(lab: NetLab) -> None:
+    """A connection to that port of that host is cut, in both directions, and nothing else."""
+    with lab[0].socket() as listening, lab[0].socket() as other:
+        for sock, port in ((listening, 80), (other, 81)):
+            sock.bind((lab[0].address, port))
+            sock.listen()
+        lab.cut_port(1, 0, 80)
+        assert lab.connected(1, 0)
+        assert not lab.connected(1, 0, 80)
+        for index, port, passes in ((1, 80, False), (1, 81, True), (2, 80, True)):
+            with lab[index].socket() as client:
+                client.settimeout(0.3)
+                try:
+                    client.connect((lab[0].address, port))
+                    connected = True
+                except TimeoutError:
+                    connected = False
+                assert connected == passes, (index, port)
+
+
 def test_isolated(lab: NetLab) -> None:
     """A host that the switch ignores keeps its carrier, and sees nobody."""
     lab.isolate(2)
@@ -197,7 +217,11 @@ def test_faults_of_all_kinds_at_once_and_heal(lab: NetLab) -> None:
     lab.lose(0, 1.0)
     lab.cut_link(1)
     lab.stop_switch()
+    assert not any(lab.connected(*pair) for pair in ALL)
+    lab.start_switch()
+    assert {pair for pair in ALL if lab.connected(*pair)} == set()
     lab.heal()
+    assert all(lab.connected(*pair) for pair in ALL)
     until(lambda: seen(lab) == ALL, "not healed")
 
 

@@ -31,9 +31,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from phalanx.bus.binary import nats_server_binary
+
+if TYPE_CHECKING:
+    from phalanx.testing.netlab import Host
 
 HOST = "127.0.0.1"
 SYSTEM_USER = "sys"
@@ -52,7 +55,8 @@ class NatsCluster:
     *sync_always*: every stored message is synced to disk before it is acknowledged.
     *extra*: further configuration text for every server. *system_user*: define the system account's
     user; turn it off when *extra* has an ``accounts`` block. *advertise*: what each server tells clients
-    of where it listens, for clients that must not find a way around a proxy.
+    of where it listens, for clients that must not find a way around a proxy. *hosts*: hosts of a ``NetLab``
+    to run the servers in, one each; clients then have to be in the lab as well.
     """
 
     def __init__(
@@ -64,10 +68,14 @@ class NatsCluster:
         system_user: bool = True,
         cluster_name: str = "test",
         advertise: Sequence[str] = (),
+        hosts: Sequence[Host] = (),
     ) -> None:
         if n < 1:
             raise ValueError(f"a cluster needs at least one server, not {n}")
+        if hosts and len(hosts) != n:
+            raise ValueError(f"{n} servers need as many hosts, not {len(hosts)}")
         self.size = n
+        self._hosts = list(hosts)
         self._sync_always, self._extra, self._system_user = sync_always, extra, system_user
         self._cluster_name, self._advertise = cluster_name, advertise
         self._ports = Ports()
@@ -90,11 +98,15 @@ class NatsCluster:
 
     def url(self, i: int = 0) -> str:
         """The client URL of server *i*."""
-        return f"nats://{HOST}:{self._client[i]}"
+        return f"nats://{self.address(i)}:{self._client[i]}"
+
+    def address(self, i: int = 0) -> str:
+        """The IP address of server *i*."""
+        return self._hosts[i].address if self._hosts else HOST
 
     def system_url(self, i: int = 0) -> str:
         """A URL that logs in to the system account."""
-        return f"nats://{SYSTEM_USER}:{SYSTEM_USER}@{HOST}:{self._client[i]}"
+        return f"nats://{SYSTEM_USER}:{SYSTEM_USER}@{self.address(i)}:{self._client[i]}"
 
     def port(self, i: int = 0) -> int:
         """The client port of server *i*."""
@@ -106,7 +118,7 @@ class NatsCluster:
 
     def monitor_url(self, i: int = 0) -> str:
         """The monitoring address of server *i*."""
-        return f"http://{HOST}:{self._monitor[i]}"
+        return f"http://{self.address(i)}:{self._monitor[i]}"
 
     def name(self, i: int = 0) -> str:
         """The server name of server *i*."""
@@ -243,14 +255,9 @@ class NatsCluster:
 
     def monitor(self, i: int, path: str, timeout: float = 0.5) -> dict[str, Any]:
         """What the monitoring port of server *i* answers to GET *path*; empty if it does not answer."""
-        connection = http.client.HTTPConnection(HOST, self._monitor[i], timeout=timeout)
-        try:
-            connection.request("GET", path)
-            return cast("dict[str, Any]", json.loads(connection.getresponse().read()))
-        except (OSError, http.client.HTTPException, ValueError):
-            return {}
-        finally:
-            connection.close()
+        arguments = (self.address(i), self._monitor[i], path, timeout)
+        # A server in a host is asked from there, so also one that is cut off from everybody.
+        return self._hosts[i].call(_ask, *arguments) if self._hosts else _ask(*arguments)
 
     def _meta(self, i: int) -> dict[str, Any]:
         return self.monitor(i, "/jsz").get("meta_cluster") or {}
@@ -310,11 +317,12 @@ class NatsCluster:
     def _spawn(self, i: int) -> None:
         path = self.directory / f"{i}.conf"
         path.write_text(self._configuration(i))
+        command = [nats_server_binary(), "-c", str(path)]
         with open(self.directory / f"{i}.log", "ab") as log, warnings.catch_warnings():
             # Python >= 3.12 warns of preexec_fn in processes with threads; ours only calls prctl.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._processes[i] = subprocess.Popen(
-                [nats_server_binary(), "-c", str(path)],
+                self._hosts[i].command(*command) if self._hosts else command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -331,7 +339,8 @@ class NatsCluster:
         """
         deadline = time.monotonic() + 1.0
         while self.size > 1 and self.is_running(i) and time.monotonic() < deadline:
-            with contextlib.suppress(OSError), socket.create_connection((HOST, self._route[i]), 0.2):
+            place = (self.address(i), self._route[i])
+            if self._hosts[i].call(_listens, *place) if self._hosts else _listens(*place):
                 return
             time.sleep(0.002)
 
@@ -339,8 +348,8 @@ class NatsCluster:
         sync = ", sync_interval: always" if self._sync_always else ""
         lines = [
             f"server_name: {self._names[i]}",
-            f'listen: "{HOST}:{self._client[i]}"',
-            f'http: "{HOST}:{self._monitor[i]}"',
+            f'listen: "{self.address(i)}:{self._client[i]}"',
+            f'http: "{self.address(i)}:{self._monitor[i]}"',
             f'jetstream {{ store_dir: "{self._store(i)}", max_file: 20G, max_mem: 1G{sync} }}',
             'lame_duck_grace_period: "200ms"',
             'lame_duck_duration: "30s"',
@@ -351,9 +360,10 @@ class NatsCluster:
             user = f"{{ user: {SYSTEM_USER}, password: {SYSTEM_USER} }}"
             lines.append(f"accounts {{ $SYS {{ users: [{user}] }} }}")
         if self.size > 1:
-            routes = ", ".join(f'"nats://{HOST}:{port}"' for j, port in enumerate(self._route) if j != i)
+            others = [j for j in range(self.size) if j != i]
+            routes = ", ".join(f'"nats://{self.address(j)}:{self._route[j]}"' for j in others)
             lines.append(
-                f'cluster {{ name: {self._cluster_name}, listen: "{HOST}:{self._route[i]}", '
+                f'cluster {{ name: {self._cluster_name}, listen: "{self.address(i)}:{self._route[i]}", '
                 f"pool_size: {POOL_SIZE}, routes: [{routes}] }}"
             )
         return "\n".join([*lines, self._extra, ""])
@@ -387,6 +397,23 @@ class NatsCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _ask(address: str, port: int, path: str, timeout: float) -> dict[str, Any]:
+    connection = http.client.HTTPConnection(address, port, timeout=timeout)
+    try:
+        connection.request("GET", path)
+        return cast("dict[str, Any]", json.loads(connection.getresponse().read()))
+    except (OSError, http.client.HTTPException, ValueError):
+        return {}
+    finally:
+        connection.close()
+
+
+def _listens(address: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((address, port), 0.2):
+        return True
+    return False
 
 
 class NatsServer(NatsCluster):

@@ -134,11 +134,11 @@ class Host:
 
     def get(self, address: str, port: int, path: str, timeout: float = 0.5) -> tuple[int, bytes]:
         """HTTP GET from this host: status and body; status 0 when there is no whole answer in time."""
-        return self.call(_get, address, port, path, timeout)
+        return self.call(http_get, address, port, path, timeout)
 
     async def aget(self, address: str, port: int, path: str, timeout: float = 0.5) -> tuple[int, bytes]:
         """``get``, for asyncio."""
-        return await self.acall(_get, address, port, path, timeout)
+        return await self.acall(http_get, address, port, path, timeout)
 
     def reaches(self, other: Host, *, timeout: float = 0.3) -> bool:
         """Whether a packet (UDP) gets from this host to *other* and its answer back."""
@@ -186,9 +186,11 @@ class NetLab:
         """The namespace of the switch."""
         self.hosts = [Host(self, i) for i in range(hosts)]
         self._drops: dict[tuple[int, int], bool] = {}  # sender and receiver → whether all frames
+        self._ports: set[tuple[int, int, int]] = set()  # client, server, port
         self._loss: dict[int, float] = {}
         self._cut: set[tuple[int, int]] = set()
-        self._flaps: list[tuple[threading.Event, threading.Thread]] = []
+        self._stopped = False
+        self._flaps: dict[int, tuple[threading.Event, threading.Thread]] = {}
         # Faults may come from several threads (flapping has its own).
         self._lock = threading.RLock()
 
@@ -248,6 +250,13 @@ class NetLab:
                 self._drops.update(dict.fromkeys(itertools.product(one, other), True))
             self._apply()
 
+    def cut_port(self, client: int, server: int, port: int) -> None:
+        """Both ways, TCP from host *client* to that *port* of host *server* alone. Carriers stay."""
+        with self._lock:
+            self._check(client, server)
+            self._ports.add((client, server, port))
+            self._apply()
+
     def allow(self, one: int, other: int) -> None:
         """End what is dropped between two hosts, both ways."""
         with self._lock:
@@ -276,6 +285,8 @@ class NetLab:
 
     def flap_link(self, index: int, *, up_seconds: float = 0.5, down_seconds: float = 0.5) -> None:
         """The link of host *index* goes down and up, until ``heal()``."""
+        if index in self._flaps:
+            raise ValueError(f"the link of host {index} flaps already")
         stop = threading.Event()
 
         def flap() -> None:
@@ -286,33 +297,57 @@ class NetLab:
                 stop.wait(up_seconds)
 
         thread = threading.Thread(target=flap, name=f"flap-{index}", daemon=True)
-        self._flaps.append((stop, thread))
+        self._flaps[index] = (stop, thread)
         thread.start()
 
     def stop_switch(self) -> None:
         """The switch forwards nothing any more; the hosts' carriers stay."""
+        self._stopped = True
         for number in range(self.networks):
             _ip(self.bridge, "link", "set", f"br{number}", "down")
 
     def start_switch(self) -> None:
         """It forwards again."""
+        self._stopped = False
         for number in range(self.networks):
             _ip(self.bridge, "link", "set", f"br{number}", "up")
 
     def heal(self) -> None:
         """End every fault."""
-        for stop, _ in self._flaps:
-            stop.set()
-        for _, thread in self._flaps:
-            thread.join(_END_SECONDS)
-        self._flaps.clear()
+        self._stop_flapping()
         with self._lock:
             self._drops.clear()
+            self._ports.clear()
             self._loss.clear()
             self._apply()
             for index, network in sorted(self._cut):
                 self.restore_link(index, network=network)
         self.start_switch()
+
+    def connected(self, one: int, other: int, port: int | None = None) -> bool:
+        """Whether no fault is between two hosts, by what was asked for.
+
+        *port*: nor between the first and that port of the other.
+        """
+        if one == other:
+            return True
+        with self._lock:
+            ill = (
+                {index for index, _ in self._cut} | set(self._flaps) | {i for i, f in self._loss.items() if f}
+            )
+            return not (
+                self._stopped
+                or ill & {one, other}
+                or {(one, other), (other, one)} & set(self._drops)
+                or (port is not None and (one, other, port) in self._ports)
+            )
+
+    def _stop_flapping(self) -> None:
+        for stop, _ in self._flaps.values():
+            stop.set()
+        for _, thread in self._flaps.values():
+            thread.join(_END_SECONDS)
+        self._flaps.clear()
 
     def _set_port(self, index: int, network: int, *, up: bool) -> None:
         with self._lock:
@@ -337,6 +372,11 @@ class NetLab:
                 if not all_frames:
                     rules += [f"{frames} {neighbours} accept" for neighbours in _NEIGHBOURS]
                 rules.append(f"{frames} drop")
+        for client, server, port in sorted(self._ports):
+            for one, other, ends in ((client, server, "dport"), (server, client, "sport")):
+                rules += [
+                    f"iifname {_port(one, n)} oifname {_port(other, n)} tcp {ends} {port} drop" for n in ports
+                ]
         script = "".join(f"add rule bridge lab forward {rule}\n" for rule in rules)
         _nft(self.bridge, f"flush chain bridge lab forward\n{script}")
 
@@ -354,11 +394,7 @@ class NetLab:
 
     def close(self) -> None:
         """Kill what runs in the hosts and remove everything. Harmless when done twice."""
-        for stop, _ in self._flaps:
-            stop.set()
-        for _, thread in self._flaps:
-            thread.join(_END_SECONDS)
-        self._flaps.clear()
+        self._stop_flapping()
         for host in self.hosts:
             host.close()
         _delete(self.bridge)
@@ -500,7 +536,8 @@ def _end_processes(namespace: str) -> None:
         time.sleep(0.005)
 
 
-def _get(address: str, port: int, path: str, timeout: float) -> tuple[int, bytes]:
+def http_get(address: str, port: int, path: str, timeout: float) -> tuple[int, bytes]:
+    """GET from the host of the calling thread: status and body; 0 when there is no whole answer in time."""
     connection = http.client.HTTPConnection(address, port, timeout=timeout)
     try:
         connection.request("GET", path, headers={"Connection": "close"})

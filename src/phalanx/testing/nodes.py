@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.client
 import json
 import os
 import shutil
@@ -34,12 +33,13 @@ from phalanx import system
 from phalanx.bus.server_process import ServerProcess
 from phalanx.testing import faults
 from phalanx.testing.nats import HOST, Ports, stop_leftover
+from phalanx.testing.netlab import Host, http_get
 
 _POLL_SECONDS = 0.003
 
 
 class NodeProcess:
-    """One node: a program, its keeper, its data directory, its HTTP port."""
+    """One node: a program, its keeper, its data directory, its HTTP port; inside *host*, if there is one."""
 
     def __init__(
         self,
@@ -48,8 +48,10 @@ class NodeProcess:
         directory: Path,
         http_port: int,
         env: Mapping[str, str],
+        host: Host | None = None,
     ) -> None:
         self.command, self.node, self.directory = list(command), node, directory
+        self.host = host
         self.http_port = http_port
         self.env = dict(env)
         self.data_dir = directory / "data"
@@ -73,7 +75,7 @@ class NodeProcess:
         }
         with open(self.log_path, "ab") as log:
             self._process = subprocess.Popen(
-                self.command,
+                self.host.command(*self.command) if self.host is not None else self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -198,15 +200,8 @@ class NodeProcess:
 
     def get(self, path: str, timeout: float = 0.5) -> tuple[int, bytes]:
         """GET from the node's HTTP server: status and body; status 0 when it does not answer."""
-        connection = http.client.HTTPConnection(HOST, self.http_port, timeout=timeout)
-        try:
-            connection.request("GET", path)
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        except (OSError, http.client.HTTPException):
-            return 0, b""
-        finally:
-            connection.close()
+        arguments = (HOST, self.http_port, path, timeout)
+        return self.host.get(*arguments) if self.host is not None else http_get(*arguments)
 
     def status(self) -> dict[str, Any]:
         """The node's /status; empty when it does not answer."""
@@ -230,7 +225,8 @@ class Nodes:
     """Several nodes of one program. ``nodes["n1"]``, iteration, ``with``; started by ``start()`` or ``with``.
 
     *command*: the program. *nats*: URLs, one list for all (rotated, so that node i prefers server i).
-    *env* is added to every node's environment; *env_of* to that of one.
+    *env* is added to every node's environment; *env_of* to that of one. *hosts*: hosts of a ``NetLab`` for
+    the nodes, one each.
     """
 
     def __init__(
@@ -241,6 +237,7 @@ class Nodes:
         count: int = 3,
         env: Mapping[str, str] | None = None,
         env_of: Callable[[int], Mapping[str, str]] | None = None,
+        hosts: Sequence[Host] = (),
     ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="phalanx-nodes-"))
         self._ports = Ports()
@@ -249,7 +246,9 @@ class Nodes:
             urls = ",".join([*nats[i % len(nats) :], *nats[: i % len(nats)]]) if nats else ""
             own = {**({"PHALANX_NATS": urls} if urls else {}), **(env or {}), **(env_of(i) if env_of else {})}
             name = f"n{i + 1}"
-            self._nodes[name] = NodeProcess(command, name, self.directory / name, self._ports.take(), own)
+            host = hosts[i] if hosts else None
+            folder = self.directory / name
+            self._nodes[name] = NodeProcess(command, name, folder, self._ports.take(), own, host)
 
     def __getitem__(self, node: str) -> NodeProcess:
         return self._nodes[node]
