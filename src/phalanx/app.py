@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -19,8 +19,9 @@ from phalanx.coord.locks import Lock, Locks
 from phalanx.coord.register import Register
 from phalanx.coord.session import Session
 from phalanx.decide.activation import STEP_ASIDE_SECONDS, Failures
+from phalanx.decide.pause import Cause, ends_section, pause_of
 from phalanx.decide.restart import FailOver, RestartIn
-from phalanx.errors import HookFailed, NotActive, StartError
+from phalanx.errors import HookFailed, NotActive, Paused, StartError
 from phalanx.hooks import Hooks
 from phalanx.names import Names
 from phalanx.observe.health import HealthMonitor
@@ -28,7 +29,7 @@ from phalanx.observe.journal import Journal
 from phalanx.ports import Backend, Bus, Fence, SectionAddresses, SectionContext
 from phalanx.program import Program, RestartPolicy
 from phalanx.section import Section
-from phalanx.types import AppStatus, Candidate, Health, LeaderRecord, Role, Succession
+from phalanx.types import AppStatus, Candidate, Health, LeaderRecord, Pause, Role, Succession
 
 if TYPE_CHECKING:
     # At run time only by apps that declare a database: it brings libraries of its own along.
@@ -149,6 +150,8 @@ class NodeParts(Protocol):
     def node(self) -> str: ...
     @property
     def journal(self) -> Journal: ...
+    @property
+    def pauses(self) -> Mapping[str, Pause]: ...
 
     async def register(self, resource: Any) -> None: ...
     def unregister(self, resource_id: str) -> None: ...
@@ -188,6 +191,7 @@ class App:
         self._has_standby_checks = any(check.when == "always" for check in config.checks)
         self._started = False
         self._barred = self._leaving = ""
+        self._pause_known: Pause | None = None
         self._target: str | None = None
         self._events: deque[tuple[str, object]] = deque()
         self._event_waits = asyncio.Event()
@@ -307,6 +311,16 @@ class App:
             raise StartError(f"app {self.name!r} does not run yet", "start its platform first")
         return self._parts
 
+    @property
+    def pause(self) -> Pause | None:
+        """The pause that the app is under, its own or its platform's, as far as this node knows."""
+        return pause_of(self.name, self._parts.pauses) if self._parts is not None else None
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether nothing of the app may change hands."""
+        return self.pause is not None
+
     def candidates(self) -> tuple[Candidate, ...]:
         """The standing offers of all nodes to lead the app, as this node knows them."""
         return tuple(self._election.candidates.values()) if self._election is not None else ()
@@ -324,6 +338,7 @@ class App:
             self._reason,
             self.database.brief() if self.database is not None else None,
             self._section.program.status() if self._section is not None and self._section.program else None,
+            self.pause,
         )
 
     async def wait_for_role(self, *roles: Role, timeout: float) -> Role:
@@ -336,11 +351,14 @@ class App:
     async def step_down(self, reason: str = "asked to step down", to: str | None = None) -> str | None:
         """End this node's active section gracefully; another node takes over. Returns who is named for it.
 
-        *to*: the node to hand over to. Raises NotActive, and ConfigError for a node that is no candidate.
+        *to*: the node to hand over to. Raises NotActive, Paused, and ConfigError for a node that is no
+        candidate.
         """
         election, section = self._election, self._section
         if election is None or section is None:
             raise NotActive(self.name)
+        if (pause := self.pause) is not None:
+            raise Paused(self.name, str(pause), whole=self.name not in self._running_parts.pauses)
         successor = election.check_successor(to) if to is not None else election.successor()
         self._target = successor
         self._failures = Failures(
@@ -414,6 +432,7 @@ class App:
             no_failover=self.config.pattern.no_failover,
             highest=self._highest_epoch,
             handicap=self.database.handicap_seconds if self.database is not None else lambda: 0.0,
+            paused=lambda: self.is_paused,
             on_leader=self._on_leader,
             on_acquired=self._on_acquired,
         )
@@ -486,6 +505,8 @@ class App:
             on_passive_timeout=float(self.config.hook_timeouts.on_passive),
             on_role=self._on_section_role,
             on_step=self._on_step,
+            paused=lambda: self.is_paused,
+            on_held=self._on_held,
         )
         self._section, self._context, self._target = section, context, None
         self._set_role(Role.ACTIVATING)
@@ -565,6 +586,37 @@ class App:
     def has_section(self) -> bool:
         """Whether something of an active section may run here."""
         return not self._ended.is_set()
+
+    # --- pause
+
+    def on_pauses(self) -> None:
+        """Something was paused or resumed; if it was this app, what was only reported counts now."""
+        before, self._pause_known = self._pause_known, self.pause
+        if self._pause_known == before:
+            return
+        if self._pause_known is not None:
+            log.warning("app %s: %s; nothing changes hands until it is resumed", self.name, self._pause_known)
+        else:
+            log.warning("app %s: resumed", self.name)
+        if self._election is not None and self._pause_known is None:
+            self._election.on_resumed()
+        if self._section is not None:
+            self._section.look()
+            if self.health.verdict is Health.UNHEALTHY:
+                self._on_unhealthy(self._section, f"unhealthy: {self.health.reason}")
+        self._wake()
+
+    async def wait_while_paused(self, problem: str) -> None:
+        """See Restarting."""
+        if self.is_paused:
+            self._on_held(problem)
+        while self.is_paused:
+            await self._changed.wait()
+
+    def _on_held(self, problem: str) -> None:
+        """Something that would have ended the section, had the app not been paused."""
+        self._set_role(self._role, f"failed in a pause: {problem}")
+        self._journal_app("failed-in-pause", problem, level=logging.ERROR)
 
     # --- candidacy
 
@@ -662,6 +714,8 @@ class App:
             self._set_role(self._passive_role())
 
     def _on_unhealthy(self, section: Section, reason: str) -> None:
+        if not ends_section(Cause.ILL, paused=self.is_paused):
+            return  # it was reported, and is judged again when the pause is over
         # A check that runs on standbys too is about this node: a restart would not cure it.
         is_of_node = self.health.standby_verdict is Health.UNHEALTHY
         if section.program is None or is_of_node or isinstance(self._policy.decide(), FailOver):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Iterable, Mapping
 from types import TracebackType
 from typing import Self, TypeVar
@@ -27,6 +28,7 @@ from phalanx.bus.connection import NatsBus
 from phalanx.client_db import DatabaseClient, caller
 from phalanx.config import NatsOptions
 from phalanx.control import StepDownReply, StepDownRequest
+from phalanx.decide.pause import WHOLE_PLATFORM, pause_of
 from phalanx.decide.session import SessionBody, StreamList
 from phalanx.errors import (
     BusError,
@@ -34,19 +36,24 @@ from phalanx.errors import (
     BusUnavailable,
     ConfigError,
     NatsUnusable,
+    Paused,
     PlatformNotFound,
     StepDownFailed,
+    WrongRevision,
 )
 from phalanx.names import RESERVED_APPS, Names
 from phalanx.observe.audit import AuditEntry, follow_audit, read_audit
 from phalanx.ports import Message, Record
-from phalanx.types import Member, NodeStatus, Role, is_dns_label
+from phalanx.types import Member, NodeStatus, Pause, Role, is_dns_label
 
 T = TypeVar("T")
 
 NO_ANSWER = "the node does not answer"
 _POLL_SECONDS = 0.25
 """How often the status is asked for while a hand-over is waited for, should its audit entry not come."""
+
+PAUSE_SEEN_SECONDS = 2.0
+"""How long a pause waits for the nodes to learn of it."""
 
 
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +94,19 @@ class HandOver(msgspec.Struct, frozen=True, kw_only=True):
     active: str | None = None
     epoch: int = 0
     seconds: float = 0.0
+
+
+class PauseDone(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of pausing or resuming *app* (empty: the platform).
+
+    ``pause``: what holds now, or was ended; ``changed``: False if it was so before. ``unaware``: live nodes
+    that have not said within two seconds that they know it.
+    """
+
+    app: str
+    pause: Pause
+    changed: bool
+    unaware: tuple[str, ...] = ()
 
 
 class PlatformClient:
@@ -142,6 +162,10 @@ class PlatformClient:
     async def databases_made(self) -> tuple[str, ...]:
         """The apps whose database was ever made: log and object store must exist from then on."""
         return (await self._state()).databases
+
+    async def pauses(self) -> dict[str, Pause]:
+        """What is paused, by app; the pause of the whole platform has the key ""."""
+        return (await self._state()).pauses
 
     async def session_streams(self) -> StreamList | None:
         """Which streams carry the sessions; None while the platform is being set up."""
@@ -248,11 +272,12 @@ class PlatformClient:
         """Have the active node of *app* hand over, to node *to* if given; wait until the next one is active.
 
         Without *wait* it returns when the old section has ended. Raises ConfigError for an app that the
-        platform does not have and for a node that cannot take over, StepDownFailed when nobody is active
-        or nobody took over within *timeout* seconds.
+        platform does not have and for a node that cannot take over, Paused, StepDownFailed when nobody is
+        active or nobody took over within *timeout* seconds.
         """
         deadline = system.now() + timeout
         await self.check_app(app)
+        await self.check_not_paused(app)
         active = _active_of(await self.nodes(), app, Role.ACTIVE, Role.ACTIVATING)
         if active is None:
             raise StepDownFailed(app, "no node is active for it", "see: phalanx status")
@@ -314,6 +339,86 @@ class PlatformClient:
                 raise StepDownFailed(done.app, problem, "see: phalanx status")
             await wait_at_most(changed, _POLL_SECONDS)
 
+    async def check_not_paused(self, app: str) -> None:
+        """Raises Paused if *app*, or the whole platform, is."""
+        pauses = await self.pauses()
+        if (pause := pause_of(app, pauses)) is not None:
+            raise Paused(app, str(pause), whole=app not in pauses)
+
+    async def pause(self, app: str | None = None, *, reason: str = "") -> PauseDone:
+        """Let nothing of *app* (None: of the whole platform) change hands until it is resumed.
+
+        Returns when all nodes that answer know it, or after two seconds. Pausing twice is harmless: the first
+        pause stays. Raises ConfigError for an app that the platform does not have.
+        """
+        return await self._set_pause(app, Pause(caller(), system.wall(), reason), "paused")
+
+    async def resume(self, app: str | None = None) -> PauseDone | None:
+        """End the pause of *app* (None: that of the platform; apps that were paused one by one stay so).
+
+        None if it was not paused. Raises ConfigError for an app that the platform does not have, and for one
+        that is paused only with the whole platform.
+        """
+        pauses = await self.pauses()
+        if app is not None and app not in pauses and WHOLE_PLATFORM in pauses:
+            await self.check_app(app)
+            raise ConfigError("app", app, "not paused by itself: the whole platform is", "phalanx resume")
+        if (pause := pauses.get(app or WHOLE_PLATFORM)) is None:
+            if app is not None:
+                await self.check_app(app)
+            return None
+        return await self._set_pause(app, pause, "resumed")
+
+    async def _set_pause(self, app: str | None, pause: Pause, action: str) -> PauseDone:
+        if app is not None and action == "paused":
+            await self.check_app(app)
+        names, key = self.names, app or WHOLE_PLATFORM
+        subject = names.key_subject(names.platform_bucket, names.pause_key(key))
+        stream = names.bucket_stream(names.platform_bucket)
+        while True:
+            await self._state()  # there is such a platform
+            there = await self.bus.read(stream, subject)
+            held = None if there is None or there.removed else _decoded(there, Pause)
+            if (held is not None) is (action == "paused"):
+                return PauseDone(app=key, pause=held or pause, changed=False)
+            expect = there.revision if there is not None else 0
+            try:
+                if action == "paused":
+                    await self.bus.write(subject, msgspec.json.encode(pause), expect=expect)
+                else:
+                    await self.bus.write(subject, expect=expect, headers={"KV-Operation": "DEL"})
+                break
+            except WrongRevision:
+                continue  # somebody else did the same, or the opposite
+        await self._audit_pause(key, pause, action)
+        unaware = await self._unaware(key, paused=action == "paused")
+        return PauseDone(app=key, pause=pause, changed=True, unaware=unaware)
+
+    async def _audit_pause(self, app: str, pause: Pause, action: str) -> None:
+        by = caller()
+        entry = AuditEntry(
+            id=f"{action}-{secrets.token_hex(8)}",
+            time=round(system.wall(), 6),
+            node=by,
+            category="app" if app else "platform",
+            action=action,
+            app=app,
+            reason=pause.reason,
+            details={"by": by} if action == "paused" else {"by": by, "paused_by": pause.by},
+        )
+        subject = self.names.audit_subject(entry.category, entry.action)
+        await self.bus.write(subject, msgspec.json.encode(entry), headers={"Nats-Msg-Id": entry.id})
+
+    async def _unaware(self, app: str, *, paused: bool) -> tuple[str, ...]:
+        """Live nodes that do not say, within PAUSE_SEEN_SECONDS, that they know of a change."""
+        deadline = system.now() + PAUSE_SEEN_SECONDS
+        while True:
+            nodes = [view for view in await self.nodes(0.5) if view.is_live]
+            unaware = tuple(view.node for view in nodes if not _knows(view, app, paused=paused))
+            if not unaware or not paused or system.now() >= deadline:
+                return unaware if paused else ()
+            await asyncio.sleep(_POLL_SECONDS / 5)
+
     # --- the audit log
 
     async def audit(self, since: float | None = None, limit: int = 100) -> list[AuditEntry]:
@@ -336,6 +441,7 @@ class _State(msgspec.Struct, frozen=True):
     databases: tuple[str, ...]
     streams: StreamList | None
     member_revisions: dict[str, int]
+    pauses: dict[str, Pause]
 
     @classmethod
     def of(cls, records: Mapping[str, Record]) -> _State:
@@ -355,6 +461,12 @@ class _State(msgspec.Struct, frozen=True):
                 for key, record in held.items()
                 if key.startswith("member.")
             },
+            {
+                key.removeprefix(Names.PAUSE_KEY).removeprefix("."): pause
+                for key, record in held.items()
+                if (key == Names.PAUSE_KEY or key.startswith(f"{Names.PAUSE_KEY}."))
+                and (pause := _decoded(record, Pause)) is not None
+            },
         )
 
 
@@ -364,6 +476,12 @@ def _decoded(message: Message | Record, kind: type[T]) -> T | None:
         return msgspec.json.decode(message.data, type=kind)
     except msgspec.MsgspecError:
         return None
+
+
+def _knows(view: NodeView, app: str, *, paused: bool) -> bool:
+    if view.status is None:
+        return False
+    return all((each.pause is not None) is paused for each in view.status.apps if app in ("", each.name))
 
 
 def _silent(platform: str, view: NodeView) -> NodeStatus:
@@ -393,4 +511,4 @@ def _active_of(nodes: Iterable[NodeView], app: str, *roles: Role) -> tuple[str, 
     return node, epoch
 
 
-__all__ = ["HandOver", "NodeView", "PlatformClient"]
+__all__ = ["HandOver", "NodeView", "PauseDone", "PlatformClient"]

@@ -279,9 +279,10 @@ class DatabaseClient:
         """Have the app's next active node put the database back to what *request* says; waits for it.
 
         The app stops meanwhile. Raises DatabaseError when that fails or takes longer than *timeout*
-        seconds (then it is called off), StepDownFailed when the active node does not step down.
+        seconds (then it is called off), StepDownFailed when the active node does not step down, Paused.
         """
         await self.check(app)
+        await self._client.check_not_paused(app)
         await self._check_streams(app)
         began, deadline = system.now(), system.now() + timeout
         outcome: list[AuditEntry] = []

@@ -12,7 +12,7 @@ import msgspec
 
 from phalanx.aio import Background
 from phalanx.app import App
-from phalanx.errors import ConfigError, NotActive, PhalanxError
+from phalanx.errors import ConfigError, NotActive, Paused, PhalanxError
 from phalanx.names import Names
 from phalanx.ports import Bus, Message, Subscription
 from phalanx.types import NodeStatus
@@ -97,7 +97,7 @@ class Control:
             reply = StepDownReply(node, successor=await app.step_down(reason, request.to))
         except (ConfigError, msgspec.DecodeError) as error:
             reply = StepDownReply(node, str(error), bad_input=True)
-        except NotActive as error:
+        except (NotActive, Paused) as error:
             reply = StepDownReply(node, str(error))
         await self._answer(message, reply)
 

@@ -11,6 +11,7 @@
     │   └── NatsUnusable          NATS is not reachable, has no JetStream, or refuses our rights
     ├── PlatformNotFound          NATS holds no platform of that name
     ├── StepDownFailed            nobody stepped down, or nobody took over
+    ├── Paused                    what was asked for would move an app that is paused
     ├── BusError                  NATS answered with an error, or not as expected
     │   ├── BusUnavailable        not connected, or nobody serves that stream just now
     │   ├── BusTimeout            no answer in time: the outcome is UNKNOWN
@@ -121,6 +122,15 @@ class StepDownFailed(PhalanxError):
     def __init__(self, app: str, problem: str, remedy: str) -> None:
         self.app, self.problem, self.remedy = app, problem, remedy
         super().__init__(f"app {app!r}: {problem}; {remedy}")
+
+
+class Paused(PhalanxError):
+    """What was asked for would move an app that is paused. ``whole``: its platform is, with all its apps."""
+
+    def __init__(self, app: str, pause: str, *, whole: bool = False) -> None:
+        self.app, self.pause, self.whole = app, pause, whole
+        command = "phalanx resume" if whole else f"phalanx resume {app}"
+        super().__init__(f"app {app!r} is {pause}; resume it first: {command}")
 
 
 class BusError(PhalanxError):

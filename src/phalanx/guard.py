@@ -115,6 +115,9 @@ class Guard:
         since = self._watched.disconnected_at
         if since is None or now - since < self._timing.ttl:
             return ""
+        active = [app for app in self._apps if app.has_section]
+        if active and all(app.is_paused for app in active):
+            return ""  # nobody could take over what would end here
         if self._leaving_since is None:
             self._journal.node(
                 "cut-off",

@@ -141,6 +141,7 @@ class Names:
     IDENTITY_KEY = "identity"
     SESSIONS_KEY = "sessions"
     SETUP_KEY = "setup"
+    PAUSE_KEY = "pause"
 
     @staticmethod
     def member_key(node: str) -> str:
@@ -151,6 +152,11 @@ class Names:
     def app_key(app: str) -> str:
         """That an app was created once; its bucket must exist from then on."""
         return f"app.{app}"
+
+    @classmethod
+    def pause_key(cls, app: str) -> str:
+        """That the app (empty: the platform) is paused. No app is called "pause" without a name after it."""
+        return f"{cls.PAUSE_KEY}.{app}" if app else cls.PAUSE_KEY
 
     @staticmethod
     def database_key(app: str) -> str:

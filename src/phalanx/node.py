@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from phalanx.observe.http import StatusServer
 from phalanx.observe.journal import Journal
 from phalanx.observe.metrics import Metrics
 from phalanx.ports import Connection
-from phalanx.types import Member, NodeStatus, Resource, Role, SessionId
+from phalanx.types import Member, NodeStatus, Pause, Resource, Role, SessionId
 from phalanx.version import VERSION
 
 log = logging.getLogger("phalanx.node")
@@ -55,6 +55,9 @@ STUCK_SECONDS = 10.0
 
 VANISHED_LOOK_SECONDS = 10.0
 """Between looks whether all streams are there."""
+
+PAUSE_REMINDER_SECONDS = 600.0
+"""Between log lines that say that an app is still paused: a pause that was forgotten is an outage to come."""
 
 SESSION_RETRY = Backoff(first=0.2, longest=5.0)
 
@@ -172,6 +175,8 @@ class Node:
         for app in self.apps.values():
             await app.start(self)
             stack.push_async_callback(app.stop)
+        self.state.on_pauses(self._on_pauses)
+        self._on_pauses()
         self.journal.node("started", version=VERSION, nats_server=self.bus.server_name)
         stack.callback(lambda: self.journal.node("stopped", reason=self.stop_reason))
 
@@ -265,10 +270,24 @@ class Node:
         self._own(stack, self._steering.run(self._active_apps), "steering")
         self._own(stack, self._watch_streams(), "stream check")
         self._own(stack, self._measure_lag(), "loop lag")
+        self._own(stack, self._remind_of_pauses(), "pause reminder")
         self._own(stack, self._leave_isolated_server(), "isolated server")
         control = Control(self)
         await control.start()
         stack.push_async_callback(control.stop)
+
+    def _on_pauses(self) -> None:
+        for app in self.apps.values():
+            app.on_pauses()
+        self._look()
+
+    async def _remind_of_pauses(self) -> None:
+        while True:
+            await asyncio.sleep(PAUSE_REMINDER_SECONDS)
+            for app in self.apps.values():
+                if (pause := app.pause) is not None:
+                    since = (system.wall() - pause.since) / 60
+                    log.warning("app %s: still %s, for %.0f min now", app.name, pause, since)
 
     async def _place_session_stream(self, stream: str, avoid: set[str]) -> str | None:
         return await provision.place_session_stream(self.bus, self.names, stream, avoid)
@@ -549,6 +568,11 @@ class Node:
         self.session = None
 
     # --- for apps (NodeParts)
+
+    @property
+    def pauses(self) -> Mapping[str, Pause]:
+        """What is paused, by app; see PlatformState."""
+        return self.state.pauses
 
     async def register(self, resource: Resource) -> None:
         """Tell the keeper what is about to run. Raises SessionLost."""

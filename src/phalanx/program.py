@@ -37,6 +37,10 @@ class Restarting(Protocol):
         """The program has ended by itself."""
         ...
 
+    async def wait_while_paused(self, problem: str) -> None:
+        """Return at once; or, if the app is paused, report *problem* and return when it no longer is."""
+        ...
+
     def on_restarting(self, reason: str, decision: RestartIn, restarts: int) -> None:
         """It is to be started again; *restarts* of the window are used then."""
         ...
@@ -145,6 +149,7 @@ class Program:
     async def _restart(self) -> None:
         began = system.now()
         while True:
+            await self._policy.app.wait_while_paused(self._because)
             decision = self._policy.decide()
             if isinstance(decision, FailOver):
                 raise BackendError(self._section.app, "run", self._because)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from phalanx import system
 from phalanx.coord.election import Reign
 from phalanx.decide.activation import Step, Undo, steps, undoing
+from phalanx.decide.pause import Cause, ends_section
 from phalanx.errors import BackendError, HookFailed, PhalanxError
 from phalanx.hooks import Hooks, HookStuck
 from phalanx.ports import SectionAddresses, SectionContext, SectionDatabase
@@ -50,12 +51,15 @@ class Section:
         on_passive_timeout: float,
         on_role: Callable[[Role], None],
         on_step: Callable[[str, float, str], None],
+        paused: Callable[[], bool] = lambda: False,
+        on_held: Callable[[str], None] = lambda problem: None,
     ) -> None:
         self.reign = reign
         self._resources, self._hooks, self.program, self._context = resources, hooks, program, context
         self._database, self._addresses, self._fence_previous = database, addresses, fence_previous
         self._on_active_timeout, self._on_passive_timeout = on_active_timeout, on_passive_timeout
         self._on_role, self._on_step = on_role, on_step
+        self._paused, self._on_held, self._again = paused, on_held, asyncio.Event()
         self._hard = asyncio.Event()
         self._begun: list[Step] = []
         self._active_hook: asyncio.Task[Any] | None = None
@@ -81,6 +85,10 @@ class Section:
         """End at once, without grace."""
         self.reign.end(reason)
         self._hard.set()
+
+    def look(self) -> None:
+        """A pause has begun or ended: judge again what has failed."""
+        self._again.set()
 
     async def run(self) -> None:
         """From the first step to the end of everything."""
@@ -206,27 +214,48 @@ class Section:
         hook = self._active_hook if self._active_hook is not None and not self._active_hook.done() else None
         kept = asyncio.create_task(self.program.keep()) if self.program is not None else None
         lost = asyncio.ensure_future(self._addresses.lost) if self._addresses is not None else None
+        held = ""
         try:
             while not self.reign.ending.is_set():
-                waits: set[asyncio.Future[Any]] = {ending}
-                waits |= {w for w in (hook, kept, lost) if w is not None}
-                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-                if lost is not None and lost.done():
-                    self._fail(BackendError(self._resources.app, "run", lost.result()))
-                if kept is not None and kept.done() and (error := kept.exception()) is not None:
-                    self._fail(error)
-                if hook is not None and hook.done():
-                    try:
-                        self._hooks.result("on_active", hook)
-                    except HookFailed as error:
-                        self._fail(error)
-                    hook = None
+                self._again.clear()
+                problem = self._what_failed(hook, kept, lost)
+                if problem is not None and ends_section(Cause.FAILED, paused=self._paused()):
+                    self._fail(problem)
+                    return
+                if problem is not None and str(problem) != held:
+                    held = str(problem)
+                    self._on_held(held)
+                again = asyncio.create_task(self._again.wait())
+                waits: set[asyncio.Future[Any]] = {ending, again}
+                waits |= {w for w in (hook, kept, lost) if w is not None and not w.done()}
+                try:
+                    await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    again.cancel()
         finally:
             ending.cancel()
             if kept is not None:
                 # To its end: a start that is under way leaves nothing behind, or is known to be running.
                 kept.cancel()
                 await asyncio.gather(kept, return_exceptions=True)
+
+    def _what_failed(
+        self,
+        hook: asyncio.Task[Any] | None,
+        kept: asyncio.Task[Any] | None,
+        lost: asyncio.Future[str] | None,
+    ) -> BaseException | None:
+        """What has failed by itself so far; None if nothing has, as when ``on_active`` has just returned."""
+        if lost is not None and lost.done():
+            return BackendError(self._resources.app, "run", lost.result())
+        if kept is not None and kept.done() and (error := kept.exception()) is not None:
+            return error
+        if hook is not None and hook.done():
+            try:
+                self._hooks.result("on_active", hook)
+            except HookFailed as error:
+                return error
+        return None
 
     async def _hold_until(self, reached: Coroutine[Any, Any, None]) -> None:
         """The same while the last step of the activation is waited for, and until that at most."""

@@ -191,9 +191,21 @@ class ProgramStatus(msgspec.Struct, frozen=True):
     detail: str = ""
 
 
+class Pause(msgspec.Struct, frozen=True):
+    """That an app, or the whole platform, is paused. ``since``: Unix seconds by the clock of who did it."""
+
+    by: str
+    since: float
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"paused by {self.by}" + (f": {self.reason}" if self.reason else "")
+
+
 class AppStatus(msgspec.Struct, frozen=True):
     """One app on one node. ``since`` is Unix seconds: when the role was taken up. ``database``: its database
-    there, None for an app without one. ``program``: what its backend runs there now, None if nothing."""
+    there, None for an app without one. ``program``: what its backend runs there now, None if nothing.
+    ``pause``: that of the app or of the platform, as this node knows."""
 
     name: str
     role: Role
@@ -204,6 +216,7 @@ class AppStatus(msgspec.Struct, frozen=True):
     reason: str = ""
     database: DatabaseState | None = None
     program: ProgramStatus | None = None
+    pause: Pause | None = None
 
 
 class NodeStatus(msgspec.Struct, frozen=True):

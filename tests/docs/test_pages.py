@@ -33,7 +33,7 @@ from phalanx.decide.session import SessionBody, StreamList
 from phalanx.names import Names
 from phalanx.observe.audit import AuditEntry
 from phalanx.observe.metrics import Metrics
-from phalanx.types import Candidate, Member, NodeStatus, Nomination, Position, Resource
+from phalanx.types import Candidate, Member, NodeStatus, Nomination, Pause, Position, Resource
 
 NAMES = Names("prod")
 SOURCES = sorted((ROOT / "src" / "phalanx").rglob("*.py"))
@@ -50,6 +50,7 @@ VALUES: dict[str, Any] = {
     "Identity": membership.Identity,
     "StreamList": StreamList,
     "Member": Member,
+    "Pause": Pause,
     "AppRegistration": membership.AppRegistration,
     "leader": election._LeaderBody,  # pyright: ignore[reportPrivateUsage]
     "Candidate": Candidate,

@@ -154,3 +154,21 @@ def test_an_offer_as_older_versions_write_it_is_understood() -> None:
     """Without the field that came later."""
     old = b'{"session": {"node": "n2", "nonce": "x"}, "eligible": true, "priority": 3, "reason": ""}'
     assert msgspec.json.decode(old, type=Candidate) == Candidate(SessionId("n2", "x"), True, 3)
+
+
+@pytest.mark.parametrize(
+    ("leader", "over"), [(LeaderRecord(0), False), (LeaderRecord(7), False), (LeaderRecord(7, A), True)]
+)
+def test_in_a_pause_nobody_takes_the_key(leader: LeaderRecord, over: bool) -> None:
+    """Not a new one, not a released one, not that of a dead one, not even by who was named for it."""
+    assert act(leader, leader_over=over, paused=True) == Idle()
+    named = LeaderRecord(7, successor="n1")
+    assert act(named, paused=True) == Idle()
+
+
+def test_in_a_pause_who_leads_goes_on_and_is_deposed_as_ever() -> None:
+    """The pause takes nothing from who has it, and gives nothing to who has lost it."""
+    assert act(LeaderRecord(7, ME), leading=7, paused=True) == Idle()
+    assert act(LeaderRecord(9, ME), paused=True) == Begin(9)
+    assert isinstance(act(LeaderRecord(8, A), leading=7, paused=True), Deposed)
+    assert isinstance(act(LeaderRecord(7, ME), leading=7, session_valid=False, paused=True), Deposed)

@@ -32,6 +32,8 @@ COMMANDS = {
     "status": "status:status",
     "health": "status:health",
     "stepdown": "stepdown:stepdown",
+    "pause": "pause:pause",
+    "resume": "pause:resume",
     "audit": "audit:audit",
     "config": "check:config",
     "nats": "permissions:nats",

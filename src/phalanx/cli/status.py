@@ -76,6 +76,9 @@ def _show(view: views.PlatformView, *, json: bool, again: bool, pretty: bool) ->
     if view.apps:
         output.say("")
         output.table(("APP", "ROLE", "NODE", "HEALTH", "EPOCH", "SINCE", "REASON"), _app_rows(view))
+        for app in view.apps:
+            if app.pause:
+                output.say((f"{app.name}: {app.pause}; nothing changes hands", "bold yellow"))
 
 
 def _node_rows(view: views.PlatformView) -> list[tuple[str | tuple[str, str], ...]]:

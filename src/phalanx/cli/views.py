@@ -25,13 +25,15 @@ class AppOnNode(msgspec.Struct, frozen=True):
 
 
 class AppView(msgspec.Struct, frozen=True):
-    """One app on the whole platform. ``active`` is None while no node is active."""
+    """One app on the whole platform. ``active`` is None while no node is active. ``pause``: who has paused
+    it and why, empty while it is not."""
 
     name: str
     active: str | None
     epoch: int
     health: str
     nodes: tuple[AppOnNode, ...]
+    pause: str = ""
 
     @property
     def actives(self) -> list[AppOnNode]:
@@ -120,6 +122,7 @@ def _app(name: str, nodes: Sequence[NodeView]) -> AppView:
         active[0] if active is not None else max((app.epoch for _, app in found), default=0),
         str(active[2].health if active is not None else Health.UNKNOWN),
         tuple(_on_node(node, app) for node, app in found),
+        next((str(app.pause) for _, app in found if app.pause is not None), ""),
     )
 
 

@@ -79,6 +79,7 @@ class Election:
         no_failover: bool = False,
         highest: int = 0,
         handicap: Callable[[], float] = lambda: 0.0,
+        paused: Callable[[], bool] = lambda: False,
         on_leader: Callable[[LeaderRecord, LeaderRecord], None] = lambda old, new: None,
         on_acquired: Callable[[Succession], None] = lambda succession: None,
     ) -> None:
@@ -86,6 +87,7 @@ class Election:
         self._session, self._register, self._priority = session, register, priority
         self._no_failover = no_failover
         self._on_leader, self._on_acquired, self._handicap = on_leader, on_acquired, handicap
+        self._paused = paused
         self._bucket = names.app_bucket(app)
         self._stream = names.bucket_stream(self._bucket)
         self._leader_subject = names.key_subject(self._bucket, LEADER_KEY)
@@ -136,6 +138,11 @@ class Election:
         # A change of mind comes in the middle of a hand-over, which must not wait for it.
         self._offer_due = system.now() + (OFFER_LINGER_SECONDS if self._offered is not None else 0.0)
         self._offer = Candidate(self._session.id, eligible, self._priority, reason, self._no_failover)
+        self._changed.set()
+
+    def on_resumed(self) -> None:
+        """The app's pause is over: a seat that is free counts as free from now on, with all head starts."""
+        self._vacant_since = max(self._vacant_since, system.now())
         self._changed.set()
 
     async def next_reign(self) -> Reign:
@@ -276,6 +283,7 @@ class Election:
             ended=self._ended,
             no_failover=self._no_failover,
             nomination=self._nomination,
+            paused=self._paused(),
         )
 
     async def _acquire(self, expected: int) -> float | None:

@@ -17,7 +17,7 @@ from phalanx.decide.session import StreamList
 from phalanx.errors import BusError, IdentityError, NodeIdTaken, WrongRevision
 from phalanx.names import Names
 from phalanx.ports import Bus, Record
-from phalanx.types import Member
+from phalanx.types import Member, Pause
 
 log = logging.getLogger("phalanx.membership")
 
@@ -57,6 +57,10 @@ class PlatformState:
         self.members: dict[str, Member] = {}
         self.apps: dict[str, AppRegistration] = {}
         self.streams: StreamList | None = None
+        self.pauses: dict[str, Pause] = {}
+        """By app; that of the whole platform by :data:`phalanx.decide.pause.WHOLE_PLATFORM`. While NATS is
+        away they are what they were."""
+        self._on_pauses: list[Callable[[], None]] = []
         self._on_streams: list[Callable[[StreamList], None]] = []
         self._watch = Watch(
             bus,
@@ -77,6 +81,10 @@ class PlatformState:
     def on_streams(self, callback: Callable[[StreamList], None]) -> None:
         """Be told when the list of session streams changes."""
         self._on_streams.append(callback)
+
+    def on_pauses(self, callback: Callable[[], None]) -> None:
+        """Be told when something was paused or resumed."""
+        self._on_pauses.append(callback)
 
     def _subject(self, key: str) -> str:
         return self._names.key_subject(self._names.platform_bucket, key)
@@ -192,5 +200,15 @@ class PlatformState:
                 self.members.pop(node, None)
             else:
                 self.members[node] = msgspec.json.decode(record.data, type=Member)
+        elif key == Names.PAUSE_KEY or key.startswith(f"{Names.PAUSE_KEY}."):
+            self._on_pause(key.removeprefix(Names.PAUSE_KEY).removeprefix("."), record)
         elif key.startswith("app.") and not record.removed:
             self.apps[key.removeprefix("app.")] = msgspec.json.decode(record.data, type=AppRegistration)
+
+    def _on_pause(self, app: str, record: Record) -> None:
+        before = self.pauses.pop(app, None)
+        if not record.removed:
+            self.pauses[app] = msgspec.json.decode(record.data, type=Pause)
+        if self.pauses.get(app) != before:
+            for callback in self._on_pauses:
+                callback()

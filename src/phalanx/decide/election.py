@@ -46,6 +46,8 @@ class View(msgspec.Struct, frozen=True):
     """The latest epoch whose reign has ended on this node: it never begins again (G2)."""
     no_failover: bool = False
     nomination: Nomination | None = None
+    paused: bool = False
+    """Nobody takes the key, whatever has become of who held it."""
 
 
 class Idle(msgspec.Struct, frozen=True):
@@ -135,7 +137,7 @@ def next_action(view: View, now: float, is_over: Callable[[SessionId], bool]) ->
     # A key that still names this session for a reign that has ended is as good as released.
     if view.leader.session is not None and not view.leader_over and not mine:
         return Idle()
-    if not view.eligible:
+    if view.paused or not view.eligible:
         return Idle()
     if view.no_failover and named_successor(view.leader, view.nomination) != view.me.node:
         return Idle()

@@ -165,6 +165,11 @@ class Metrics:
 
 _APP_GAUGES: tuple[tuple[str, str, Callable[[AppStatus], float]], ...] = (
     ("phalanx_app_active", "1 while the app is active here.", lambda app: app.role is Role.ACTIVE),
+    (
+        "phalanx_app_paused",
+        "1 while the app or the platform is paused, as known here.",
+        lambda app: app.pause is not None,
+    ),
     ("phalanx_app_epoch", "The epoch of the present leader, as known here.", lambda app: app.epoch),
     (
         "phalanx_app_healthy",
