@@ -85,7 +85,9 @@ async def test_program_ends_and_node_is_asked_to_step_down_in_a_pause(
         assert s.nodes[active].status()["apps"][0]["program"]["restarts"] == 0
         await client.resume("wiki")
         await s.nodes.wait_until(
-            lambda: s.nodes[active].status()["apps"][0]["program"]["restarts"], 10, "not started again"
+            lambda: (s.nodes[active].status()["apps"][0]["program"] or {}).get("restarts"),
+            10,
+            "not started again",
         )
         assert s.nodes[active].status()["apps"][0]["epoch"] == epoch
     assert [app for app, _ in await audited(client, "failed-in-pause")] == ["wiki"]
