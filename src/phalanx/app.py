@@ -386,13 +386,15 @@ class App:
                 self.config.database,
                 parts,
                 report=self._journal_app,
-                on_change=self._on_database,
+                on_change=self._on_surroundings,
                 on_lost=self._on_database_lost,
             )
             self.database.standbys = self._standbys
             self._database_control = DatabaseControl(parts.bus, parts.names, parts.node, self.database)
             await self._database_control.start()
             await self.database.start()
+        if self._addresses is not None:
+            await self._addresses.start(self._on_surroundings)
         if "on_start" in self.hooks:
             try:
                 await self.hooks.call("on_start", AppContext(self))
@@ -414,6 +416,8 @@ class App:
             await self._database_control.stop()
             await self.database.close()
             self.database = self._database_control = None
+        if self._addresses is not None:
+            await self._addresses.close()
         self._set_role(Role.STOPPED)
         self._started = False
 
@@ -475,6 +479,7 @@ class App:
     async def _run_section(self, reign: Reign, parts: NodeParts) -> Section:
         epoch = int(reign.epoch)
         assert self._session is not None and self._locks is not None  # noqa: PT018 - serve() has set both
+        session = self._session
         context = ActiveContext(
             self.name,
             parts.node,
@@ -492,6 +497,7 @@ class App:
             parts.register,
             parts.unregister,
             str(self.database.live) if self.database is not None else "",
+            lambda: session.valid_until - system.now() if session.is_valid else 0.0,
         )
         section = Section(
             reign,
@@ -760,7 +766,7 @@ class App:
     def _standbys(self) -> list[str]:
         return [o.session.node for o in self.candidates() if o.eligible and o.session.node != self.node]
 
-    def _on_database(self) -> None:
+    def _on_surroundings(self) -> None:
         """Whether this node can be a candidate may have changed."""
         self._offer_candidacy()
         if self._section is None and self._started and self._election is not None:

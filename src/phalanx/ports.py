@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from phalanx.errors import AddressError
 from phalanx.types import ProgramStatus, Resource
 
 
@@ -230,12 +231,17 @@ class Bus(Protocol):
         ...
 
 
+def _for_ever() -> float:
+    return float("inf")
+
+
 class SectionContext(msgspec.Struct, frozen=True):
     """What a backend needs to know of the active section it runs for. ``database``: the path of the app's
     database, empty if it has none.
 
     ``register`` tells the keeper what is about to run and returns once it would be killed if this node
     died; ``unregister`` takes it back. Registering the same id again replaces the entry.
+    ``session_left_seconds``: how long the node's session is valid still, as known now; 0 or less: it is not.
     """
 
     platform: str
@@ -245,6 +251,7 @@ class SectionContext(msgspec.Struct, frozen=True):
     register: Callable[[Resource], Awaitable[None]]
     unregister: Callable[[str], None]
     database: str = ""
+    session_left_seconds: Callable[[], float] = _for_ever
 
 
 class Running(Protocol):
@@ -320,8 +327,8 @@ class SectionAddresses(Protocol):
         ...
 
     @property
-    def lost(self) -> Awaitable[str]:
-        """Done when one of them is not here any more, or somebody else answers for it: why."""
+    def lost(self) -> Awaitable[AddressError]:
+        """Done when one of them is not here any more, or somebody else claims it (step ``keep``)."""
         ...
 
     async def release(self) -> None:
@@ -332,8 +339,17 @@ class SectionAddresses(Protocol):
         """Look whether this host could take them; makes nothing. Raises AddressError (``prepare``)."""
         ...
 
+    async def start(self, on_change: Callable[[], None]) -> None:
+        """Follow what happens to their interfaces, until :meth:`close`; *on_change* is told whenever
+        :meth:`ineligible_because` has another answer. Raises AddressError (``prepare``)."""
+        ...
+
     def ineligible_because(self) -> str:
         """Why this node could not take them now (its interface is down or missing); empty if it could."""
+        ...
+
+    async def close(self) -> None:
+        """Follow no more. Harmless without a start."""
         ...
 
 

@@ -16,7 +16,7 @@ from phalanx import system
 from phalanx.coord.election import Reign
 from phalanx.decide.activation import Step, Undo, steps, undoing
 from phalanx.decide.pause import Cause, ends_section
-from phalanx.errors import BackendError, HookFailed, PhalanxError
+from phalanx.errors import AddressError, BackendError, HookFailed, PhalanxError
 from phalanx.hooks import Hooks, HookStuck
 from phalanx.ports import SectionAddresses, SectionContext, SectionDatabase
 from phalanx.program import Program
@@ -243,11 +243,11 @@ class Section:
         self,
         hook: asyncio.Task[Any] | None,
         kept: asyncio.Task[Any] | None,
-        lost: asyncio.Future[str] | None,
+        lost: asyncio.Future[AddressError] | None,
     ) -> BaseException | None:
         """What has failed by itself so far; None if nothing has, as when ``on_active`` has just returned."""
         if lost is not None and lost.done():
-            return BackendError(self._resources.app, "run", lost.result())
+            return lost.result()
         if kept is not None and kept.done() and (error := kept.exception()) is not None:
             return error
         if hook is not None and hook.done():

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from phalanx import system
+from phalanx.keeper.addresses import drop
 from phalanx.types import Resource
 
 log = logging.getLogger("phalanx.keeper")
@@ -173,6 +174,8 @@ def _kill_one(resource: Resource, known: tuple[system.ProcessRef, ...]) -> bool:
         match resource.kind:
             case "process":
                 return _kill_process(resource, known)
+            case "vip":
+                return drop(resource)
             case kind:
                 log.critical("app %s: nobody here can end a %s (%s)", resource.app, kind, resource.id)
                 return False

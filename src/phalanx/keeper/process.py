@@ -208,6 +208,10 @@ class Keeper:
             log.error("node %s: not releasing while processes of it still run", start.session.node)
         if kill_node:
             await fencing.node_gone(self._node_pid)
+            # Again: the last call of the dying node may have put one back.
+            addresses = [resource for resource in registry.resources if resource.kind == "vip"]
+            while not await fencing.kill_resources(addresses):
+                log.error("node %s: not releasing while its addresses are here", start.session.node)
 
     # --- what the node says
 
