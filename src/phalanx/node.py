@@ -421,6 +421,7 @@ class Node:
         """One session, from its start to its end."""
         session = Session(SessionId.new(self.node), self.timing)
         session.on_renewed = self._on_renewed
+        session.on_noted = self._on_noted
         try:
             await self._unless_stopping(self._begin_session(session))
             await self._serve(session, started)
@@ -484,6 +485,9 @@ class Node:
     def _on_renewed(self, valid_until: float) -> None:
         # After the guard should have fenced and the keeper should have killed.
         self.alarm.move(valid_until - self.timing.fence_budget / 4)
+
+    def _on_noted(self, action: str, reason: str) -> None:
+        self.journal.node(action, reason=reason, level=logging.ERROR)
 
     async def _check_streams(self) -> None:
         """The list may have been replaced while the session was being made, unseen by who replaced it."""

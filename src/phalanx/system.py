@@ -544,6 +544,12 @@ class FileLock:
         self._descriptor: int | None = descriptor
         self.path = path
 
+    def fileno(self) -> int:
+        """The open file: whoever has it open too, holds the lock with us. Raises ValueError once released."""
+        if self._descriptor is None:
+            raise ValueError("the lock was released")
+        return self._descriptor
+
     def release(self) -> None:
         """Give it up; twice is harmless. The file stays: removing it would race with others."""
         if self._descriptor is not None:

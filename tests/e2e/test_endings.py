@@ -438,7 +438,7 @@ def test_nothing_that_a_keeper_writes_waits_for_a_reader() -> None:
     code = """
 import logging, sys
 sys.argv = ["keeper", "0", "0"]
-from phalanx.keeper.__main__ import log_without_waiting
+from phalanx.keeper.hardening import log_without_waiting
 log_without_waiting()
 for name in ("asyncio", "nats", "phalanx.keeper"):
     for _ in range(50):

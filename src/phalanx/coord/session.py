@@ -51,6 +51,8 @@ class Session:
         self._on_change: list[Callable[[], None]] = []
         self.on_renewed: Callable[[float], None] = lambda moment: None
         """Told of each renewal: until when the session is valid now."""
+        self.on_noted: Callable[[str, str], None] = lambda action, reason: None
+        """Told of what the keeper has for the audit log: action and reason."""
 
     @property
     def is_valid(self) -> bool:
@@ -205,6 +207,8 @@ class Session:
                 self._acknowledge(number, "")
             case wire.Refused(number, problem):
                 self._acknowledge(number, problem)
+            case wire.Noted(action, reason):
+                self.on_noted(action, reason)
             case wire.Lost(reason):
                 self._lose(reason)
             case wire.Released(complete):

@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
 import sys
 
 from phalanx.bus.connection import NatsBus
 from phalanx.config import NatsOptions
 from phalanx.keeper import wire
-from phalanx.keeper.process import Keeper, harden
-from phalanx.observe.logs import configure_logging, plain_handler, unblock_stderr
+from phalanx.keeper.hardening import harden, ignore_signals, log_without_waiting
+from phalanx.keeper.process import Keeper
+from phalanx.keeper.warden import Warden
+from phalanx.observe.logs import configure_logging
 
 
 async def _connect(options: NatsOptions, name: str, ping_interval: float) -> NatsBus:
     return await NatsBus.connect(options, name=name, ping_interval=ping_interval)
 
 
-async def _main(channel: socket.socket, node_pid: int) -> None:
-    await Keeper(channel, node_pid, _connect, _configure_logging).run()
+async def _main(channel: socket.socket, node_pid: int, warden: Warden) -> None:
+    await Keeper(channel, node_pid, _connect, warden, _configure_logging).run()
 
 
 def _configure_logging(start: wire.Start) -> None:
@@ -35,28 +36,16 @@ def _configure_logging(start: wire.Start) -> None:
         logging.getLogger().handlers = list(logging.getLogger("phalanx").handlers)
 
 
-def log_without_waiting() -> None:
-    """Have nothing that is written to standard error hold this process up: a log that nobody reads would
-    keep it from fencing, and one that only holds the session would go on being alive for its node."""
-    unblock_stderr()
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    root.handlers = [plain_handler()]
-
-
 def main() -> None:
     """Run one keeper to its end."""
     if len(sys.argv) != 3:
         sys.exit("phalanx.keeper is started by a node: python -m phalanx.keeper FD PID")
-    # A terminal's Ctrl-C and a service manager's SIGTERM reach the whole group. The keeper must
-    # outlive its node, so it ends only by the node's word or the node's death.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    ignore_signals()
     log_without_waiting()
     harden()
+    warden = Warden.fork()
     try:
-        asyncio.run(_main(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])))
+        asyncio.run(_main(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), warden))
     except Exception as error:
         # Told by the log: the interpreter's own traceback would wait for a reader where stderr is a socket.
         logging.getLogger("phalanx.keeper").critical("the keeper failed", exc_info=error)

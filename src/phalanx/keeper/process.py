@@ -1,14 +1,13 @@
 """The keeper process: one loop that renews, watches its node, and fences when it must.
 
-Its life: Start from the node → kill left-overs → session established → renew until the node says
-Release, or dies, or stalls, or outlives its session → fence → end the session → exit.
+Its life: Start from the node → the wardens' lock → kill left-overs → session established → renew until the
+node says Release, or dies, or stalls, or outlives its session → fence → end the session → exit.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from phalanx.decide.timing import Timing
 from phalanx.errors import PhalanxError
 from phalanx.keeper import fencing, wire
 from phalanx.keeper.renewing import Renewer
+from phalanx.keeper.warden import RESPAWN_SECONDS, Warden, take_lock
 from phalanx.names import Names
 from phalanx.ports import Bus
 from phalanx.types import Resource
@@ -52,10 +52,14 @@ class Keeper:
         channel: socket.socket,
         node_pid: int,
         connect: Connect,
+        warden: Warden,
         on_start: Callable[[wire.Start], None] = lambda start: None,
     ) -> None:
         self._on_start = on_start
         self._channel, self._node_pid, self._connect = channel, node_pid, connect
+        self._warden: Warden | None = warden
+        self._warden_lock: system.FileLock | None = None
+        self._replacing: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._started: asyncio.Future[wire.Start] = asyncio.get_running_loop().create_future()
         self._release: wire.Release | None = None
@@ -77,16 +81,26 @@ class Keeper:
             start = await asyncio.wait_for(self._started, 30)
             self._on_start(start)
             await self._serve(start)
+            self._dismiss_warden()
         finally:
+            if self._replacing is not None:
+                self._replacing.cancel()
             if pidfd is not None:
                 pidfd()
             transport.close()
 
     async def _serve(self, start: wire.Start) -> None:
-        self._registry = fencing.Registry(Path(start.state_dir))
+        state_dir = Path(start.state_dir)
+        try:
+            self._warden_lock = await take_lock(state_dir)
+        except TimeoutError as error:
+            self._say(wire.Lost(f"what an earlier life of this node has left is not gone: {error}"))
+            return
+        self._registry = fencing.Registry(state_dir)
         while not await fencing.kill_resources(self._registry.left_over()):
             self._say(wire.Lost("left-overs of an earlier life do not die"))
             await asyncio.sleep(1)
+        self._instruct_warden(state_dir)
         try:
             # Pings notice a server that died without a word within three intervals.
             bus = await self._connect(
@@ -188,6 +202,7 @@ class Keeper:
         killing.result()
         for resource in registry.resources:
             registry.remove(resource.id)
+        self._dismiss_warden()
         complete = await renewer.release(
             reason, by=f"keeper of {start.session.node}", deadline=system.now() + 2 * start.timing.ttl
         )
@@ -212,6 +227,45 @@ class Keeper:
             addresses = [resource for resource in registry.resources if resource.kind == "vip"]
             while not await fencing.kill_resources(addresses):
                 log.error("node %s: not releasing while its addresses are here", start.session.node)
+
+    # --- the warden
+
+    def _instruct_warden(self, state_dir: Path) -> None:
+        """Have it kill what is registered, should this process die; and be told if it dies itself."""
+        warden = self._warden
+        if warden is None:
+            return
+        warden.watch(lambda: self._on_warden_death(state_dir))
+        try:
+            warden.tell(state_dir, self._warden_lock)
+        except OSError as error:
+            log.debug("the warden is dead: %s", error)  # the watch tells of it
+
+    def _on_warden_death(self, state_dir: Path) -> None:
+        if self._warden is not None:
+            problem = f"the warden (process {self._warden.pid}) has ended: {self._warden.reap()}"
+            log.error("%s; another one is started", problem)
+            self._say(wire.Noted("warden-exited", problem))
+            self._warden = None
+            self._replacing = asyncio.create_task(self._replace_warden(state_dir), name="keeper warden")
+
+    async def _replace_warden(self, state_dir: Path) -> None:
+        while self._warden is None:
+            await asyncio.sleep(RESPAWN_SECONDS)
+            try:
+                self._warden = await asyncio.to_thread(Warden.spawn)
+            except OSError as error:
+                log.error("no warden can be started: %s", error)
+        self._instruct_warden(state_dir)
+
+    def _dismiss_warden(self) -> None:
+        """Nothing is left that it would have to kill, and nothing is registered any more."""
+        if self._replacing is not None:
+            self._replacing.cancel()
+        if self._warden is not None:
+            self._warden.goodbye()
+        if self._warden_lock is not None:
+            self._warden_lock.release()
 
     # --- what the node says
 
@@ -277,16 +331,3 @@ class _Channel(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._keeper.on_closed()
-
-
-def harden() -> None:
-    """Make it unlikely that the kernel stops or kills this process before others. Best effort."""
-    path = Path("/proc/self/oom_score_adj")
-    try:
-        path.write_text("-900")
-    except OSError as error:
-        log.debug("%s: %s", path, error)
-    try:
-        os.nice(-10)
-    except OSError as error:
-        log.debug("nice: %s", error)

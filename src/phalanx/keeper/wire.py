@@ -92,6 +92,13 @@ class Lost(msgspec.Struct, frozen=True, tag="lost"):
     reason: str
 
 
+class Noted(msgspec.Struct, frozen=True, tag="noted"):
+    """Keeper to node: something for the audit log, that is no reason to stop."""
+
+    action: str
+    reason: str
+
+
 class Released(msgspec.Struct, frozen=True, tag="released"):
     """Keeper to node: the tombstones are written. ``complete``: by a majority."""
 
@@ -99,7 +106,7 @@ class Released(msgspec.Struct, frozen=True, tag="released"):
 
 
 FromNode = Start | Beat | Register | Unregister | Streams | Release
-FromKeeper = Established | ValidUntil | Registered | Refused | Lost | Released
+FromKeeper = Established | ValidUntil | Registered | Refused | Lost | Noted | Released
 
 # The socket pair is the one place where secrets travel in clear: nobody else can read it.
 _encoder = msgspec.json.Encoder(enc_hook=reveal_secrets)
