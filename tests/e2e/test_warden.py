@@ -163,7 +163,7 @@ def holds_lock(pid: int, node: NodeProcess) -> bool:
 
 
 async def test_warden_is_small_and_sleeps(nats_server: NatsServer, tmp_path: Path) -> None:
-    """What it has for itself is below 3 MiB, and in a second it uses no processor time at all."""
+    """What it has for itself is below 8 MiB, and in a second it uses no processor time at all."""
     with stage(tmp_path, nats_server, count=1) as s:
         node = s.nodes[await s.settled()]
         (warden,) = wardens_of(node)
@@ -180,7 +180,7 @@ async def test_warden_is_small_and_sleeps(nats_server: NatsServer, tmp_path: Pat
         sizes = sizes_of(warden)
         private = sizes["Private_Clean:"] + sizes["Private_Dirty:"]
         print(f"private {private} KiB, PSS {sizes['Pss:']} KiB, RSS {sizes['Rss:']} KiB")
-        assert private < 3 * 1024
+        assert private < 8 * 1024
 
 
 def sizes_of(pid: int) -> dict[str, int]:

@@ -43,6 +43,7 @@ def main() -> None:
     ignore_signals()
     log_without_waiting()
     harden()
+    # After all imports: each page that either of the two writes to afterwards is there twice.
     warden = Warden.fork()
     try:
         asyncio.run(_main(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), warden))
