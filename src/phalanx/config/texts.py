@@ -23,6 +23,11 @@ _SYNC = re.compile(r"[1-9][0-9]{0,8}(ms|s|m|h)")
 _NAME = re.compile(r"[A-Za-z0-9][-_.A-Za-z0-9]{0,62}")
 _HOST = re.compile(r"[A-Za-z0-9][-_.A-Za-z0-9]{0,252}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# systemd.unit(5): at most 255 of these, suffix included.
+_UNIT = re.compile(r"[A-Za-z0-9:_.\\@-]{1,246}(\.service)?")
+_OTHER_UNITS = (
+    ".socket", ".device", ".mount", ".automount", ".swap", ".target", ".path", ".timer", ".slice", ".scope",
+)  # fmt: skip
 _LABEL_KEY = re.compile(r"[A-Za-z0-9][-_./A-Za-z0-9]{0,62}")
 
 
@@ -97,6 +102,26 @@ class Name(msgspec.Struct, frozen=True):
         if isinstance(value, str) and (not value or _NAME.fullmatch(value)):
             return value
         raise ConfigError(key, value, "not a name", "use 1 to 63 letters, digits, -, _ and .")
+
+
+class UnitName(msgspec.Struct, frozen=True):
+    """The full name of a systemd service; ``.service`` may be left out."""
+
+    @property
+    def shape(self) -> str:
+        return "name of a service, or of an instance of a template"
+
+    def __call__(self, key: str, value: object) -> str:
+        text = one_line(key, value, "write the name of a service, such as wiki.service")
+        if not _UNIT.fullmatch(text):
+            raise ConfigError(key, value, "not the name of a unit", "write one such as wiki.service")
+        if text.endswith(_OTHER_UNITS):
+            raise ConfigError(key, value, "not a service", "name the service that it belongs to")
+        name = text.removesuffix(".service")
+        if name.endswith("@") or not name:
+            problem = "a template, of which only instances can run" if name else "no name"
+            raise ConfigError(key, value, problem, "name an instance, such as wiki@blue.service")
+        return f"{name}.service"
 
 
 class Signal(msgspec.Struct, frozen=True):

@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from phalanx import system
+from phalanx.keeper import units
 from phalanx.keeper.addresses import drop
 from phalanx.types import Resource
 
@@ -174,6 +175,8 @@ def _kill_one(resource: Resource, known: tuple[system.ProcessRef, ...]) -> bool:
         match resource.kind:
             case "process":
                 return _kill_process(resource, known)
+            case "unit":
+                return units.kill(resource)
             case "vip":
                 return drop(resource)
             case kind:
