@@ -38,7 +38,11 @@ def kill(path: str) -> set[int]:
     for folder in _folders(path):
         # All at once, forks included (Linux 5.14, unified hierarchy).
         with contextlib.suppress(FileNotFoundError):
-            (folder / "cgroup.kill").write_text("1")
+            descriptor = os.open(folder / "cgroup.kill", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(descriptor, b"1")
+            finally:
+                os.close(descriptor)
     for pid in found:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -44,7 +44,10 @@ class Recorder:
         self.resources.pop(resource_id, None)
 
 
-@pytest.fixture(params=list(BACKENDS))
+MARKS = {"systemd": [pytest.mark.in_systemd]}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name, ())) for name in BACKENDS])
 async def stage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Stage]:
     """One backend under test; nothing of it outlives the test."""
     made = BACKENDS[request.param](tmp_path)

@@ -173,18 +173,8 @@ class RealStage:
         await self.keeper_kills(self._registered)
 
 
-class ProcessStage(RealStage):
-    """``phalanx.Process``. The kernel ends it with its node; the keeper knows what it has started."""
-
-    name = kind = "process"
-    registrations = 2
-    adopts = False
-    fences = False
-
-    def declare(self, behaviour: Behaviour, **options: object) -> config.Process:
-        """See ``RealStage.declare``."""
-        command = ["/no/such/program"] if behaviour.missing else self.command(behaviour)
-        return config.Process(command, **options)  # pyright: ignore
+class HostStage(RealStage):
+    """A stage whose programs are processes that this one can see."""
 
     def left(self) -> list[str]:
         """See ``Stage.left``: found by the folder in their command lines, which forks inherit."""
@@ -203,6 +193,20 @@ class ProcessStage(RealStage):
         for what in self.left():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(what.split()[1]), 9)
+
+
+class ProcessStage(HostStage):
+    """``phalanx.Process``. The kernel ends it with its node; the keeper knows what it has started."""
+
+    name = kind = "process"
+    registrations = 2
+    adopts = False
+    fences = False
+
+    def declare(self, behaviour: Behaviour, **options: object) -> config.Process:
+        """See ``RealStage.declare``."""
+        command = ["/no/such/program"] if behaviour.missing else self.command(behaviour)
+        return config.Process(command, **options)  # pyright: ignore
 
 
 class FakeStage:
@@ -275,5 +279,15 @@ class FakeStage:
             self.host.kill(marker)
 
 
-BACKENDS: dict[str, Callable[[Path], Stage]] = {"process": ProcessStage, "fake": FakeStage}
+def _systemd(folder: Path) -> Stage:
+    from .systemd_stage import SystemdStage
+
+    return SystemdStage(folder)
+
+
+BACKENDS: dict[str, Callable[[Path], Stage]] = {
+    "process": ProcessStage,
+    "systemd": _systemd,
+    "fake": FakeStage,
+}
 """By name. What makes one may call ``pytest.skip`` where this host can't run it."""

@@ -24,7 +24,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"backend": Docker(image="a", container="b")}, "apps.wiki.backend.image", "exclude each other"),
     ({"backend": Docker(container="b", ports=["80"])}, "apps.wiki.backend.ports", "has its own"),
     ({"backend": Docker(container="b", env={"K": "v"})}, "apps.wiki.backend.env", "has its own"),
-    ({"backend": Systemd("")}, "apps.wiki.backend.unit", "unit name"),
+    ({"backend": Systemd("")}, "apps.wiki.backend.unit", "not a unit name"),
     ({"restart": Restart(count=-1)}, "apps.wiki.restart.count", "0 to 1000"),
     ({"restart": {"counts": 1}}, "apps.wiki.restart.counts", "did you mean count?"),
     ({"pattern": ActivePassive(no_failover="yes")}, "apps.wiki.pattern.no_failover", "true or false"),  # type: ignore

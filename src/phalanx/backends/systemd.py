@@ -64,7 +64,7 @@ class SystemdBackend:
                     unit, service = await manager.read(path)
             _refuse_strangers(app, unit)
         except BaseException:
-            manager.close()
+            await manager.close()
             raise
         run = UnitRun(self._config, section, manager, path, (unit, service), _resource(section, unit, group))
         try:
@@ -98,20 +98,20 @@ class SystemdBackend:
                     or permit.invocation != unit.invocation
                     or unit.active_state not in ("active", "reloading")
                 ):
-                    manager.close()
+                    await manager.close()
                     return None
                 taken = _resource(section, unit, service.control_group, resource.id)
                 run = UnitRun(self._config, section, manager, path, (unit, service), taken)
                 await run.take_up()
                 return run
         except BaseException:
-            manager.close()
+            await manager.close()
             raise
 
     async def logs(self, app: str, lines: int = 100) -> list[str]:
-        """See ``ports.Backend.logs``: from the journal, all starts of the unit, systemd's own words too."""
+        """See ``ports.Backend.logs``: from the journal, of all starts of the unit."""
         try:
-            return await child.in_thread(partial(read_journal, f"--unit={self._config.unit}", lines))
+            return await child.in_thread(partial(read_journal, f"_SYSTEMD_UNIT={self._config.unit}", lines))
         except OSError as error:
             raise BackendError(
                 app, "logs", str(error), f"see: journalctl --unit={self._config.unit}"
@@ -180,7 +180,7 @@ class SystemdBackend:
             async with self._failures(app, step):
                 yield manager
         finally:
-            manager.close()
+            await manager.close()
 
     @contextlib.asynccontextmanager
     async def _failures(self, app: str, step: str) -> AsyncGenerator[None]:

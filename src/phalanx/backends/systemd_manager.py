@@ -53,6 +53,11 @@ class ManagerError(Exception):
         return not self.name or self.name in _ABSENT
 
     @property
+    def is_not_loaded(self) -> bool:
+        """Whether systemd has no such unit in memory just now, which is so of many that do not run."""
+        return self.name == f"{_SYSTEMD}.NoSuchUnit"
+
+    @property
     def is_denied(self) -> bool:
         """Whether it was refused for lack of rights (polkit)."""
         return self.name in _DENIED
@@ -154,7 +159,7 @@ class Manager:
             f"{signal},path='{_MANAGER_PATH}',interface='{_MANAGER}',member='Reloading'",
             f"type='signal',sender='{_BUS}',member='NameOwnerChanged',arg0='{_SYSTEMD}'",
         )
-        self._drop()
+        self._subscribed = False
         await self.call("Ping", interface=f"{_BUS}.Peer")
 
     async def call(
@@ -202,6 +207,8 @@ class Manager:
                 self._subscribed = False
             bus = self._bus
             if self._rules and not self._subscribed:
+                for rule in self._rules:
+                    await _call(bus, _BUS, "/org/freedesktop/DBus", _BUS, "AddMatch", "s", [rule])
                 await _call(bus, _SYSTEMD, _MANAGER_PATH, _MANAGER, "Subscribe", ignore="AlreadySubscribed")
                 self._subscribed = True
             return bus
@@ -215,21 +222,16 @@ class Manager:
             await bus.connect()
         except (OSError, EOFError, AuthError, InvalidAddressError) as error:
             raise ManagerError(_DISCONNECTED, f"{type(error).__name__}: {error}") from error
-        try:
-            bus.add_message_handler(self._on_message)
-            for rule in self._rules:
-                await _call(bus, _BUS, "/org/freedesktop/DBus", _BUS, "AddMatch", "s", [rule])
-        except BaseException:
-            bus.disconnect()
-            raise
+        bus.add_message_handler(self._on_message)
         self._was_connected = True
         self._lost = asyncio.ensure_future(bus.wait_for_disconnect())
         self._lost.add_done_callback(lambda lost: self._on_lost(bus, lost))
         return bus
 
     def _on_lost(self, bus: MessageBus, lost: asyncio.Future[None]) -> None:
-        if not lost.cancelled():
-            lost.exception()  # seen: whatever it was, the next call connects again
+        if lost.cancelled():
+            return
+        lost.exception()  # seen: whatever it was, the next call connects again
         if self._bus is bus:
             log.warning("the connection to the system bus broke")
             self._bus = None
@@ -249,18 +251,15 @@ class Manager:
             case _:
                 pass
 
-    def _drop(self) -> None:
-        bus, self._bus = self._bus, None
-        if self._lost is not None:
-            self._lost.cancel()
-        if bus is not None:
-            bus.disconnect()
-
-    def close(self) -> None:
+    async def close(self) -> None:
         """End the connection; nothing is watched any more. Twice is harmless."""
         self._rules = ()
         self._on_change, self._on_job = lambda: None, lambda job, result: None
-        self._drop()
+        bus, self._bus = self._bus, None
+        if bus is not None and self._lost is not None:
+            bus.disconnect()
+            # The socket is closed by the reader, in a moment.
+            await asyncio.wait({self._lost}, timeout=CALL_SECONDS)
 
 
 async def _call(

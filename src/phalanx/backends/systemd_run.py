@@ -76,18 +76,17 @@ class UnitRun:
         try:
             async with asyncio.timeout(self._config.ready_timeout):
                 await self._follow()
-                # Its earlier failures would count as a start limit.
-                await self._manager.call("ResetFailedUnit", "s", [self._name])
+                await self._reset_failed()
                 (self._job,) = await self._manager.call("StartUnit", "ss", [self._name, "replace"])
                 await self._refresh()
-                await self._until(lambda: self._unit.invocation != before or self._is_start_over())
+                await self._until(lambda: self._unit.invocation not in ("", before) or self._is_start_over())
         except ManagerError as error:
             raise systemd_unit.failed(self._app, "start", self._name, error) from error
         except TimeoutError:
             problem = f"{self._name} was not started within {self._config.ready_timeout:g} s"
             remedy = "see what it waits for: systemctl list-jobs"
             raise BackendError(self._app, "start", problem, remedy) from None
-        if self._unit.invocation == before:
+        if self._unit.invocation in ("", before):
             raise self._not_started()
         self._invocation = self._unit.invocation
         await self._permit()
@@ -97,6 +96,14 @@ class UnitRun:
             await self._section.register(self._resource)
         log.info("app %s: started unit %s", self._app, self._name, extra={"app": self._app})
         self._look_for_end()
+
+    async def _reset_failed(self) -> None:
+        """Earlier starts do not count against its start limit: how often it is started is for Phalanx."""
+        try:
+            await self._manager.call("ResetFailedUnit", "s", [self._name])
+        except ManagerError as error:
+            if not error.is_not_loaded:
+                raise
 
     def _not_started(self) -> BackendError:
         result = self._results.get(self._job, "gone")
@@ -170,7 +177,9 @@ class UnitRun:
             return
         if self._unit.invocation != self._invocation:
             self._ended.set_result("was restarted by somebody else")
-        elif not self._unit.runs:
+        elif self._unit.active_state in ("deactivating", "inactive", "failed"):
+            # Of one that is deactivating the program has ended, and what it left is being ended; or somebody
+            # else stops it.
             self._ended.set_result(systemd_unit.how_ended(self._unit, self._service))
 
     async def _refresh(self) -> None:
@@ -259,7 +268,7 @@ class UnitRun:
 
     async def stop(self, reason: str) -> None:
         """See ``ports.Running.stop``. If the unit has ended by itself, this ends what it has left."""
-        if not self._gone and not self._ended.done():
+        if not self._gone and not (self._ended.done() and systemd_unit.has_exited(self._unit, self._service)):
             await self._end_gracefully(reason)
         await self._end("stop")
 
@@ -343,7 +352,7 @@ class UnitRun:
         if self._follower is not None:
             self._follower.cancel()
             await asyncio.gather(self._follower, return_exceptions=True)
-        self._manager.close()
+        await self._manager.close()
 
 
 async def _passes(check: Check, on_fail: Callable[[str], None]) -> None:

@@ -69,6 +69,11 @@ def control_group(root: str, slice_name: str, unit: str) -> str:
     return "/".join([root, *slices, f"_{unit}" if _ESCAPED.match(unit) else unit])
 
 
+def has_exited(unit: Unit, service: Service) -> bool:
+    """Whether its program has ended, whatever it has left."""
+    return not unit.runs or bool(service.exec_main_code)
+
+
 def how_ended(unit: Unit, service: Service) -> str:
     """How a unit that has ended did so, in words."""
     code = service.exec_main_status
@@ -81,7 +86,7 @@ def how_ended(unit: Unit, service: Service) -> str:
             dumped = ", core dumped" if service.result == "core-dump" else ""
             return child.how_ended(-code if code in signal.valid_signals() else code) + dumped
         case "success":
-            return "ended"
+            return "was stopped by somebody else"
         case "oom-kill":
             return "killed by the kernel: out of memory (oom-kill)"
         case "timeout":

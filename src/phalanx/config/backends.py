@@ -64,7 +64,7 @@ class _Unit(Declaration, frozen=True):
         About(
             "The unit: a service of the system's manager, such as `wiki.service`, or an instance of a "
             "template (`wiki@blue.service`). Without a suffix it is a service.",
-            texts.Text("unit name", empty=False, spaces=False),
+            texts.UnitName(),
         ),
     ]
 

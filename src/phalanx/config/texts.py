@@ -114,7 +114,7 @@ class UnitName(msgspec.Struct, frozen=True):
     def __call__(self, key: str, value: object) -> str:
         text = one_line(key, value, "write the name of a service, such as wiki.service")
         if not _UNIT.fullmatch(text):
-            raise ConfigError(key, value, "not the name of a unit", "write one such as wiki.service")
+            raise ConfigError(key, value, "not a unit name", "write one such as wiki.service")
         if text.endswith(_OTHER_UNITS):
             raise ConfigError(key, value, "not a service", "name the service that it belongs to")
         name = text.removesuffix(".service")

@@ -15,7 +15,11 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import IO
 
-SYSTEMD_PACKAGES = "systemd,systemd-sysv,dbus"
+# The libraries are for a Python of the host that is mounted into it, which may be built against all of them.
+SYSTEMD_PACKAGES = (
+    "systemd,systemd-sysv,dbus,procps,libbz2-1.0,libexpat1,libffi8,liblzma5,libncursesw6,libreadline8,"
+    "libsqlite3-0,libssl3,libuuid1,zlib1g"
+)
 
 _RELEASE = "bookworm"
 _MIRROR = "http://deb.debian.org/debian"
@@ -61,7 +65,7 @@ def busybox() -> IO[bytes]:
 
 def systemd() -> Path:
     """The file system of the systemd image; made by debootstrap if the cache has none (about a minute)."""
-    path = cache() / f"systemd-{_RELEASE}-1.tar.gz"
+    path = cache() / f"systemd-{_RELEASE}-2.tar.gz"
     with _exclusive(path.with_suffix(".lock")):
         if not path.exists():
             _debootstrap(path)

@@ -1,0 +1,102 @@
+"""Runs tests that are marked ``in_systemd`` where a systemd is process 1: in a container, all in one go.
+
+Nothing of that is seen by the tests, which run inside as anywhere: this project, its virtual environment and
+its Python are mounted at their own places, read-only. The reports come back, and each test has its own here.
+The container needs what ``phalanx.testing.dockerd`` needs; that something is missing is an error, not a skip.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from phalanx.testing.dockerd import DockerDaemon
+
+INSIDE = os.environ.get("PHALANX_IN_SYSTEMD", "")
+"""Inside: the file that the reports go to."""
+ROOT = Path(__file__).resolve().parents[1]
+RUN_SECONDS = 900.0
+
+_NAME = "in-systemd"
+_reports_of = pytest.StashKey["dict[str, list[pytest.TestReport]]"]()
+
+
+def runs_elsewhere(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    """For ``pytest_runtest_protocol``: reports a test that is to run in the container, and has run there."""
+    if INSIDE or item.get_closest_marker("in_systemd") is None:
+        return None
+    session = item.session
+    if _reports_of not in session.stash:
+        marked = [one for one in session.items if one.get_closest_marker("in_systemd") is not None]
+        session.stash[_reports_of] = _run(marked)
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in session.stash[_reports_of][item.nodeid]:
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # As after any test: what the next one does not share is torn down.
+    session._setupstate.teardown_exact(nextitem)
+    return True
+
+
+class Reporter:
+    """Inside: a plugin that hands the reports on."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """One phase of one test."""
+        with open(INSIDE, "a") as file:
+            hook = self._config.hook.pytest_report_to_serializable
+            file.write(json.dumps(hook(config=self._config, report=report)) + "\n")
+
+
+def _run(items: list[pytest.Item]) -> dict[str, list[pytest.TestReport]]:
+    """What became of each, by node id."""
+    config, found = items[0].config, {item.nodeid: list[pytest.TestReport]() for item in items}
+    with DockerDaemon() as dockerd, tempfile.TemporaryDirectory(prefix="phalanx-in-systemd-") as folder:
+        reports = Path(folder) / "reports"
+        dockerd.run_systemd(_NAME, *_mounts(), f"--volume={folder}:{folder}")
+        environment = {
+            "PHALANX_IN_SYSTEMD": str(reports),
+            "PYTHONPATH": f"{ROOT}/src",
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PATH": os.environ["PATH"],
+        }
+        done = dockerd.try_docker(
+            *("exec", f"--workdir={ROOT}", *(f"--env={name}={text}" for name, text in environment.items())),
+            *(_NAME, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *found,
+            timeout=RUN_SECONDS,
+        )
+        for line in reports.read_text().splitlines() if reports.exists() else ():
+            one = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
+            found[one.nodeid].append(one)
+    output = (done.stdout + done.stderr).decode(errors="replace")[-4000:]
+    for item in items:
+        if not found[item.nodeid] or found[item.nodeid][-1].when != "teardown":
+            found[item.nodeid].append(_lost(item, output))
+    return found
+
+
+def _lost(item: pytest.Item, output: str) -> pytest.TestReport:
+    text = f"the container did not report its end:\n{output}"
+    return pytest.TestReport(item.nodeid, item.location, {}, "failed", text, "call")
+
+
+def _mounts() -> list[str]:
+    """This project and all of its Python, each at its own place."""
+    places = {ROOT, Path(sys.prefix).resolve(), Path(sys.prefix)}
+    if sys.base_prefix == "/usr":
+        # The distribution's own: its directories hold the image's programs as well.
+        version = f"python3.{sys.version_info.minor}"
+        places |= {Path("/usr/bin") / version, Path("/usr/lib") / version}
+    else:
+        places.add(Path(sys.base_prefix))
+    inner = {one for one in places if any(other in one.parents for other in places)}
+    return [f"--volume={place}:{place}:ro" for place in sorted(places - inner) if place.exists()]
