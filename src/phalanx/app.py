@@ -29,7 +29,7 @@ from phalanx.observe.journal import Journal
 from phalanx.ports import Backend, Bus, Fence, SectionAddresses, SectionContext
 from phalanx.program import Program, RestartPolicy
 from phalanx.section import Section
-from phalanx.types import AppStatus, Candidate, Health, LeaderRecord, Pause, Role, Succession
+from phalanx.types import AppStatus, Candidate, Health, LeaderRecord, Pause, Role, Standing, Succession
 
 if TYPE_CHECKING:
     # At run time only by apps that declare a database: it brings libraries of its own along.
@@ -178,6 +178,9 @@ class App:
         self._highest_epoch = 0
         self._succession: Succession | None = None
         """How this node came to lead, the last time it did."""
+        self._healthy_since = 0.0
+        """When the present section gave its first healthy answer; Unix seconds, 0: it has not."""
+        self._left_behind = ""
         self._parts: NodeParts | None = None
         self._session: Session | None = None
         self._election: Election | None = None
@@ -339,6 +342,27 @@ class App:
             self.database.brief() if self.database is not None else None,
             self._section.program.status() if self._section is not None and self._section.program else None,
             self.pause,
+            self._standing(),
+        )
+
+    def _standing(self) -> Standing:
+        section, election = self._section, self._election
+        pattern, aside = self.config.pattern, self._failures.not_before - system.now()
+        eligible = not self._ineligible_because() and aside <= 0
+        if section is not None:
+            eligible = self._role is Role.ACTIVE and self.health.verdict is not Health.UNHEALTHY
+        return Standing(
+            eligible,
+            pattern.priority,
+            pattern.no_failover,
+            system.wall() + aside if section is None and aside > 0 else 0.0,
+            self._failures.count,
+            section.step if section is not None else "",
+            section.step_since if section is not None and section.step else 0.0,
+            self._healthy_since if section is not None else 0.0,
+            self._succession if section is not None else None,
+            (election.named or "") if election is not None else "",
+            self._session.timing.ttl if self._session is not None else 0.0,
         )
 
     async def wait_for_role(self, *roles: Role, timeout: float) -> Role:
@@ -347,6 +371,49 @@ class App:
             while self._role not in roles:
                 await self._changed.wait()
         return self._role
+
+    @property
+    def left_behind(self) -> str:
+        """What the last graceful end of a section here could not put into the log; empty: nothing."""
+        return self._left_behind
+
+    async def fail_over(self, epoch: int, reason: str, to: str | None = None) -> str | None:
+        """End this node's active section of *epoch* at once, without grace. Returns who is named to follow.
+
+        Raises NotActive (also for another epoch: such a request comes too late), Paused, and ConfigError for a
+        node *to* that is no candidate.
+        """
+        election, section = self._election, self._section
+        if election is None or section is None or int(section.reign.epoch) != epoch:
+            raise NotActive(self.name)
+        self._check_not_paused()
+        successor = election.check_successor(to) if to is not None else election.successor()
+        self._step_aside(successor)
+        self._journal_app(
+            "failing-over", f"{reason}; to {successor or SUCCESSOR_NONE}", level=logging.WARNING
+        )
+        section.fence(reason)
+        await self.wait_idle()
+        return successor
+
+    def _check_not_paused(self) -> None:
+        if (pause := self.pause) is not None:
+            raise Paused(self.name, str(pause), whole=self.name not in self._running_parts.pauses)
+
+    def _step_aside(self, successor: str | None) -> None:
+        self._target = successor
+        self._failures = Failures(
+            self._failures.count, system.now() + STEP_ASIDE_SECONDS, self._failures.reason
+        )
+
+    def check_successor(self, node: str | None) -> str | None:
+        """Who would follow this node, *node* if given; None: nobody could. Raises NotActive, and ConfigError
+        for a node that is no candidate."""
+        if self._election is None or self._section is None:
+            raise NotActive(self.name)
+        if node is not None:
+            return self._election.check_successor(node)
+        return self._election.successor()
 
     async def step_down(self, reason: str = "asked to step down", to: str | None = None) -> str | None:
         """End this node's active section gracefully; another node takes over. Returns who is named for it.
@@ -357,13 +424,9 @@ class App:
         election, section = self._election, self._section
         if election is None or section is None:
             raise NotActive(self.name)
-        if (pause := self.pause) is not None:
-            raise Paused(self.name, str(pause), whole=self.name not in self._running_parts.pauses)
+        self._check_not_paused()
         successor = election.check_successor(to) if to is not None else election.successor()
-        self._target = successor
-        self._failures = Failures(
-            self._failures.count, system.now() + STEP_ASIDE_SECONDS, self._failures.reason
-        )
+        self._step_aside(successor)
         self._journal_app("handing-over", f"{reason}; to {successor or SUCCESSOR_NONE}")
         section.reign.end(reason)
         await self.wait_idle()
@@ -515,6 +578,7 @@ class App:
             on_held=self._on_held,
         )
         self._section, self._context, self._target = section, context, None
+        self._healthy_since = 0.0
         self._set_role(Role.ACTIVATING)
         self._activating_since = system.now()
         watch_stuck = asyncio.create_task(self._watch_stuck(section))
@@ -533,6 +597,7 @@ class App:
         now = system.now()
         self._running_parts.journal.stood_down(self.name, now - self._standing_down_since)
         reason, epoch = section.reign.reason, int(section.reign.epoch)
+        self._left_behind = section.left_behind
         if section.failure is not None:
             self._count_failure(str(section.failure), section.steady_seconds)
             delay = self._failures.not_before - now
@@ -680,10 +745,20 @@ class App:
             self.health.set_active(True)
             seconds = system.now() - self._activating_since
             self._running_parts.journal.activated(self.name, self.epoch, seconds)
+            if not self.config.checks or self.health.verdict is Health.HEALTHY:
+                self._note_healthy()
         elif role is Role.STANDING_DOWN:
             self.health.set_active(False)
             self._standing_down_since = system.now()
             self._journal_app("standing-down", reason)
+
+    def _note_healthy(self) -> None:
+        """The first healthy answer of this section: by its checks, or by being active where it has none."""
+        if self._healthy_since:
+            return
+        self._healthy_since = system.wall()
+        if self.config.checks:
+            self._journal_app("first-healthy", "", system.now() - self._activating_since)
 
     def _on_step(self, step: str, seconds: float, problem: str) -> None:
         parts = self._running_parts
@@ -713,6 +788,8 @@ class App:
         self._journal_app("health-changed", f"{health}: {reason}" if reason else str(health))
         self._queue_event("on_health_change", HealthChange(self.name, health, reason))
         section = self._section
+        if self._role is Role.ACTIVE and health is Health.HEALTHY:
+            self._note_healthy()
         if section is not None and health is Health.UNHEALTHY:
             self._on_unhealthy(section, f"unhealthy: {reason}")
         self._offer_candidacy()

@@ -26,6 +26,7 @@ from phalanx.aio import wait_at_most
 from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.client_db import DatabaseClient, caller
+from phalanx.client_operator import OperatorClient
 from phalanx.config import NatsOptions
 from phalanx.control import StepDownReply, StepDownRequest
 from phalanx.decide.pause import WHOLE_PLATFORM, pause_of
@@ -41,10 +42,10 @@ from phalanx.errors import (
     StepDownFailed,
     WrongRevision,
 )
-from phalanx.names import RESERVED_APPS, Names
+from phalanx.names import RESERVED_APPS, SWITCHOVER_KEYS, Names
 from phalanx.observe.audit import AuditEntry, follow_audit, read_audit
 from phalanx.ports import Message, Record
-from phalanx.types import Member, NodeStatus, Pause, Role, is_dns_label
+from phalanx.types import Member, NodeStatus, Pause, PlannedSwitchover, Role, is_dns_label
 
 T = TypeVar("T")
 
@@ -149,6 +150,11 @@ class PlatformClient:
         """The databases of its apps."""
         return DatabaseClient(self)
 
+    @property
+    def operator(self) -> OperatorClient:
+        """What an operator does with its apps besides :meth:`step_down`, and what explains their state."""
+        return OperatorClient(self)
+
     # --- looking
 
     async def members(self) -> dict[str, Member]:
@@ -166,6 +172,10 @@ class PlatformClient:
     async def pauses(self) -> dict[str, Pause]:
         """What is paused, by app; the pause of the whole platform has the key ""."""
         return (await self._state()).pauses
+
+    async def planned_switchovers(self) -> dict[str, PlannedSwitchover]:
+        """The hand-overs that are planned, by app."""
+        return (await self._state()).switchovers
 
     async def session_streams(self) -> StreamList | None:
         """Which streams carry the sessions; None while the platform is being set up."""
@@ -318,9 +328,9 @@ class PlatformClient:
         if reply is None:
             raise StepDownFailed(app, "the answer is not understood", "do all nodes run this version?")
         if reply.bad_input:
-            raise ConfigError("node", to, reply.error, "see: phalanx status")
+            raise ConfigError("node", to, reply.error, reply.remedy or "see: phalanx status")
         if reply.error:
-            raise StepDownFailed(app, reply.error, "see: phalanx status")
+            raise StepDownFailed(app, reply.error, reply.remedy or "see: phalanx status")
         return reply
 
     async def _taken_over(
@@ -442,6 +452,7 @@ class _State(msgspec.Struct, frozen=True):
     streams: StreamList | None
     member_revisions: dict[str, int]
     pauses: dict[str, Pause]
+    switchovers: dict[str, PlannedSwitchover]
 
     @classmethod
     def of(cls, records: Mapping[str, Record]) -> _State:
@@ -466,6 +477,12 @@ class _State(msgspec.Struct, frozen=True):
                 for key, record in held.items()
                 if (key == Names.PAUSE_KEY or key.startswith(f"{Names.PAUSE_KEY}."))
                 and (pause := _decoded(record, Pause)) is not None
+            },
+            {
+                planned.app: planned
+                for key, record in held.items()
+                if key.startswith(f"{SWITCHOVER_KEYS}.")
+                and (planned := _decoded(record, PlannedSwitchover)) is not None
             },
         )
 

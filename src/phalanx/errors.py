@@ -11,6 +11,7 @@
     │   └── NatsUnusable          NATS is not reachable, has no JetStream, or refuses our rights
     ├── PlatformNotFound          NATS holds no platform of that name
     ├── StepDownFailed            nobody stepped down, or nobody took over
+    │   └── SwitchoverRefused     a planned hand-over could lose something now; nothing was changed
     ├── Paused                    what was asked for would move an app that is paused
     ├── BusError                  NATS answered with an error, or not as expected
     │   ├── BusUnavailable        not connected, or nobody serves that stream just now
@@ -131,6 +132,10 @@ class Paused(PhalanxError):
         self.app, self.pause, self.whole = app, pause, whole
         command = "phalanx resume" if whole else f"phalanx resume {app}"
         super().__init__(f"app {app!r} is {pause}; resume it first: {command}")
+
+
+class SwitchoverRefused(StepDownFailed):
+    """A planned hand-over would not be lossless, or could not be carried out now. Nothing was changed."""
 
 
 class BusError(PhalanxError):

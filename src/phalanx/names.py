@@ -17,6 +17,7 @@ LEADER_KEY = "election.leader"
 FENCE_KEY = "fence"
 CANDIDATE_KEYS = "election.candidate"
 NOMINATION_KEY = "election.nomination"
+SWITCHOVER_KEYS = "switchover"
 
 
 class Names:
@@ -162,6 +163,11 @@ class Names:
     def database_key(app: str) -> str:
         """That the app's WAL log and object store were created once; they must exist from then on."""
         return f"database.{app}"
+
+    @staticmethod
+    def switchover_key(app: str) -> str:
+        """A planned hand-over of that app."""
+        return f"{SWITCHOVER_KEYS}.{app}"
 
     @staticmethod
     def candidate_key(node: str) -> str:

@@ -45,6 +45,7 @@ from phalanx.observe.http import StatusServer
 from phalanx.observe.journal import Journal
 from phalanx.observe.metrics import Metrics
 from phalanx.ports import Connection
+from phalanx.switchover import Planned
 from phalanx.types import Member, NodeStatus, Pause, Resource, Role, SessionId
 from phalanx.version import VERSION
 
@@ -272,6 +273,8 @@ class Node:
         self._own(stack, self._measure_lag(), "loop lag")
         self._own(stack, self._remind_of_pauses(), "pause reminder")
         self._own(stack, self._leave_isolated_server(), "isolated server")
+        planned = Planned(self.bus, self.names, self.state, self.apps, self.journal)
+        self._own(stack, planned.run(), "planned switchovers")
         control = Control(self)
         await control.start()
         stack.push_async_callback(control.stop)

@@ -62,6 +62,10 @@ class Section:
         self._paused, self._on_held, self._again = paused, on_held, asyncio.Event()
         self._hard = asyncio.Event()
         self._begun: list[Step] = []
+        self.step, self.step_since = "", 0.0
+        """The step of becoming active that is under way, and since when (Unix seconds); empty: none."""
+        self.left_behind = ""
+        """What a graceful end could not put into the log of the database, and why; empty: nothing."""
         self._active_hook: asyncio.Task[Any] | None = None
         self.failure: PhalanxError | None = None
         """Why the section failed by itself; None if somebody asked it to end."""
@@ -147,6 +151,7 @@ class Section:
         }
         for step in steps(has_hooks=has_hooks, **parts):
             self._begun.append(step)
+            self.step, self.step_since = step, system.wall()
             began = system.now()
             match step:
                 case Step.REGISTER:
@@ -171,6 +176,7 @@ class Section:
                 case Step.ON_ACTIVE:
                     await self._run_on_active()
             self._on_step(step, system.now() - began, "")
+        self.step = ""
 
     async def _take_database(self, step: Step) -> None:
         database = self._database
@@ -306,7 +312,7 @@ class Section:
                     await self._addresses.release()
                 case Undo.STOP_CAPTURE:
                     assert self._database is not None
-                    problem = await self._database.stop_capture(graceful=graceful)
+                    self.left_behind = problem = await self._database.stop_capture(graceful=graceful)
                 case Undo.UNREGISTER:
                     self._resources.unregister(self.resource_id)
             self._forget(undo)

@@ -202,6 +202,43 @@ class Pause(msgspec.Struct, frozen=True):
         return f"paused by {self.by}" + (f": {self.reason}" if self.reason else "")
 
 
+class Standing(msgspec.Struct, frozen=True):
+    """What explains why an app is on a node or not, besides its role. Times are Unix seconds, 0: none.
+
+    ``eligible``: a candidate, or active and not ill. ``aside_until``: it leaves the app to others until then,
+    after ``failures`` in a row or a hand-over. ``step``: of becoming active that is under way, since
+    ``step_since``. ``healthy_since``: the first healthy answer of the present active section.
+    ``succession``: how the present section came about. ``named``: who is to follow a reign that has ended.
+    ``ttl_seconds``: how long a node that nobody hears keeps what it leads, at most.
+    """
+
+    eligible: bool = False
+    priority: int = 0
+    no_failover: bool = False
+    aside_until: float = 0.0
+    failures: int = 0
+    step: str = ""
+    step_since: float = 0.0
+    healthy_since: float = 0.0
+    succession: Succession | None = None
+    named: str = ""
+    ttl_seconds: float = 0.0
+
+
+class PlannedSwitchover(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A hand-over of *app* that the active node carries out at a time. Times are Unix seconds.
+
+    ``to``: None leaves the choice to the moment. ``by``: who has planned it, ``made``: when.
+    """
+
+    app: str
+    at: float
+    to: str | None = None
+    reason: str = ""
+    by: str = ""
+    made: float = 0.0
+
+
 class AppStatus(msgspec.Struct, frozen=True):
     """One app on one node. ``since`` is Unix seconds: when the role was taken up. ``database``: its database
     there, None for an app without one. ``program``: what its backend runs there now, None if nothing.
@@ -217,6 +254,7 @@ class AppStatus(msgspec.Struct, frozen=True):
     database: DatabaseState | None = None
     program: ProgramStatus | None = None
     pause: Pause | None = None
+    standing: Standing = Standing()
 
 
 class NodeStatus(msgspec.Struct, frozen=True):

@@ -34,6 +34,8 @@ COMMANDS = {
     "stepdown": "stepdown:stepdown",
     "pause": "pause:pause",
     "resume": "pause:resume",
+    "switchover": "switchover:switchover",
+    "failover": "failover:failover",
     "audit": "audit:audit",
     "config": "check:config",
     "nats": "permissions:nats",

@@ -12,7 +12,7 @@ from phalanx.cli import exits, output, views
 from phalanx.cli.target import Where
 from phalanx.client import PlatformClient
 from phalanx.errors import BusError
-from phalanx.types import Role
+from phalanx.types import PlannedSwitchover, Role
 
 _WATCH_SECONDS = 0.5
 _WHERE = Where()
@@ -58,7 +58,8 @@ async def _status(client: PlatformClient, watch: bool, json: bool) -> None:
 
 
 async def _look(client: PlatformClient) -> views.PlatformView:
-    return views.platform_view(client.names.platform, await client.nodes())
+    nodes, planned = await client.nodes(), await client.planned_switchovers()
+    return views.platform_view(client.names.platform, nodes, planned)
 
 
 def _show(view: views.PlatformView, *, json: bool, again: bool, pretty: bool) -> None:
@@ -79,6 +80,8 @@ def _show(view: views.PlatformView, *, json: bool, again: bool, pretty: bool) ->
         for app in view.apps:
             if app.pause:
                 output.say((f"{app.name}: {app.pause}; nothing changes hands", "bold yellow"))
+            if app.planned is not None:
+                output.say((f"{app.name}: {planned_text(app.planned)}", "yellow"))
 
 
 def _node_rows(view: views.PlatformView) -> list[tuple[str | tuple[str, str], ...]]:
@@ -124,6 +127,13 @@ def _app_rows(view: views.PlatformView) -> list[tuple[str | tuple[str, str], ...
                 )
             )
     return rows
+
+
+def planned_text(planned: PlannedSwitchover) -> str:
+    """A planned switchover in words."""
+    why = f": {planned.reason}" if planned.reason else ""
+    whom = planned.to or "the best standby"
+    return f"switchover to {whom} planned at {output.clock(planned.at)} by {planned.by}{why}"
 
 
 def _ago(unix_seconds: float) -> str:

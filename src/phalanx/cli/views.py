@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from phalanx.client import NO_ANSWER, NodeView
-from phalanx.types import AppStatus, Health, ProgramStatus, Role
+from phalanx.types import AppStatus, Health, PlannedSwitchover, ProgramStatus, Role
 
 
 class AppOnNode(msgspec.Struct, frozen=True):
@@ -22,11 +22,13 @@ class AppOnNode(msgspec.Struct, frozen=True):
     since: float
     reason: str
     program: ProgramStatus | None = None
+    priority: int = 0
+    no_failover: bool = False
 
 
 class AppView(msgspec.Struct, frozen=True):
     """One app on the whole platform. ``active`` is None while no node is active. ``pause``: who has paused
-    it and why, empty while it is not."""
+    it and why, empty while it is not. ``planned``: the switchover that is planned for it, null if none is."""
 
     name: str
     active: str | None
@@ -34,6 +36,7 @@ class AppView(msgspec.Struct, frozen=True):
     health: str
     nodes: tuple[AppOnNode, ...]
     pause: str = ""
+    planned: PlannedSwitchover | None = None
 
     @property
     def actives(self) -> list[AppOnNode]:
@@ -70,11 +73,16 @@ class PlatformView(msgspec.Struct, frozen=True):
     apps: tuple[AppView, ...]
 
 
-def platform_view(platform: str, nodes: Sequence[NodeView]) -> PlatformView:
+def platform_view(
+    platform: str, nodes: Sequence[NodeView], planned: Mapping[str, PlannedSwitchover] | None = None
+) -> PlatformView:
     """The whole from its parts."""
     names = sorted({app for node in nodes for app in node.apps})
+    apps = (_app(name, nodes) for name in names)
     return PlatformView(
-        platform, tuple(_row(node) for node in nodes), tuple(_app(name, nodes) for name in names)
+        platform,
+        tuple(_row(node) for node in nodes),
+        tuple(msgspec.structs.replace(app, planned=(planned or {}).get(app.name)) for app in apps),
     )
 
 
@@ -127,8 +135,18 @@ def _app(name: str, nodes: Sequence[NodeView]) -> AppView:
 
 
 def _on_node(node: str, app: AppStatus) -> AppOnNode:
-    role, health = str(app.role), str(app.health)
-    return AppOnNode(node, role, health, app.epoch, app.leader, app.since, app.reason, app.program)
+    return AppOnNode(
+        node,
+        str(app.role),
+        str(app.health),
+        app.epoch,
+        app.leader,
+        app.since,
+        app.reason,
+        app.program,
+        app.standing.priority,
+        app.standing.no_failover,
+    )
 
 
 def verdict(view: PlatformView) -> list[str]:

@@ -158,6 +158,11 @@ class Election:
                 return nomination.node
         return rules.choose_successor(self._session.id, self.candidates.values(), self._register.is_over)
 
+    @property
+    def named(self) -> str | None:
+        """Who was named to follow a reign that has ended, or that an operator wants ended."""
+        return rules.named_successor(self.leader, self._nomination)
+
     def check_successor(self, node: str) -> str:
         """*node*, if it is a live candidate that could take over. Raises ConfigError if it is not."""
         offers = [o for o in self.candidates.values() if not self._register.is_over(o.session)]
@@ -516,3 +521,15 @@ def _leader_record(record: Record | None) -> LeaderRecord:
 
 def _record(revision: int, body: _LeaderBody) -> LeaderRecord:
     return LeaderRecord(revision, body.session, body.successor, body.nonce, body.reason)
+
+
+async def read_leader(bus: Bus, names: Names, app: str) -> LeaderRecord:
+    """The leader key of *app* as NATS has it; revision 0 if nobody has ever led. Raises BusError."""
+    bucket = names.app_bucket(app)
+    return _leader_record(await bus.read(names.bucket_stream(bucket), names.key_subject(bucket, LEADER_KEY)))
+
+
+async def nominate(bus: Bus, names: Names, app: str, nomination: Nomination) -> None:
+    """Leave word who shall follow one reign. Raises BusError."""
+    subject = names.key_subject(names.app_bucket(app), NOMINATION_KEY)
+    await bus.write(subject, _encode(nomination))

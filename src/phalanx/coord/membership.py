@@ -15,9 +15,9 @@ from phalanx.coord.register import Register
 from phalanx.coord.watch import Watch
 from phalanx.decide.session import StreamList
 from phalanx.errors import BusError, IdentityError, NodeIdTaken, WrongRevision
-from phalanx.names import Names
+from phalanx.names import SWITCHOVER_KEYS, Names
 from phalanx.ports import Bus, Record
-from phalanx.types import Member, Pause
+from phalanx.types import Member, Pause, PlannedSwitchover
 
 log = logging.getLogger("phalanx.membership")
 
@@ -56,11 +56,14 @@ class PlatformState:
         self._stream = names.bucket_stream(names.platform_bucket)
         self.members: dict[str, Member] = {}
         self.apps: dict[str, AppRegistration] = {}
+        self.switchovers: dict[str, tuple[PlannedSwitchover, int]] = {}
+        """What is planned, by app, and the revision of each."""
         self.streams: StreamList | None = None
         self.pauses: dict[str, Pause] = {}
         """By app; that of the whole platform by :data:`phalanx.decide.pause.WHOLE_PLATFORM`. While NATS is
         away they are what they were."""
         self._on_pauses: list[Callable[[], None]] = []
+        self._on_switchovers: list[Callable[[], None]] = []
         self._on_streams: list[Callable[[StreamList], None]] = []
         self._watch = Watch(
             bus,
@@ -85,6 +88,22 @@ class PlatformState:
     def on_pauses(self, callback: Callable[[], None]) -> None:
         """Be told when something was paused or resumed."""
         self._on_pauses.append(callback)
+
+    def on_switchovers(self, callback: Callable[[], None]) -> None:
+        """Be told when a planned hand-over comes or goes."""
+        self._on_switchovers.append(callback)
+
+    async def take_switchover(self, app: str, revision: int) -> bool:
+        """Remove a planned hand-over, to carry it out: False if it was called off or is somebody else's."""
+        try:
+            await self._bus.write(
+                self._subject(self._names.switchover_key(app)),
+                expect=revision,
+                headers={"KV-Operation": "DEL"},
+            )
+        except WrongRevision:
+            return False
+        return True
 
     def _subject(self, key: str) -> str:
         return self._names.key_subject(self._names.platform_bucket, key)
@@ -200,6 +219,8 @@ class PlatformState:
                 self.members.pop(node, None)
             else:
                 self.members[node] = msgspec.json.decode(record.data, type=Member)
+        elif key.startswith(f"{SWITCHOVER_KEYS}."):
+            self._learn_switchover(key.removeprefix(f"{SWITCHOVER_KEYS}."), record)
         elif key == Names.PAUSE_KEY or key.startswith(f"{Names.PAUSE_KEY}."):
             self._on_pause(key.removeprefix(Names.PAUSE_KEY).removeprefix("."), record)
         elif key.startswith("app.") and not record.removed:
@@ -212,3 +233,12 @@ class PlatformState:
         if self.pauses.get(app) != before:
             for callback in self._on_pauses:
                 callback()
+
+    def _learn_switchover(self, app: str, record: Record) -> None:
+        if record.removed:
+            self.switchovers.pop(app, None)
+        else:
+            planned = msgspec.json.decode(record.data, type=PlannedSwitchover)
+            self.switchovers[app] = planned, record.revision
+        for callback in self._on_switchovers:
+            callback()

@@ -1,0 +1,167 @@
+"""``phalanx switchover``, ``failover`` and ``why`` on three real nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.e2e.cli import Cli
+from tests.e2e.wal import eventually
+
+from phalanx.testing.nats import NatsServer
+from phalanx.testing.stage import Stage, since_now, stage
+
+SWITCHED = {
+    "app", "previous", "active", "epoch", "seconds", "healthy_seconds", "ended", "left_behind",
+}  # fmt: skip
+
+
+class Platform(Cli):
+    """The command line, and the nodes behind it."""
+
+    def __init__(self, url: str, folder: Path, running: Stage) -> None:
+        super().__init__(url, folder, "test")
+        self.running = running
+
+    async def app(self) -> dict[str, Any]:
+        """What ``status`` says of the app."""
+        [app] = (await self.json("status"))["apps"]
+        return dict(app)
+
+    def others(self, active: str) -> list[str]:
+        """All nodes but that one."""
+        return [node.node for node in self.running.nodes if node.node != active]
+
+
+@pytest.fixture
+def platform(tmp_path: Path, nats_server: NatsServer) -> Iterator[Platform]:
+    """Three nodes; n1 never takes over by itself."""
+    with stage(tmp_path, nats_server, no_failover=("n1",)) as running:
+        yield Platform(nats_server.url(), tmp_path, running)
+        running.check()
+
+
+@pytest.fixture
+def with_database(tmp_path: Path, nats_server: NatsServer) -> Iterator[Platform]:
+    """Three nodes whose app commits all the time."""
+    for node in ("n1", "n2", "n3"):
+        (tmp_path / node).mkdir()
+    with stage(tmp_path, nats_server, database=str(tmp_path / "{node}" / "wiki.db")) as running:
+        yield Platform(nats_server.url(), tmp_path, running)
+        running.check()
+
+
+# --- switchover
+
+
+async def test_three_nodes_switchover_to_a_named_node(platform: Platform) -> None:
+    """It waits until that one is active and healthy, also one that never takes over by itself."""
+    active = await platform.running.settled()
+    done = await platform.json("switchover", "wiki", "--to", "n1", "--reason", "a new kernel")
+    assert set(done) == SWITCHED
+    assert (done["app"], done["previous"], done["active"]) == ("wiki", active, "n1")
+    assert (done["ended"], done["left_behind"]) == ("gracefully", "")
+    assert done["seconds"] <= done["healthy_seconds"] < 10
+    app = await platform.app()
+    assert (app["active"], app["epoch"]) == ("n1", done["epoch"])
+    await platform.running.settled()
+    out, _ = await platform.call("switchover", "wiki")
+    assert "took over from n1 after" in out
+    assert (await platform.app())["active"] in ("n2", "n3")
+
+
+async def test_three_nodes_switchover_of_what_is_not_there(platform: Platform) -> None:
+    """Unknown app or node, a node that cannot take over, bad times: one line, exit code 2, no change."""
+    active = await platform.running.settled()
+    assert "error: app = 'wikki'" in await platform.refused("switchover", "wikki")
+    assert "error: --to = 'n9'" in await platform.refused("switchover", "wiki", "--to", "n9")
+    assert f"error: --to = '{active}'" in await platform.refused("switchover", "wiki", "--to", active)
+    assert "in the past" in await platform.refused("switchover", "wiki", "--at", "2020-01-01T00:00")
+    assert "not a time" in await platform.refused("switchover", "wiki", "--at", "soon")
+    assert "--at = '25:00'" in await platform.refused("switchover", "wiki", "--at", "25:00")
+    assert "--cancel" in await platform.refused("switchover", "wiki", "--cancel", "--to", "n1")
+    assert "--wait" in await platform.refused("switchover", "wiki", "--wait", "0")
+    assert (await platform.app())["active"] == active
+
+
+async def test_three_nodes_planned_switchover_is_shown_and_carried_out(platform: Platform) -> None:
+    """The key in the platform is what counts: the active node hands over at that time, once."""
+    active = await platform.running.settled()
+    target = platform.others(active)[-1]
+    moment = (datetime.now().astimezone() + timedelta(seconds=15)).isoformat()
+    planned = await platform.json("switchover", "wiki", "--to", target, "--at", moment, "--reason", "night")
+    assert set(planned) == {"app", "at", "to", "reason", "by", "made"}
+    shown = (await platform.app())["planned"]
+    assert (shown["to"], shown["reason"]) == (target, "night")
+    text, _ = await platform.call("status")
+    assert f"switchover to {target} planned at" in text
+    await eventually(lambda: platform.running.nodes.actives("wiki") == [target], 40)
+    assert (await platform.app())["planned"] is None
+
+
+async def test_three_nodes_planned_switchover_is_called_off(platform: Platform) -> None:
+    """``--cancel`` says what was planned; a second one that there is nothing."""
+    await platform.running.settled()
+    await platform.call("switchover", "wiki", "--at", "2099-01-01T00:00")
+    assert "planned already" in await platform.refused("switchover", "wiki", "--at", "2099-01-01T00:00")
+    out, _ = await platform.call("switchover", "wiki", "--cancel")
+    assert "called off: switchover to the best standby planned at 2099-01-01" in out
+    assert (await platform.json("switchover", "wiki", "--cancel", code=1))["cancelled"] is False
+    assert (await platform.app())["planned"] is None
+
+
+async def test_three_nodes_switchover_with_a_database_loses_nothing(with_database: Platform) -> None:
+    """While it is written all the time: nothing is left behind, and nothing is set aside."""
+    active = await with_database.running.settled()
+    await with_database.running.wait_for("confirmed", since_now())
+    target = with_database.others(active)[0]
+    done = await with_database.json("switchover", "wiki", "--to", target)
+    assert (done["active"], done["left_behind"]) == (target, "")
+    await with_database.running.settled()
+    assert (await with_database.json("db", "diverged", "wiki"))["files"] == []
+
+
+# --- failover
+
+
+async def test_three_nodes_failover_of_a_node_that_answers_ends_it_at_once(platform: Platform) -> None:
+    """It needs no grace; what it does is told first; without a terminal it has to be confirmed."""
+    active = await platform.running.settled()
+    assert "error: --yes" in await platform.refused("failover", "wiki")
+    done = await platform.json("failover", "wiki", "--yes", "--to", "n1", "--reason", "it is ill")
+    assert set(done) == SWITCHED
+    assert (done["previous"], done["active"], done["ended"]) == (active, "n1", "at once")
+    assert "no node of that name" in await platform.refused("failover", "wiki", "--yes", "--to", "n9")
+    assert "leads already" in await platform.refused("failover", "wiki", "--yes", "--to", "n1")
+    assert "no such app" in await platform.refused("failover", "wikki", "--yes")
+
+
+async def test_g1_failover_of_a_frozen_host_waits_for_the_end_of_its_session(
+    tmp_path: Path, nats_server: NatsServer
+) -> None:
+    """By force neither does anybody begin before: the history shows no overlap, and the nominee follows."""
+    with stage(tmp_path, nats_server, ttl=10.0, no_failover=("n1",)) as running:
+        platform = Platform(nats_server.url(), tmp_path, running)
+        active = await running.settled()
+        frozen = running.nodes[active]
+        frozen.freeze(keeper=True)
+        out, _ = await platform.call("failover", "wiki", "--yes", "--to", "n1")
+        assert f"{active} does not answer: nobody becomes active before its session is over" in out
+        assert f"n1 took over from {active} after" in out
+        frozen.thaw(keeper=True)
+        running.check()
+
+
+async def test_three_nodes_failover_says_what_the_database_would_lose(with_database: Platform) -> None:
+    """Of a node that answers it is known; the position of the one that follows is told."""
+    active = await with_database.running.settled()
+    await with_database.running.wait_for("confirmed", since_now())
+    target = with_database.others(active)[0]
+    out, _ = await with_database.call("failover", "wiki", "--yes", "--to", target)
+    assert f"from {active} (epoch" in out
+    assert "lost: " in out
+    assert f"{target} is" in out
+    assert f"{target} took over from {active}" in out
