@@ -380,7 +380,7 @@ class App:
     async def fail_over(self, epoch: int, reason: str, to: str | None = None) -> str | None:
         """End this node's active section of *epoch* at once, without grace. Returns who is named to follow.
 
-        Raises NotActive (also for another epoch: such a request comes too late), Paused, and ConfigError for a
+        Raises NotActive (also for another epoch: such a request comes too late), Paused; ConfigError for a
         node *to* that is no candidate.
         """
         election, section = self._election, self._section

@@ -123,7 +123,7 @@ class OperatorClient:
         """Hand *app* over, to node *to* if given, if nothing can be lost by it; wait until that one is
         active and has given a healthy answer.
 
-        Raises ConfigError for a node that is no candidate, SwitchoverRefused and Paused if nothing was changed,
+        Raises ConfigError for a node that is no candidate; SwitchoverRefused, Paused: nothing was changed;
         StepDownFailed when nobody, or another one, took over within *timeout* seconds.
         """
         deadline, began = system.now() + timeout, system.now()

@@ -33,7 +33,16 @@ from phalanx.decide.session import SessionBody, StreamList
 from phalanx.names import Names
 from phalanx.observe.audit import AuditEntry
 from phalanx.observe.metrics import Metrics
-from phalanx.types import Candidate, Member, NodeStatus, Nomination, Pause, Position, Resource
+from phalanx.types import (
+    Candidate,
+    Member,
+    NodeStatus,
+    Nomination,
+    Pause,
+    PlannedSwitchover,
+    Position,
+    Resource,
+)
 
 NAMES = Names("prod")
 SOURCES = sorted((ROOT / "src" / "phalanx").rglob("*.py"))
@@ -55,6 +64,7 @@ VALUES: dict[str, Any] = {
     "leader": election._LeaderBody,  # pyright: ignore[reportPrivateUsage]
     "Candidate": Candidate,
     "Nomination": Nomination,
+    "PlannedSwitchover": PlannedSwitchover,
     "Holder": lock_key.Holder,
     "SessionBody": SessionBody,
     "AuditEntry": AuditEntry,
