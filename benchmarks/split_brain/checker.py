@@ -53,7 +53,12 @@ def judge(events: Sequence[Event], stored: Mapping[str, int]) -> Verdict:
     counted = [event for event in answers if not any(_excuses(waking, event) for waking in wakings)]
     asked, answered, longest = _service(events)
     return Verdict(
-        problems=(*_two_answering(counted), *_going_back(counted), *_lost(answers, stored)),
+        problems=(
+            *_two_answering(counted),
+            *_going_back(counted),
+            *_lost(answers, stored),
+            *_behind(answers, counted),
+        ),
         answers=len(answers),
         reigns=len({event.epoch for event in answers}),
         confirmed=sum(1 for event in answers if event.data.get("confirmed")),
@@ -127,19 +132,24 @@ def _named(event: Event) -> str:
 
 
 def _lost(answers: Sequence[Event], stored: Mapping[str, int]) -> Iterator[str]:
-    confirmed = [event for event in answers if event.data.get("confirmed")]
-    for event in confirmed:
+    """Confirmed rows that the database does not have at the end."""
+    for event in [event for event in answers if event.data.get("confirmed")]:
         name, number = event.data["id"], event.data["number"]
         if stored.get(name) != number:
             found = f"row {stored[name]}" if name in stored else "not there"
             yield f"row {number} ({name}), which {_named(event)} had confirmed, is lost: {found}"
-    # Every answer that was begun after a confirmation was received shows that row, or a later one.
-    confirmed.sort(key=lambda event: event.at)
+
+
+def _behind(answers: Sequence[Event], counted: Sequence[Event]) -> Iterator[str]:
+    """Those *counted* that were begun after a confirmation was received, and knew an earlier row only."""
+    confirmed = sorted(
+        (event for event in answers if event.data.get("confirmed")), key=lambda event: event.at
+    )
     moments = [event.at for event in confirmed]
     highest: list[int] = []
     for event in confirmed:
         highest.append(max(int(event.data["number"]), highest[-1] if highest else 0))
-    for event in answers:
+    for event in counted:
         before = bisect_right(moments, event.data["began"])
         last = event.data.get("last")
         if last is not None and before and last < highest[before - 1]:
