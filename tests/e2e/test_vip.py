@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import subprocess
 import time
 from collections.abc import Callable, Generator, Iterator
 
@@ -84,6 +85,21 @@ def test_address_outlives_its_lifetime_while_the_session_is_valid(lab: NetLab, h
         assert lifetime(lab[0], VIP6) in (1, 2)
         time.sleep(0.1)
     assert not one.events("lost")
+
+
+def test_held_quietly(lab: NetLab, hold: Hold) -> None:
+    """The kernel hears of it four times a lifetime, not more: what changes is only looked at."""
+    one = hold(0)
+    one.must("acquire 1")
+    with lab[0].popen(["ip", "-o", "monitor", "address"], stdout=subprocess.PIPE, text=True) as monitor:
+        time.sleep(2)
+        lab[0].ip("addr", "add", "10.66.0.90/24", "dev", "eth0")
+        lab[0].ip("addr", "del", "10.66.0.90/24", "dev", "eth0")
+        time.sleep(1)
+        monitor.kill()
+        assert monitor.stdout is not None
+        told = [line for line in monitor.stdout if VIP in line]
+    assert 2 <= len(told) <= 8, told
 
 
 def test_session_over_the_kernel_removes_it(lab: NetLab, hold: Hold) -> None:

@@ -93,12 +93,14 @@ class Addresses:
         """See ``ports.SectionAddresses.ineligible_because``."""
         return self._problem
 
-    def _on_kernel(self, index: int) -> None:
+    def _on_kernel(self, change: kernel.Change) -> None:
+        if change.prolonged and not self._problem:
+            return  # by ourselves, and all the time
         for held in self._held:
-            if index in (0, held.index):
+            if change.interface in (0, held.index):
                 held.look()
         ours = {link.index for link in self._places.values()}
-        if self._problem or index == 0 or index in ours:
+        if self._problem or change.interface == 0 or change.interface in ours:
             self._changed.set()
 
     async def _watch(self) -> None:

@@ -218,23 +218,30 @@ class Held:
     async def _keep(self) -> None:
         """Verify it, and prolong its lifetime, until it is lost."""
         period = self._most / 4
+        due = system.now() + period
         while True:
-            await wait_at_most(self._look, self._next_look(period))
+            await wait_at_most(self._look, self._next_look(due))
             self._look.clear()
+            # What has changed is looked at, and not prolonged, which would be a change again.
+            is_due = system.now() >= due
             try:
-                found = await self._in_thread("keep", partial(self._confirm, self._lifetime()))
+                found = await self._in_thread(
+                    "keep", partial(self._confirm, self._lifetime() if is_due else 0)
+                )
             except AddressError as error:
                 log.error("%s", error)
                 await asyncio.sleep(_ASK_AGAIN_SECONDS)
                 continue
+            if is_due:
+                due = system.now() + period
             if reason := self._judge(found):
                 self._lose(reason)
                 return
 
-    def _next_look(self, period: float) -> float:
-        if self._no_carrier_since is None:
-            return period
-        return min(period, max(0.01, self._no_carrier_since + CARRIER_PATIENCE_SECONDS - system.now()))
+    def _next_look(self, due: float) -> float:
+        if self._no_carrier_since is not None:
+            due = min(due, self._no_carrier_since + CARRIER_PATIENCE_SECONDS)
+        return max(0.01, due - system.now())
 
     def _confirm(self, lifetime: int) -> _Confirmed:
         """Blocks; raises OSError."""
@@ -253,7 +260,7 @@ class Held:
         if present is None:
             return f"it is not on {link.name} any more: removed by somebody else, or not prolonged in time"
         if present.created != self._created:
-            return f"somebody else has put it on {link.name} anew"
+            return f"it was removed from {link.name}, and put there anew"
         if link.mac != self._link.mac and self._segment is not None:
             self._segment.use_mac(link.mac)
             self._announce()

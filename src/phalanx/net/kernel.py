@@ -39,7 +39,8 @@ _UP, _LOOPBACK, _RUNNING, _NO_ARP = 0x1, 0x8, 0x40, 0x80
 _NO_DAD, _NO_PREFIX_ROUTE = 0x02, 0x200
 
 _LINK_GROUP, _IPV4_ADDRESS_GROUP, _IPV6_ADDRESS_GROUP = 0x1, 0x10, 0x100
-_LINK_EVENTS, _ADDRESS_EVENTS = (16, 17), (20, 21)
+_NEW_ADDRESS = 20
+_EVENTS = (16, 17, _NEW_ADDRESS, 21)
 _READS_A_TURN = 16
 
 
@@ -173,11 +174,20 @@ def _errors() -> Generator[None]:
         raise OSError(error.code, str(error.args[1] if len(error.args) > 1 else error)) from error
 
 
-class Changes:
-    """Tells *on_change* that interfaces or addresses have changed; of which interface: its index, 0 where
-    unknown. Raises OSError when it cannot listen."""
+class Change(NamedTuple):
+    """Something has happened to an interface (its index; 0: to any, some news were lost).
 
-    def __init__(self, on_change: Callable[[int], None]) -> None:
+    ``prolonged``: nothing but an address that has come, or whose lifetime was set anew.
+    """
+
+    interface: int
+    prolonged: bool = False
+
+
+class Changes:
+    """Tells *on_change* what changes. Raises OSError when it cannot listen."""
+
+    def __init__(self, on_change: Callable[[Change], None]) -> None:
         self._on_change = on_change
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
         self._socket = socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE)
@@ -191,7 +201,7 @@ class Changes:
         self._loop.add_reader(self._socket.fileno(), self._read)
 
     def _read(self) -> None:
-        changed: set[int] = set()
+        changed: set[Change] = set()
         for _ in range(_READS_A_TURN):
             try:
                 data = self._socket.recv(1 << 16)
@@ -200,11 +210,11 @@ class Changes:
             except OSError as error:
                 # ENOBUFS: there was more than the kernel keeps for us.
                 log.debug("netlink: %s", error)
-                changed.add(0)
+                changed.add(Change(0))
                 break
             changed |= _changed(data)
-        for index in changed:
-            self._on_change(index)
+        for change in changed:
+            self._on_change(change)
 
     def close(self) -> None:
         """Listen no more. Twice is harmless."""
@@ -213,12 +223,12 @@ class Changes:
             self._socket.close()
 
 
-def _changed(data: bytes) -> set[int]:
-    found: set[int] = set()
+def _changed(data: bytes) -> set[Change]:
+    found: set[Change] = set()
     while len(data) >= 24:
         length, kind = struct.unpack_from("=IH", data)
-        if kind in _LINK_EVENTS or kind in _ADDRESS_EVENTS:
+        if kind in _EVENTS:
             # Both headers, ifinfomsg and ifaddrmsg, have the interface's index 4 bytes in.
-            found.add(struct.unpack_from("=i", data, 16 + 4)[0])
+            found.add(Change(struct.unpack_from("=i", data, 16 + 4)[0], kind == _NEW_ADDRESS))
         data = data[max(16, (length + 3) & ~3) :]
     return found
