@@ -274,6 +274,22 @@ async def test_reconnection_that_succeeds_while_the_bus_is_closed(
     await eventually(lambda: made[0].transport.is_closing(), 2)
 
 
+async def test_server_that_was_left_is_not_the_first_to_be_tried(nats_cluster: NatsCluster) -> None:
+    """A server that stands still takes connections and says nothing: another one is reached at once."""
+    bus = await connect(NatsOptions(urls=tuple(nats_cluster.urls)))
+    for _ in range(8):
+        left = nats_cluster.index(bus.server_name)
+        nats_cluster.freeze(left)
+        began = time.monotonic()
+        await bus.switch_server("a test")
+        await eventually(lambda: bus.is_connected)
+        took = time.monotonic() - began
+        nats_cluster.thaw(left)
+        assert bus.server_name != nats_cluster.name(left)
+        assert took < 0.4, "it has waited for the server that it had left"  # that would be 0.5 s
+    await bus.close()
+
+
 async def test_client_that_the_server_ended_for_good_is_replaced(tmp_path: Path) -> None:
     """The login is refused during a restart, which closes nats-py's client: a new one takes over."""
     with NatsServer(extra="authorization { user: u, password: p }", system_user=False) as server:

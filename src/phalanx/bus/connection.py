@@ -22,6 +22,7 @@ import inspect
 import itertools
 import logging
 import math
+import random
 import secrets
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -122,7 +123,7 @@ class _Client(Client):
             raise asyncio.CancelledError
 
     async def leave(self) -> None:
-        """Reconnect to the next server of the pool."""
+        """Reconnect to the next server of the pool; to this one only after all others were tried."""
         await self._process_op_err(NatsError("leaving this server"))
 
     def abort(self) -> None:
@@ -234,8 +235,13 @@ class NatsBus:
     async def _open(self) -> None:
         client = _Client(self._on_broken)
         self._client = client
+        urls = list(self._options.urls)
+        random.shuffle(urls)
         await client.connect(
-            list(self._options.urls),
+            urls,
+            # Shuffled once, above. nats-py would do it at each reconnection too, and so one in three times try
+            # the server first that it has just given up: that costs the timeout of a connection.
+            dont_randomize=True,
             name=self._name,
             error_cb=self._on_error,
             reconnected_cb=self._on_reconnected,

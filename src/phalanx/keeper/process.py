@@ -162,7 +162,9 @@ class Keeper:
         """A server that answers pings but has lost its routes reaches no majority of session streams."""
         newest = renewer.holder.valid_until - timing.hold
         patience = max(3 * timing.renew_every, 0.25 * timing.ttl)
-        if now - max(newest, self._switched_at) > patience and renewer.is_connected:
+        # One that was reached a moment ago had no time to answer: leaving it too would never end.
+        begun = max(newest, self._switched_at, renewer.connected_at)
+        if now - begun > patience and renewer.is_connected:
             self._switched_at = now
             await renewer.switch_server(f"no majority of renewals for {patience:g} s")
 

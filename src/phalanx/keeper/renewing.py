@@ -42,6 +42,8 @@ class Renewer:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.holder = Holder(session, streams, timing)
         self.renewals = 0
+        self.connected_at = float("-inf")
+        """When the last reconnection came about."""
         self._end_connection_watch = bus.on_connection(self._on_connection)
 
     @property
@@ -114,6 +116,8 @@ class Renewer:
             self.holder.on_read(stream, record.revision, _decode_body(record.data), system.now())
 
     def _on_connection(self, event: Connection) -> None:
+        if event is Connection.CONNECTED:
+            self.connected_at = system.now()
         # Requests on a connection that broke will not be answered: do not wait for their timeout.
         if event is Connection.DISCONNECTED:
             for task in self._tasks.values():
