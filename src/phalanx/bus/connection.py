@@ -239,8 +239,8 @@ class NatsBus:
         random.shuffle(urls)
         await client.connect(
             urls,
-            # Shuffled once, above. nats-py would do it at each reconnection too, and so one in three times try
-            # the server first that it has just given up: that costs the timeout of a connection.
+            # Shuffled once, above. nats-py would do it at each reconnection too, and so, one in three times,
+            # try the server that it has just given up: that costs the timeout of a connection.
             dont_randomize=True,
             name=self._name,
             error_cb=self._on_error,
