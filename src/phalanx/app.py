@@ -744,7 +744,7 @@ class App:
             # Only now: what is still starting is not ill.
             self.health.set_active(True)
             seconds = system.now() - self._activating_since
-            self._running_parts.journal.activated(self.name, self.epoch, seconds)
+            self._running_parts.journal.activated(self.name, self.epoch, seconds, len(self.config.checks))
             if not self.config.checks or self.health.verdict is Health.HEALTHY:
                 self._note_healthy()
         elif role is Role.STANDING_DOWN:

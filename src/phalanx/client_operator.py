@@ -25,6 +25,7 @@ from phalanx.control import FailoverRequest, StepDownReply, SwitchoverRequest
 from phalanx.coord.election import nominate, read_leader
 from phalanx.decide.election import choose_successor
 from phalanx.decide.timing import OBSERVE_FACTOR, Timing
+from phalanx.decide.why import Explanation, Facts, NodeFacts, explain
 from phalanx.errors import (
     BusTimeout,
     BusUnavailable,
@@ -33,6 +34,7 @@ from phalanx.errors import (
     SwitchoverRefused,
     WrongRevision,
 )
+from phalanx.observe.failovers import Failover, failovers
 from phalanx.switchover import CATCH_UP_SECONDS
 from phalanx.types import (
     AppStatus,
@@ -47,6 +49,10 @@ from phalanx.types import (
 
 if TYPE_CHECKING:
     from phalanx.client import NodeView, PlatformClient
+
+ENTRIES_LOOKED_AT = 5_000
+FAILURES_LOOKED_AT = 500
+"""So many of the newest audit entries are read at first."""
 
 AT_ONCE_SECONDS = 5.0
 """How long a node that is told to end at once may take before only the end of its session is waited for."""
@@ -261,6 +267,50 @@ class OperatorClient:
             transactions=max(0, there.captured_txid - there.shipped_txid),
             size_bytes=there.spool_bytes,
         )
+
+    # --- explaining
+
+    async def why(self, app: str) -> Explanation:
+        """Why *app* is where it is, why not elsewhere, and what it waits for. Needs to read only."""
+        await self._client.check_app(app)
+        views, planned = await self._client.nodes(), await self._client.planned_switchovers()
+        nodes = tuple(
+            NodeFacts(
+                view.node,
+                view.is_live,
+                next((status for _, status in _of(app, [view])), None),
+            )
+            for view in views
+            if app in view.apps
+        )
+        led = any(node.status is not None and node.status.leader for node in nodes)
+        failed = "" if led else await self._last_failure(app)
+        return explain(Facts(app, system.wall(), nodes, planned.get(app), failed))
+
+    async def _last_failure(self, app: str) -> str:
+        entries = await self._client.audit(limit=FAILURES_LOOKED_AT)
+        tried = [e for e in entries if e.app == app and e.action in ("activation-failed", "active")]
+        if not tried or tried[-1].action == "active":
+            return ""
+        return f"on {tried[-1].node}: {tried[-1].reason}"
+
+    async def failovers(self, app: str | None = None, *, limit: int = 20) -> list[Failover]:
+        """The newest *limit* times that an app (*app*, if given) got a new leader, oldest first."""
+        if app is not None:
+            await self._client.check_app(app)
+        for entries in (ENTRIES_LOOKED_AT, 100 * ENTRIES_LOOKED_AT):
+            found = failovers(await self._client.audit(limit=entries), app)
+            if len(found) >= limit:
+                break
+        return found[-limit:]
+
+    async def failover_timeline(self, app: str, epoch: int) -> Failover:
+        """How *app* got its leader of *epoch*. Raises ConfigError if the audit log does not have that."""
+        for found in reversed(await self.failovers(app, limit=1_000_000)):
+            if found.epoch == epoch:
+                return found
+        problem = "the audit log has no such failover"
+        raise ConfigError("id", f"{app}/{epoch}", problem, "see: phalanx failover show")
 
     # --- common
 

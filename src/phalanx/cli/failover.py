@@ -14,6 +14,7 @@ from phalanx.cli.target import Where
 from phalanx.client import PlatformClient
 from phalanx.client_operator import FailoverPlan, Loss, Switched
 from phalanx.errors import ConfigError
+from phalanx.observe.failovers import Failover
 
 failover = App(name="failover", help="Force an app to another node; or show what happened in failovers.")
 
@@ -74,6 +75,122 @@ async def _force(
         if ask and not await asyncio.to_thread(_confirmed, f"fail {app} over to {plan.target}?"):
             return None
         return await client.operator.failover(plan, reason=reason, timeout=wait)
+
+
+# --- what happened
+
+
+@failover.command(name="show")
+def show_failovers(
+    failover_id: Annotated[
+        str | None, Parameter(name="ID", help="Which, as the list names it: app/epoch. Else the last ones.")
+    ] = None,
+    /,
+    *,
+    app: Annotated[str | None, Parameter(help="Only those of this app.")] = None,
+    limit: Annotated[int, Parameter(help="The newest so many.")] = 20,
+    where: Where = _WHERE,
+    json: Annotated[bool, Parameter(help="As JSON.")] = False,
+) -> int:
+    """Show how apps changed hands: a list, or one of them step by step.
+
+    From the audit log: from the end of the previous leader as it was seen to the first healthy answer of the
+    next. Exit code 2 for one that the audit log does not have.
+    """
+    if not 1 <= limit <= 100_000:
+        raise ConfigError("--limit", limit, "out of range", "choose 1 to 100000")
+    wanted = _parsed(failover_id) if failover_id is not None else None
+    if wanted is not None and app not in (None, wanted[0]):
+        raise ConfigError("--app", app, f"{failover_id} is of another app", "leave it out")
+    platform, nats = where.find()
+    client = PlatformClient(platform, nats, timeout=where.timeout)
+    if wanted is not None:
+        found = asyncio.run(_timeline(client, *wanted))
+        output.emit(found, pretty=True) if json else _show_timeline(found)
+        return exits.OK
+    listed = asyncio.run(_listed(client, app, limit))
+    if json:
+        output.emit({"platform": platform, "failovers": listed}, pretty=True)
+    elif not listed:
+        output.say(f"the audit log of {platform} has no failover")
+    else:
+        output.table(("ID", "TIME", "FROM", "TO", "BECAUSE", "FREE", "ACTIVE", "HEALTHY"), _rows(listed))
+    return exits.OK
+
+
+def _parsed(text: str) -> tuple[str, int]:
+    app, separator, epoch = text.partition("/")
+    if not separator or not epoch.isascii() or not epoch.isdigit() or len(epoch) > 18:
+        raise ConfigError("ID", text, "not app/epoch", "take one of: phalanx failover show")
+    return app, int(epoch)
+
+
+async def _timeline(client: PlatformClient, app: str, epoch: int) -> Failover:
+    async with client:
+        return await client.operator.failover_timeline(app, epoch)
+
+
+async def _listed(client: PlatformClient, app: str | None, limit: int) -> list[Failover]:
+    async with client:
+        return await client.operator.failovers(app, limit=limit)
+
+
+def _rows(listed: list[Failover]) -> list[tuple[str | tuple[str, str], ...]]:
+    return [
+        (
+            each.id,
+            output.clock(each.at),
+            each.previous or "-",
+            (each.node, "bold" if each.outcome == "active" else "red"),
+            _because(each),
+            _optional(each.vacant_seconds if each.previous else None),
+            _optional(each.activation_seconds) if each.outcome != "failed" else ("failed", "red"),
+            _optional(each.healthy_seconds),
+        )
+        for each in listed
+    ]
+
+
+def _because(each: Failover) -> str:
+    if not each.previous:
+        return "the first known"
+    how = {"session-over": "session over", "released": "released"}.get(each.how, each.how)
+    return f"{how}: {each.reason}" if each.reason else how
+
+
+def _optional(seconds: float | None) -> str:
+    return output.span(seconds) if seconds is not None else "-"
+
+
+def _show_timeline(found: Failover) -> None:
+    whom = f" from {found.previous} (epoch {found.previous_epoch})" if found.previous else ""
+    output.say((found.id, "bold"), f": {found.node} took over{whom}, {_because(found)}")
+    rows: list[tuple[str | tuple[str, str], ...]] = [
+        (
+            f"+{step.offset_seconds:.3f} s",
+            step.node,
+            step.what,
+            _optional(step.duration_seconds),
+            step.detail,
+        )
+        for step in found.steps
+    ]
+    if found.steps:
+        output.say((f"from {output.clock(found.steps[0].at - found.steps[0].offset_seconds)} on", "dim"))
+    output.table(("AFTER", "NODE", "WHAT", "TOOK", "DETAIL"), rows)
+    output.say(
+        f"key free for {_optional(found.vacant_seconds)}, ",
+        f"active {_optional(found.activation_seconds)} after it was taken, ",
+        f"first healthy answer {_optional(found.healthy_seconds)} after; ",
+        (f"in all {_optional(found.total_seconds)}", "bold"),
+    )
+    if found.missing:
+        output.say(f"database: missing at the start: {found.missing}")
+    if found.loss:
+        output.say(f"database: {found.previous} returned: {found.loss}")
+
+
+# --- small things
 
 
 def _confirmed(question: str) -> bool:

@@ -36,6 +36,7 @@ COMMANDS = {
     "resume": "pause:resume",
     "switchover": "switchover:switchover",
     "failover": "failover:failover",
+    "why": "why:why",
     "audit": "audit:audit",
     "config": "check:config",
     "nats": "permissions:nats",

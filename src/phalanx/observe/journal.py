@@ -87,10 +87,11 @@ class Journal:
             by=succession.by,
         )
 
-    def activated(self, app: str, epoch: int, seconds: float) -> None:
-        """An app is active now, so many seconds after this node took the leader key."""
+    def activated(self, app: str, epoch: int, seconds: float, checks: int = 0) -> None:
+        """An app is active now, so many seconds after this node took the leader key. *checks*: how many
+        health checks it has; without any this is its first healthy answer."""
         self._meter.observe_activation(app, seconds)
-        self.app(app, "active", epoch=epoch, duration_seconds=seconds)
+        self.app(app, "active", epoch=epoch, duration_seconds=seconds, checks=str(checks))
 
     def stood_down(self, app: str, seconds: float) -> None:
         """A section has ended, so many seconds after that began."""
