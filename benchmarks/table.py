@@ -16,6 +16,7 @@ from benchmarks import (
     servers,
     simulation,
     snapshots,
+    vip,
 )
 from benchmarks.figures import Benchmark, Peer
 
@@ -191,6 +192,39 @@ BENCHMARKS = (
         measure=replication.idle,
         runs=1,
         fixed=True,
+    ),
+    Benchmark(
+        name="vip.crash",
+        work="SIGKILL of the active node: HTTP outage through its virtual address, less the program's start",
+        unit="ms",
+        bar=400,
+        measure=vip.crash,
+        runs=10,
+    ),
+    Benchmark(
+        name="vip.planned",
+        work="the same for phalanx switchover",
+        unit="ms",
+        bar=150,
+        measure=vip.planned,
+        runs=10,
+    ),
+    Benchmark(
+        name="vip.keepalived",
+        work="SIGKILL of daemon and program, real keepalived beside it, advert 1 s and 0.1 s",
+        unit="ms",
+        bar=1,
+        bar_of="ratio",
+        measure=vip.keepalived,
+        runs=7,
+    ),
+    Benchmark(
+        name="vip.cable",
+        work="the active host's cable is pulled, TTL 2 s: HTTP outage through its virtual address",
+        unit="s",
+        bar=2.8,
+        measure=vip.cable,
+        runs=5,
     ),
     Benchmark(
         name="simulate",

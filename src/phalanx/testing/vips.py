@@ -32,7 +32,9 @@ T = TypeVar("T")
 APP = "wiki"
 PORT = 8080
 _NATS_PORT, _HTTP_PORT = 4222, 7420
-_WEB = Path(__file__).with_name("web.py")
+WEB = Path(__file__).with_name("web.py")
+"""The program, a file that runs by itself: ``python -I WEB PORT``."""
+"""The program, a file that runs by itself."""
 _POLL_SECONDS = 0.005
 
 
@@ -104,7 +106,7 @@ class VipStage:
                     "pattern": {"type": "active-passive"},
                     "backend": {
                         "type": "process",
-                        "command": [sys.executable, "-I", str(_WEB), str(PORT), str(self._start_seconds)],
+                        "command": [sys.executable, "-I", str(WEB), str(PORT), str(self._start_seconds)],
                         "ready": {"type": "tcp", "address": f"127.0.0.1:{PORT}"},
                     },
                     "vip": addresses,
