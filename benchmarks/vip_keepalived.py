@@ -74,9 +74,12 @@ class Keepalived:
         own = _mac(host)
         with Client(self._lab[2], self._address) as client:
             time.sleep(0.3)
-            for pid in host.pids():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            # All stopped first: a daemon whose parent dies would say goodbye.
+            victims = host.pids()
+            for number in (signal.SIGSTOP, signal.SIGKILL):
+                for pid in victims:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, number)
             outage = client.outage(host.name, 10 + 10 * self._advert)
         answers = own in claimants(self._lab[2], self._address)
         assert self._address in other.addresses()
@@ -111,6 +114,8 @@ class Keepalived:
         env = {**os.environ, "PHALANX_NODE": host.name}
         program = [sys.executable, "-I", str(vips.WEB), str(vips.PORT)]
         pids = [f"--{kind}={self._directory / host.name}.{kind}" for kind in ("pid", "vrrp_pid")]
+        for kind in ("pid", "vrrp_pid"):  # one that was killed leaves them behind, and then would not start
+            (self._directory / f"{host.name}.{kind}").unlink(missing_ok=True)
         daemon = ["keepalived", "--dont-fork", "--vrrp", f"--use-file={path}", *pids]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self._started[number] = [host.popen(program, env=env), host.popen(daemon, **quiet)]
