@@ -143,7 +143,9 @@ class Platform:
             raise ConfigError("apps", config.name, "the platform runs already", "declare apps before")
         for error in between_databases([*(app.config for app in self._apps.values()), config]):
             raise error
-        backend = make_backend(config.backend) if config.backend is not None else None
+        backend = None
+        if config.backend is not None:
+            backend = make_backend(config.backend, self.config.name, self.config.node)
         addresses = make_addresses(config.name, config.vip, self.config.timings.ttl) if config.vip else None
         app = self._apps[config.name] = App(config, backend, addresses)
         return app

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from phalanx import config, ports
-from phalanx.backends.docker import DockerBackend
 from phalanx.backends.process import ProcessBackend
 from phalanx.backends.systemd import SystemdBackend
 
 
-def make_backend(declared: config.Backend) -> ports.Backend:
-    """The adapter for what an app declares as its backend."""
+def make_backend(declared: config.Backend, platform: str = "", node: str = "") -> ports.Backend:
+    """The adapter for what an app of *platform* declares as its backend on *node*."""
     match declared:
         case config.Process():
             return ProcessBackend(declared)
         case config.Systemd():
             return SystemdBackend(declared)
         case config.Docker():
-            return DockerBackend(declared)
+            from phalanx.backends.docker import DockerBackend  # an HTTP client, for those who need it
+
+            return DockerBackend(declared, platform, node)
 
 
-__all__ = ["DockerBackend", "ProcessBackend", "SystemdBackend", "make_backend"]
+__all__ = ["ProcessBackend", "SystemdBackend", "make_backend"]

@@ -127,16 +127,16 @@ class Docker(Declaration, frozen=True, kw_only=True, tag="docker", tag_field="ty
     ports: Annotated[
         Texts,
         About(
-            "Ports to publish: `8080`, `80:8080` (host:container), `10.0.0.9:80:8080`, each with `/udp` or "
-            "`/tcp`.",
+            "Ports to publish: `8080` (the same on both sides), `80:8080` (host:container), "
+            "`10.0.0.9:80:8080`, each with `/udp` or `/tcp`.",
             texts.Strings(texts.Text("port", spaces=False)),
         ),
     ] = default(())
     volumes: Annotated[
         Texts,
         About(
-            "Mounts, `source:target` or `source:target:ro`; a source with a slash is a folder of the host, "
-            "else a named volume.",
+            "Mounts, `source:target` or `source:target:ro`; a source with a slash is a path of the host, "
+            "which must be there, else a named volume.",
             texts.Strings(texts.Text("volume")),
         ),
     ] = default(())
@@ -150,7 +150,18 @@ class Docker(Declaration, frozen=True, kw_only=True, tag="docker", tag_field="ty
     memory: Annotated[ByteCount, About("Memory limit; 0: none.", rules.Bytes(0, 1 << 50), default="none")] = (
         default(0)
     )
-    stop_signal: Annotated[str, About("Asks the container to end.", texts.Signal())] = "TERM"
+    init: Annotated[
+        bool,
+        About(
+            "Put Docker's own init before the command: it passes signals on, and reaps orphans.",
+            rules.Switch(),
+            default="no: a command that handles no signals ignores `stop_signal`, as process 1 does",
+        ),
+    ] = False
+    stop_signal: Annotated[
+        str,
+        About("Asks the container to end.", texts.Signal(empty=True), default="the image's own, else `TERM`"),
+    ] = ""
     stop_timeout: Annotated[
         Seconds,
         About(

@@ -11,6 +11,7 @@ from phalanx.config.backends import Docker, Process, Systemd
 from phalanx.config.checks import Check
 from phalanx.config.database_relations import database_relations
 from phalanx.config.databases import SQLite
+from phalanx.config.docker import Mount, PublishedPort
 from phalanx.config.node import EmbeddedNats, HttpServer, NatsOptions, PlatformConfig, Timings
 from phalanx.config.rules import seconds_text
 from phalanx.config.texts import split_address
@@ -209,12 +210,36 @@ def _docker(config: Docker, key: str) -> Iterator[ConfigError]:
         yield ConfigError(f"{key}.image", config.image, problem, "set one of them")
         return
     if not config.container:
+        yield from _container(config, key)
         return
-    for field in ("command", "env", "ports", "volumes", "network", "user", "memory"):
+    for field in ("command", "env", "ports", "volumes", "network", "user", "memory", "init"):
         if given := getattr(config, field):
             shown = "(set)" if field == "env" else given
             problem = "an existing container has its own"
             yield ConfigError(f"{key}.{field}", shown, problem, "leave it out, or declare image")
+
+
+def _container(config: Docker, key: str) -> Iterator[ConfigError]:
+    published: set[tuple[int, str, str]] = set()
+    for number, text in enumerate(config.ports):
+        try:
+            port = PublishedPort.parse(text)
+        except ValueError as error:
+            remedy = "write 8080, 80:8080 (host:container) or 10.0.0.9:80:8080, if need be with /udp"
+            yield ConfigError(f"{key}.ports[{number}]", text, str(error), remedy)
+            continue
+        if (host := (port.host, port.protocol, port.address)) in published:
+            yield ConfigError(f"{key}.ports[{number}]", text, "published twice", "leave one out")
+        published.add(host)
+    if config.ports and config.network in ("host", "none"):
+        problem = f"nothing is published with network = {config.network!r}"
+        yield ConfigError(f"{key}.ports", list(config.ports), problem, "leave it out")
+    for number, text in enumerate(config.volumes):
+        try:
+            Mount.parse(text)
+        except ValueError as error:
+            remedy = "write source:target or source:target:ro; a source with a slash is a path of this host"
+            yield ConfigError(f"{key}.volumes[{number}]", text, str(error), remedy)
 
 
 def _ready(config: Process | Systemd | Docker, key: str) -> Iterator[ConfigError]:

@@ -8,7 +8,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import cast
+from typing import ClassVar, cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -125,16 +125,19 @@ class UnitName(msgspec.Struct, frozen=True):
 
 
 class Signal(msgspec.Struct, frozen=True):
-    """The name of a signal without SIG."""
+    """The name of a signal without SIG. Empty only where that means "not set"."""
 
-    names = ("TERM", "INT", "QUIT", "HUP", "USR1", "USR2", "KILL")
+    empty: bool = False
+    names: ClassVar[tuple[str, ...]] = ("TERM", "INT", "QUIT", "HUP", "USR1", "USR2", "KILL")
 
     @property
     def shape(self) -> str:
         return alternatives([f"`{name}`" for name in self.names])
 
     def __call__(self, key: str, value: object) -> str:
-        if isinstance(value, str) and value.upper().removeprefix("SIG") in self.names:
+        if isinstance(value, str) and (
+            value.upper().removeprefix("SIG") in self.names or (self.empty and not value)
+        ):
             return value.upper().removeprefix("SIG")
         raise ConfigError(key, value, "not a signal to stop with", f"choose {alternatives(self.names)}")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from phalanx import system
-from phalanx.keeper import units
+from phalanx.keeper import containers, units
 from phalanx.keeper.addresses import drop
 from phalanx.types import Resource
 
@@ -179,6 +179,8 @@ def _kill_one(resource: Resource, known: tuple[system.ProcessRef, ...]) -> bool:
                 return units.kill(resource)
             case "vip":
                 return drop(resource)
+            case "container":
+                return containers.kill(resource)
             case kind:
                 log.critical("app %s: nobody here can end a %s (%s)", resource.app, kind, resource.id)
                 return False
