@@ -2,7 +2,7 @@
 
 The invariant is the process backend's: from before the start until nothing of it runs, the keeper has the
 container's id, by which it can be ended and found. While the engine is away (it restarts, hangs, or is gone)
-a container that ran is taken to run: with live-restore it does, and a killed engine leaves its containers too.
+a container that ran is taken to run: with live-restore it does, and a killed engine leaves them running too.
 The kernel tells when its first process ends, where that can be seen from here.
 """
 
