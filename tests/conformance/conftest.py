@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from phalanx.ports import SectionContext
 from phalanx.types import Resource
 
+from . import docker_stage
 from .stages import BACKENDS, Stage
 
 
@@ -50,6 +52,10 @@ MARKS = {"systemd": [pytest.mark.in_systemd]}
 @pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name, ())) for name in BACKENDS])
 async def stage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Stage]:
     """One backend under test; nothing of it outlives the test."""
+    if request.param == "docker":
+        dockerd = request.getfixturevalue("dockerd")
+        dockerd.empty_image()
+        os.environ[docker_stage.SOCKET] = dockerd.socket
     made = BACKENDS[request.param](tmp_path)
     yield made
     await made.close()

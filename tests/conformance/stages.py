@@ -34,7 +34,7 @@ class Stage(Protocol):
     kind: str
     """Of the resources that it registers."""
     registrations: int
-    """How many times a start registers."""
+    """How many times a start registers before the program runs. It may do so again, once it runs."""
     adopts: bool
     """Whether what it runs outlives a node that was killed, and can be taken up again."""
     fences: bool
@@ -121,7 +121,7 @@ class RealStage:
         )
         app = config.build_app("wiki", config.ActivePassive(), backend=declared)
         assert app.backend is not None
-        return make_backend(app.backend)
+        return make_backend(app.backend, "prod", "n1")
 
     def has_said(self, word: str) -> bool:
         """See ``Stage.has_said``."""
@@ -285,8 +285,15 @@ def _systemd(folder: Path) -> Stage:
     return SystemdStage(folder)
 
 
+def _docker(folder: Path) -> Stage:
+    from .docker_stage import DockerStage
+
+    return DockerStage(folder)
+
+
 BACKENDS: dict[str, Callable[[Path], Stage]] = {
     "process": ProcessStage,
+    "docker": _docker,
     "systemd": _systemd,
     "fake": FakeStage,
 }

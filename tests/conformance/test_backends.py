@@ -48,7 +48,7 @@ async def test_registers_before_it_starts(stage: Stage, recorder: Recorder) -> N
         )
     running = await stage.backend(SERVES).start(recorder.section)
     assert seen == [False] * stage.registrations
-    assert [kind for kind, _ in recorder.calls] == ["register"] * stage.registrations
+    assert recorder.count("register") == len(recorder.calls) >= stage.registrations
     (resource,) = recorder.resources.values()
     assert (resource.kind, resource.app, resource.epoch) == (stage.kind, "wiki", 7)
     await until(lambda: stage.has_said("started"))

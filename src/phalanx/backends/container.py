@@ -43,7 +43,7 @@ class Container:
     """Implements ``ports.Running``: a container that is there, and not yet started.
 
     *name*: what people call it. *remove*: it was made for this start, and goes with it, as does the client
-    of the engine.
+    of the engine. *keep* gets each line of output, *on_gone* the id once nothing of it runs.
     """
 
     def __init__(
@@ -55,12 +55,15 @@ class Container:
         name: str,
         *,
         remove: bool,
+        keep: Callable[[str], None],
+        on_gone: Callable[[str], None],
     ) -> None:
         self._engine, self._config, self._section = engine, config, section
         self._app, self.id, self._name = section.app, container, name
         self._target = containers.Target(engine.socket, container, remove)
         self._tasks: list[asyncio.Task[None]] = []
-        self._output = container_output.Output(engine, container, section.app)
+        self._on_gone = on_gone
+        self._output = container_output.Output(engine, container, section.app, keep)
         self._stop_watch: Callable[[], None] | None = None
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._exited = asyncio.Event()
@@ -95,19 +98,23 @@ class Container:
     async def start(self) -> None:
         """Register, start, register with its process. The caller abandons it if that fails."""
         await self._register()
+        asked = system.wall()
         # To its end even if cancelled: the engine may start it all the same.
         await child.finish(asyncio.create_task(self._start(), name=f"{self._app} backend, starting"))
-        await self._follow()
+        await self._follow(0.0 if self._target.remove else asked)
         log.info("app %s: started container %.12s", self._app, self.id, extra={"app": self._app})
 
     async def adopt(self) -> None:
         """Take up what runs already. Raises BackendError; then it runs on, see :meth:`let_go`."""
         self._start_sent = True
-        await self._follow(only_new_output=True)
+        await self._follow(system.wall())
         log.info("app %s: took up container %.12s", self._app, self.id, extra={"app": self._app})
 
-    async def _follow(self, *, only_new_output: bool = False) -> None:
-        """Take note of what runs, tell the keeper, and watch it from now on. Raises BackendError."""
+    async def _follow(self, output_since: float) -> None:
+        """Take note of what runs, tell the keeper, and watch it from now on. Raises BackendError.
+
+        *output_since*: Unix time; an existing container has output of earlier starts.
+        """
         found = await self._inspect()
         self._note_process(found.state.pid)
         await self._register()
@@ -116,8 +123,7 @@ class Container:
         if found.state.health_status:
             self._note_health(found.state.health_status)
             self._spawn(self._follow_health(), "health")
-        since = None if only_new_output else found.state.started_at
-        self._spawn(self._output.follow(since, self._exited), "output")
+        self._spawn(self._output.follow(output_since, self._exited), "output")
         self._spawn(self._watch(), "watch")
 
     async def _register(self) -> None:
@@ -128,6 +134,7 @@ class Container:
             self._section.epoch,
             start_time=self._target.start_time,
             details={**self._target.details(), "name": self._name},
+            adoptable=True,
         )
         await self._section.register(resource)
 
@@ -371,6 +378,7 @@ class Container:
         log.info("app %s: container %.12s has ended", self._app, self.id, extra={"app": self._app})
         self._gone = True
         self._exited.set()
+        self._on_gone(self.id)
         self._section.unregister(self.id)
         await self._close()
         return report
@@ -380,6 +388,7 @@ class Container:
 
     async def let_go(self) -> None:
         """Follow it no longer, whatever it does."""
+        self._on_gone(self.id)
         await self._close()
 
     async def _close(self) -> None:
@@ -401,6 +410,7 @@ class Container:
             except BackendError as error:
                 if not self._start_sent:
                     log.error("%s; it never ran, and is removed at the next start", error)
+                    self._on_gone(self.id)
                     self._section.unregister(self.id)
                     await self._close()
                     return

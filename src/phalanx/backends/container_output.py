@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import datetime
 import logging
+from collections.abc import Callable
 
 from phalanx import child, system
 from phalanx.aio import wait_at_most
@@ -27,8 +28,8 @@ log = logging.getLogger("phalanx.backend")
 class Output:
     """Hands on the lines of one container, each once, also over a restart of the engine."""
 
-    def __init__(self, engine: Engine, container: str, app: str) -> None:
-        self._engine, self._container, self._app = engine, container, app
+    def __init__(self, engine: Engine, container: str, app: str, keep: Callable[[str], None]) -> None:
+        self._engine, self._container, self._app, self._keep = engine, container, app, keep
         self._lines = logging.getLogger(f"phalanx.app.{app}")
         self.last_line = ""
         self._last_time = ""
@@ -36,9 +37,9 @@ class Output:
         self._in_turn = 0
         self._done = asyncio.Event()
 
-    async def follow(self, since: str | None, ended: asyncio.Event) -> None:
-        """Until it has ended. *since*: RFC 3339; None: only what is written from now on."""
-        start = _unix(since) if since else f"{system.wall():.6f}"
+    async def follow(self, since: float, ended: asyncio.Event) -> None:
+        """Until it has ended, what it wrote from Unix time *since* on."""
+        start = f"{since:.9f}"
         try:
             while True:
                 at_end = ended.is_set()
@@ -94,7 +95,8 @@ class Output:
             return
         self.last_line = text
         for at in range(0, len(text), child.MAX_LINE_BYTES):
-            self._lines.info("%s", text[at : at + child.MAX_LINE_BYTES])
+            self._lines.info("%s", part := text[at : at + child.MAX_LINE_BYTES])
+            self._keep(part)
 
     async def _pace(self) -> None:
         self._in_turn += 1

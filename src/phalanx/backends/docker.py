@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import deque
+from collections.abc import Sequence
 from functools import partial
 
 from phalanx import child, containers
@@ -23,6 +25,9 @@ from phalanx.types import Resource
 
 log = logging.getLogger("phalanx.backend")
 
+LINES_KEPT = 1000
+"""How many of the last lines of its containers a backend knows, when the engine has them no more."""
+
 
 class DockerBackend:
     """Implements ``ports.Backend`` for :class:`phalanx.config.Docker`.
@@ -32,6 +37,9 @@ class DockerBackend:
 
     def __init__(self, config: Docker, platform: str, node: str) -> None:
         self._config, self._platform, self._node = config, platform, node
+        self._held: set[str] = set()
+        """The ids of the containers that a section of this node has."""
+        self._kept: deque[str] = deque(maxlen=LINES_KEPT)
 
     async def prepare(self, app: str) -> None:
         """See ``ports.Backend.prepare``."""
@@ -64,7 +72,22 @@ class DockerBackend:
         return run
 
     def _run(self, engine: Engine, section: SectionContext, container: str, name: str) -> Container:
-        return Container(engine, self._config, section, container, name, remove=bool(self._config.image))
+        return self._hold(engine, section, container, name, remove=bool(self._config.image))
+
+    def _hold(
+        self, engine: Engine, section: SectionContext, container: str, name: str, *, remove: bool
+    ) -> Container:
+        self._held.add(container)
+        return Container(
+            engine,
+            self._config,
+            section,
+            container,
+            name,
+            remove=remove,
+            keep=self._kept.append,
+            on_gone=self._held.discard,
+        )
 
     async def _make(self, engine: Engine, section: SectionContext) -> tuple[str, str]:
         """The id and name of the container to start."""
@@ -110,10 +133,11 @@ class DockerBackend:
 
     async def _left(self, engine: Engine, app: str) -> list[tuple[containers.Target, str]]:
         left: list[tuple[containers.Target, str]] = []
-        refs = [self._config.container] if self._config.container else await engine.labelled(self._owner(app))
-        for ref in refs:
+        for ref in await self._containers(engine, app):
             found = await engine.inspect(ref)
-            if found is None or (self._config.container and not found.state.runs):
+            if found is None or found.id in self._held:
+                continue
+            if self._config.container and not found.state.runs:
                 continue
             target = containers.Target(engine.socket, found.id, remove=bool(self._config.image))
             left.append((_with_process(target, found.state), found.name.lstrip("/")))
@@ -123,40 +147,39 @@ class DockerBackend:
         """See ``ports.Backend.adopt``."""
         target = containers.Target.of(resource)
         engine = Engine(target.socket)
-        run = Container(
-            engine, self._config, section, target.id, resource.details.get("name", ""), remove=target.remove
-        )
+        name = resource.details.get("name", "")
+        run = self._hold(engine, section, target.id, name, remove=target.remove)
         try:
             found = await engine.inspect(target.id)
             if found is not None and found.state.runs:
                 await run.adopt()
                 return run
         except EngineError as error:
-            await engine.close()
+            await run.let_go()
             problem = f"the Docker Engine does not tell the state of container {target.id[:12]}: {error}"
             raise BackendError(section.app, "start", problem, "look at the Docker Engine") from error
         except BaseException:
             await run.let_go()
             raise
-        await engine.close()
-        if found is not None and target.remove:
-            await child.in_thread(partial(containers.end, target))
+        await run.kill()  # what is left of it
         return None
 
     async def logs(self, app: str, lines: int = 100) -> list[str]:
-        """See ``ports.Backend.logs``: of the container that runs, or last ran; none if it was removed."""
+        """See ``ports.Backend.logs``: of its present container, else what this life of the node has seen."""
         async with Engine(self._config.socket) as engine:
             try:
-                found = (
-                    [self._config.container]
-                    if self._config.container
-                    else await engine.labelled(self._owner(app))
-                )
-                return await engine.tail(found[0], lines) if found else []
+                found = await self._containers(engine, app)
+                if found:
+                    return await engine.tail(found[0], lines)
             except EngineError as error:
-                if error.status == 404:
-                    return []
-                raise BackendError(app, "logs", f"the Docker Engine does not tell: {error}") from error
+                if error.status != 404 and not self._kept:
+                    raise BackendError(app, "logs", f"the Docker Engine does not tell: {error}") from error
+        return list(self._kept)[-lines:]
+
+    async def _containers(self, engine: Engine, app: str) -> Sequence[str]:
+        if self._config.container:
+            return [self._config.container]
+        return await engine.labelled(self._owner(app))
 
 
 def _with_process(target: containers.Target, state: State) -> containers.Target:

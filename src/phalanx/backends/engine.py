@@ -11,6 +11,7 @@ import aiodocker
 import aiohttp
 import msgspec
 from aiodocker.exceptions import DockerError
+from aiodocker.multiplexed import multiplexed_result_stream  # pyright: ignore
 
 T = TypeVar("T")
 
@@ -150,7 +151,7 @@ class Engine:
 
     async def has_network(self, name: str) -> bool:
         """Whether there is a network of that name or id."""
-        found = await _ask(self._docker.networks.list(filters=json.dumps({"name": [name]})))
+        found = await _ask(self._docker.networks.list(filters={"name": [name]}))
         return any(name in (one.name, one.id) for one in _as(tuple[_Network, ...], found))
 
     async def inspect(self, container: str) -> Inspection | None:
@@ -211,16 +212,21 @@ class Engine:
 
     async def output(self, container: str, **options: object) -> AsyncGenerator[str]:
         """What it writes, in pieces that may end anywhere, until it ends. Raises EngineError."""
-        pieces = self._docker.containers.container(container).log(
-            stdout=True, stderr=True, follow=True, **options
-        )
+        found = await _ask(self._docker.containers.container(container).show())
+        query = {"stdout": True, "stderr": True, "follow": True, **options}
+        endless = aiohttp.ClientTimeout()
         try:
-            async for piece in pieces:
-                yield piece
+            # Not container.log(): what it opens stays open when it is given up.
+            async with self._docker._query(
+                f"containers/{container}/logs", params=query, timeout=endless
+            ) as got:
+                try:
+                    async for piece in multiplexed_result_stream(got, is_tty=bool(found["Config"]["Tty"])):
+                        yield piece
+                finally:
+                    got.close()
         except (DockerError, aiohttp.ClientError, OSError) as error:
             raise _translated(error) from error
-        finally:
-            await pieces.aclose()
 
     async def tail(self, container: str, lines: int, **options: object) -> list[str]:
         """The last *lines* that it wrote, oldest first."""

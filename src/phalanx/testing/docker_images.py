@@ -44,6 +44,17 @@ def cache() -> Path:
     return path
 
 
+def empty() -> IO[bytes]:
+    """A tar of nothing but a folder for temporary files."""
+    data = tempfile.TemporaryFile()  # noqa: SIM115 - the caller closes it
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        entry = tarfile.TarInfo("tmp")
+        entry.type, entry.mode = tarfile.DIRTYPE, 0o1777
+        tar.addfile(entry)
+    data.seek(0)
+    return data
+
+
 def busybox() -> IO[bytes]:
     """A tar of the static busybox with a link for each of its applets."""
     busybox = require("busybox", "busybox-static")

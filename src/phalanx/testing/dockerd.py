@@ -36,6 +36,7 @@ SYSTEMD_SECONDS = 60.0
 """How long a systemd in a container may take until it says ``running``: some 5 s on a quiet machine."""
 
 BUSYBOX_IMAGE = "phalanx-test/busybox"
+EMPTY_IMAGE = "phalanx-test/empty"
 SYSTEMD_IMAGE = "phalanx-test/systemd"
 
 _BRIDGES = "phxdk"
@@ -208,6 +209,13 @@ class DockerDaemon:
             with docker_images.busybox() as tarball:
                 self.import_image(BUSYBOX_IMAGE, tarball, 'CMD ["/bin/sh"]', "ENV PATH=/bin")
         return BUSYBOX_IMAGE
+
+    def empty_image(self) -> str:
+        """An image with nothing in it, for programs whose files are mounted: its name."""
+        if self.try_docker("image", "inspect", EMPTY_IMAGE).returncode != 0:
+            with docker_images.empty() as tarball:
+                self.import_image(EMPTY_IMAGE, tarball)
+        return EMPTY_IMAGE
 
     def systemd_image(self) -> str:
         """An image of a minimal Debian with systemd: its name. The cache keeps its file system."""
