@@ -19,13 +19,13 @@ from .stages import BACKENDS, Stage
 class Recorder:
     """A keeper that writes down what it is told, and can refuse or hang at the nth registration."""
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, app: str, epoch: int) -> None:
         self.calls: list[tuple[str, str]] = []
         self.resources: dict[str, Resource] = {}
         self.all: dict[str, Resource] = {}
         """Whatever was ever registered."""
         self.on_register: dict[int, Callable[[Resource], object]] = {}
-        self.section = SectionContext("prod", "n1", "wiki", epoch, self._register, self._unregister)
+        self.section = SectionContext("prod", "n1", app, epoch, self._register, self._unregister)
 
     def count(self, call: str) -> int:
         """How many calls there were of that kind."""
@@ -64,7 +64,7 @@ async def stage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 @pytest.fixture
 async def recorder(stage: Stage) -> AsyncIterator[Recorder]:
     """A section that records; what it knew is ended with the test."""
-    made = Recorder(epoch=7)
+    made = Recorder(stage.app, epoch=7)
     yield made
     await stage.keeper_kills(list(made.all.values()))
 

@@ -36,7 +36,7 @@ async def main(name: str, folder: str, behaviour: str, at: int) -> None:
         sys.stdout.flush()
         await asyncio.sleep(600)
 
-    section = SectionContext("prod", "n1", "wiki", 6, register, lambda resource_id: None)
+    section = SectionContext("prod", "n1", stage.app, 6, register, lambda resource_id: None)
     await stage.backend(msgspec.json.decode(behaviour, type=Behaviour)).start(section)
     await wait()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Protocol
 
 import msgspec
 
-from phalanx import config, system
+from phalanx import cgroup_v2, config, system
 from phalanx.backends import make_backend
 from phalanx.keeper.fencing import kill_resources
 from phalanx.ports import Backend, SectionContext
@@ -28,9 +29,16 @@ READY_TIMEOUT = 10.0
 STOP_TIMEOUT = 10.0
 
 
+def app_of(folder: Path) -> str:
+    """The name of the app whose witness is *folder*."""
+    return f"wiki-{hashlib.sha256(str(folder).encode()).hexdigest()[:12]}"
+
+
 class Stage(Protocol):
     """One backend under test."""
 
+    app: str
+    """Of this stage alone: other tests that run at the same time are not in its way."""
     kind: str
     """Of the resources that it registers."""
     registrations: int
@@ -85,10 +93,10 @@ class RealStage:
     kind: str
     registrations = 1
     adopts = True
-    fences = True
+    fences: bool = True
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.app = folder, app_of(folder)
         self._nodes: list[asyncio.subprocess.Process] = []
         self._registered: list[Resource] = []
 
@@ -119,7 +127,7 @@ class RealStage:
             ready_timeout=ready_timeout,
             stop_timeout=stop_timeout,
         )
-        app = config.build_app("wiki", config.ActivePassive(), backend=declared)
+        app = config.build_app(self.app, config.ActivePassive(), backend=declared)
         assert app.backend is not None
         return make_backend(app.backend, "prod", "n1")
 
@@ -201,7 +209,10 @@ class ProcessStage(HostStage):
     name = kind = "process"
     registrations = 2
     adopts = False
-    fences = False
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.fences = bool(cgroup_v2.base())
 
     def declare(self, behaviour: Behaviour, **options: object) -> config.Process:
         """See ``RealStage.declare``."""
@@ -218,7 +229,7 @@ class FakeStage:
     fences = True
 
     def __init__(self, folder: Path) -> None:
-        self.host = FakeHost()
+        self.host, self.app = FakeHost(), app_of(folder)
 
     def backend(
         self,
@@ -235,7 +246,7 @@ class FakeStage:
 
     def has_said(self, word: str) -> bool:
         """See ``Stage.has_said``."""
-        return ("wiki", word) in self.host.said
+        return (self.app, word) in self.host.said
 
     def left(self) -> list[str]:
         """See ``Stage.left``."""
@@ -256,7 +267,7 @@ class FakeStage:
                 reached.set()
                 await asyncio.Event().wait()
 
-        section = SectionContext("prod", "n1", "wiki", 6, register, lambda resource_id: None)
+        section = SectionContext("prod", "n1", self.app, 6, register, lambda resource_id: None)
         start = asyncio.create_task(backend.start(section))
         await asyncio.wait(
             {start, waits := asyncio.create_task(reached.wait())}, return_when="FIRST_COMPLETED"

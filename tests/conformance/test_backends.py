@@ -50,7 +50,7 @@ async def test_registers_before_it_starts(stage: Stage, recorder: Recorder) -> N
     assert seen == [False] * stage.registrations
     assert recorder.count("register") == len(recorder.calls) >= stage.registrations
     (resource,) = recorder.resources.values()
-    assert (resource.kind, resource.app, resource.epoch) == (stage.kind, "wiki", 7)
+    assert (resource.kind, resource.app, resource.epoch) == (stage.kind, stage.app, 7)
     await until(lambda: stage.has_said("started"))
     assert stage.left()
     await running.stop("done")
@@ -121,17 +121,17 @@ async def test_start_cancelled_while_registering_leaves_nothing(
 async def test_program_that_cannot_be_started(stage: Stage, recorder: Recorder) -> None:
     """No such program, image or unit: said by prepare() and by start(), with a remedy; nothing registered."""
     backend = stage.backend(Behaviour(missing=True))
-    for attempt in (backend.prepare("wiki"), backend.start(recorder.section)):
+    for attempt in (backend.prepare(stage.app), backend.start(recorder.section)):
         with pytest.raises(BackendError) as caught:
             await attempt
-        assert (caught.value.app, caught.value.step) == ("wiki", "prepare")
+        assert (caught.value.app, caught.value.step) == (stage.app, "prepare")
         assert caught.value.remedy
     assert_nothing_is_left(stage, recorder)
 
 
 async def test_prepare_starts_nothing(stage: Stage, recorder: Recorder) -> None:
     """It only looks."""
-    await stage.backend(SERVES).prepare("wiki")
+    await stage.backend(SERVES).prepare(stage.app)
     await asyncio.sleep(0.2)
     assert not stage.has_said("started")
     assert_nothing_is_left(stage, recorder)
@@ -333,7 +333,7 @@ async def test_last_lines_are_kept(stage: Stage, recorder: Recorder) -> None:
     async with asyncio.timeout(10):
         await running.ended
     await running.stop("it ended")
-    assert [line.split()[-1] for line in await backend.logs("wiki", 2)] == ["two", "three"]
+    assert [line.split()[-1] for line in await backend.logs(stage.app, 2)] == ["two", "three"]
 
 
 async def test_flood_of_output_holds_nobody_up(stage: Stage, recorder: Recorder) -> None:
@@ -347,7 +347,7 @@ async def test_flood_of_output_holds_nobody_up(stage: Stage, recorder: Recorder)
         await asyncio.sleep(0.01)
         worst = max(worst, system.now() - began - 0.01)
     assert worst < 0.25
-    assert len(await backend.logs("wiki", 10)) == 10
+    assert len(await backend.logs(stage.app, 10)) == 10
     began = system.now()
     await running.kill()
     assert system.now() - began < 3
@@ -365,7 +365,7 @@ async def test_node_killed_while_starting_leaves_nothing_that_the_keeper_does_no
     if registration > stage.registrations:
         pytest.skip("it registers once")
     known = await stage.node_dies(LEAVES_A_DAEMON, registration)
-    assert [(resource.app, resource.epoch) for resource in known] == [("wiki", 6)]
+    assert [(resource.app, resource.epoch) for resource in known] == [(stage.app, 6)]
     assert await stage.keeper_kills(known)
     assert stage.left() == []
     if registration:
@@ -426,9 +426,9 @@ async def test_fence_ends_what_a_dead_node_left(stage: Stage, recorder: Recorder
         pytest.skip("only the keeper's list tells of it")
     backend = stage.backend(SERVES)
     if stage.left():
-        assert await backend.fence("wiki")
+        assert await backend.fence(stage.app)
     assert stage.left() == []
-    assert await backend.fence("wiki") == []
+    assert await backend.fence(stage.app) == []
 
 
 async def test_start_ends_what_a_dead_node_left(stage: Stage, recorder: Recorder) -> None:
@@ -447,7 +447,7 @@ async def test_fence_leaves_alone_what_is_held(stage: Stage, recorder: Recorder)
     """What a living node runs is none of fence()'s business."""
     backend = stage.backend(SERVES)
     running = await backend.start(recorder.section)
-    assert await backend.fence("wiki") == []
+    assert await backend.fence(stage.app) == []
     assert await backend.fence("other") == []
     assert stage.left()
     assert not asyncio.ensure_future(running.ended).done()

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pwd
+import resource as resource_module
 import subprocess
 import sys
 import threading
@@ -15,11 +16,13 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from phalanx import child, config, system
+from phalanx import cgroup_v2, child, config, system
 from phalanx.backends import ProcessBackend, gate, process
 from phalanx.errors import BackendError, SessionLost
+from phalanx.keeper.fencing import kill_resources
 from phalanx.ports import Running, SectionContext
 from phalanx.types import Resource
 
@@ -80,6 +83,11 @@ async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
+
+
+def is_there(path: str) -> bool:
+    """Whether *path* exists."""
+    return os.path.exists(path)
 
 
 def python(code: str) -> list[str]:
@@ -489,6 +497,186 @@ async def test_g1_child_that_only_its_parent_tells_of_is_killed(
     assert hidden.alive()
     await (running.stop("done") if how == "stop" else running.kill())
     assert not hidden.alive()
+
+
+# --- control groups
+
+in_cgroups = pytest.mark.skipif(not cgroup_v2.base(), reason="this user may not make control groups here")
+
+ESCAPES = (
+    "import os, sys, time\n"
+    "if os.fork() == 0:\n"
+    "    os.setsid()\n"
+    "    if os.fork() == 0:\n"
+    f"        os.execve({sys.executable!r}, ['x', '-c', 'import os, sys, time\\n"
+    "print(os.getpid(), flush=True); time.sleep(60)'], {})\n"
+    "    os._exit(0)\n"
+    "os.wait(); sys.stdout.flush(); time.sleep(60)"
+)
+"""Leaves a daemon without mark, group or parent: only its control group tells of it."""
+
+
+@in_cgroups
+async def test_program_is_in_its_control_group_before_it_runs(sections: Sections, lines: list[str]) -> None:
+    """One of its own, which the keeper knows first, and which is gone afterwards."""
+    known: list[dict[str, str]] = []
+    real = sections.register
+
+    async def register(resource: Resource) -> None:
+        known.append(resource.details)
+        assert len(known) > 1 or not is_there(resource.details["cgroup"])
+        await real(resource)
+
+    sections.register = register  # pyright: ignore
+    running = await sections.start(python("print(open('/proc/self/cgroup').read())"))
+    await running.ended
+    path = known[0]["cgroup"]
+    assert known == [{"cgroup": path}] * 2
+    assert is_there(path)
+    await running.stop("done")
+    assert any(path.endswith(line.partition("::")[2]) for line in lines if line.startswith("0::"))
+    assert not is_there(path)
+
+
+@in_cgroups
+@pytest.mark.parametrize("how", ["stop", "kill", "crash"])
+async def test_g1_daemon_that_nothing_else_tells_of_is_killed(
+    sections: Sections, lines: list[str], how: str
+) -> None:
+    """Forked twice, a session of its own, an empty environment: gone with the program all the same."""
+    running = await sections.start(python(ESCAPES))
+    await until(lambda: lines)
+    daemon = system.ProcessRef.of(int(lines[0]))
+    (resource,) = sections.resources.values()
+    assert daemon.pid not in system.find_marked(resource.id, resource.pgid)
+    if how == "crash":
+        os.kill(resource.pgid, 9)
+        await running.ended
+        assert daemon.alive()
+    await (running.kill() if how == "kill" else running.stop("done"))
+    assert not daemon.alive()
+
+
+LEAVES = """
+import asyncio, sys
+from phalanx import config
+from phalanx.backends import ProcessBackend
+from phalanx.ports import SectionContext
+import msgspec, logging
+
+class Says(logging.Handler):
+    def emit(self, record):
+        print(record.getMessage(), flush=True)
+
+async def register(resource):
+    if resource.pgid:
+        print(msgspec.json.encode(resource).decode(), flush=True)
+
+async def main():
+    logging.getLogger("phalanx.app.wiki").addHandler(Says())
+    logging.getLogger("phalanx.app.wiki").setLevel("INFO")
+    app = config.build_app("wiki", config.ActivePassive(), backend=config.Process(
+        [sys.executable, "-uc", sys.argv[1]]))
+    section = SectionContext("prod", "n1", "wiki", 12, register, lambda resource_id: None)
+    await ProcessBackend(app.backend).start(section)
+    await asyncio.sleep(60)
+
+asyncio.run(main())
+"""
+
+
+@in_cgroups
+@pytest.mark.parametrize("who", ["keeper", "next node"])
+async def test_g1_such_a_daemon_of_a_killed_node_is_killed(who: str) -> None:
+    """SIGKILL of the node: its keeper kills it; or, if that died too and its file is lost, the next start."""
+    node = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", LEAVES, ESCAPES, stdout=asyncio.subprocess.PIPE
+    )
+    assert node.stdout is not None
+    async with asyncio.timeout(20):
+        resource = msgspec.json.decode(await node.stdout.readline(), type=Resource)
+        daemon = system.ProcessRef.of(int(await node.stdout.readline()))
+    assert daemon.alive()
+    assert list(cgroup_v2.left_over("wiki.prod.n1.")) == [], "it is held"
+    node.kill()
+    await node.wait()
+    if who == "keeper":
+        assert await kill_resources([resource])
+    else:
+        await until(lambda: not system.is_running(resource.pgid))
+        await ProcessBackend(config.Process("true")).fence("wiki")
+    assert not daemon.alive()
+    assert not is_there(resource.details["cgroup"])
+
+
+@in_cgroups
+async def test_control_group_that_cannot_be_entered(
+    sections: Sections, lines: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The program runs without one, which is said; and nothing is left of it."""
+
+    def refuse(group: cgroup_v2.Cgroup, pid: int) -> None:
+        raise OSError(16, "Device or resource busy")
+
+    monkeypatch.setattr(cgroup_v2.Cgroup, "add", refuse)
+    running = await sections.start(["/bin/echo", "up"])
+    (resource,) = sections.resources.values()
+    await running.ended
+    await running.stop("done")
+    assert lines == ["up"]
+    assert "without a control group" in caplog.text
+    assert not is_there(resource.details["cgroup"])
+
+
+async def test_without_control_groups(
+    sections: Sections, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are none, the program runs as before, and nothing of it is asked for."""
+    monkeypatch.setattr(cgroup_v2, "base", lambda: "")
+    running = await sections.start(["/bin/echo", "up"])
+    (resource,) = sections.resources.values()
+    assert resource.details == {}
+    await running.ended
+    await running.stop("done")
+    assert lines == ["up"]
+
+
+# --- limits
+
+
+async def test_limits_of_each_process(sections: Sections, lines: list[str]) -> None:
+    """The program and its children have them, the node keeps its own."""
+    before = resource_module.getrlimit(resource_module.RLIMIT_NOFILE)
+    limits = config.Limits(open_files=100, core=0, nice=min(os.nice(0) + 3, 19))
+    running = await sections.start(["/bin/sh", "-c", "ulimit -n; ulimit -Hn; ulimit -c; nice"], limits=limits)
+    await running.ended
+    await running.stop("done")
+    assert lines == ["100", "100", "0", str(limits.nice)]
+    assert resource_module.getrlimit(resource_module.RLIMIT_NOFILE) == before
+
+
+async def test_limit_that_this_host_cannot_enforce(
+    sections: Sections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is started, and the reason and the remedy are said."""
+    monkeypatch.setattr(cgroup_v2, "base", lambda: "")
+    with pytest.raises(BackendError, match=r"limits\.memory = 67108864 cannot be enforced here") as caught:
+        await sections.start("sleep 60", limits=config.Limits(memory="64 MiB"))
+    assert (caught.value.step, "Delegate=yes" in caught.value.remedy) == ("prepare", True)
+    assert not sections.resources
+
+
+@in_cgroups
+async def test_limit_that_the_kernel_refuses_after_all(
+    sections: Sections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The controller is there, but not for us: the start fails, and leaves nothing."""
+    monkeypatch.setattr(cgroup_v2, "controllers", lambda: frozenset({"memory", "cpu", "pids"}))
+    with pytest.raises(BackendError, match="its limits cannot be set in") as caught:
+        await sections.start("sleep 60", limits=config.Limits(processes=100))
+    assert caught.value.step == "start"
+    assert not sections.resources
+    assert list(cgroup_v2.left_over("wiki.prod.n1.12.")) == []
 
 
 # --- output

@@ -3,27 +3,29 @@
 The invariant: from before the spawn until nothing of it runs, the keeper has the marker by which every
 process of the section can be found and killed. It is taken back only after a scan that found nobody. The
 program itself runs only once the keeper has its group as well: until then it waits behind a gate.
+
+Where there is cgroup v2, and the node may use it, the program is in a control group of its own before it
+runs: nothing it starts can leave that, and the kernel kills it as one. The search for the marker goes on all
+the same: a session manager (pam_systemd, by sudo or su) may have moved something elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
-import pwd
 import secrets
-import shutil
 import signal
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import partial
 
 import msgspec
 
-from phalanx import child, system
-from phalanx.backends import gate
+from phalanx import cgroup_v2, child, system
+from phalanx.backends import gate, limits
+from phalanx.backends.launch import Launch, prepare, spawn_failed
 from phalanx.config import Check, Process
 from phalanx.errors import BackendError
 from phalanx.ports import Running, SectionContext
@@ -40,10 +42,6 @@ READY_POLL_SECONDS = 0.1
 
 _GROUP_POLL_SECONDS = 0.03
 _RETRY_SECONDS = 0.5
-# What is wrong with the program or its surroundings, not with this moment.
-_PREPARE_ERRORS = {
-    errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ENOTDIR, errno.EPERM, errno.E2BIG, errno.ELOOP,
-}  # fmt: skip
 
 
 class ProcessBackend:
@@ -55,11 +53,14 @@ class ProcessBackend:
 
     async def prepare(self, app: str) -> None:
         """See ``ports.Backend.prepare``."""
-        await child.in_thread(partial(_prepare, self._config, app))
+        await child.in_thread(partial(prepare, self._config, app))
 
     async def fence(self, app: str) -> list[str]:
-        """Nothing to do: what an earlier life left is in the keeper's file, and the keeper has killed it."""
-        return []
+        """Kill what is in control groups of *app* that nobody holds any more.
+
+        Without cgroups there is nothing to do: the keeper's file has what an earlier life left.
+        """
+        return await child.in_thread(partial(_fence, app))
 
     async def adopt(self, section: SectionContext, resource: Resource) -> Running | None:
         """The kernel ends a process with its node: there is never one to take up."""
@@ -75,7 +76,8 @@ class ProcessBackend:
         On a failure or cancellation it returns only when nothing is left, however long processes take to
         die: the section takes a start that has failed for one that left nothing.
         """
-        launch = await child.in_thread(partial(_prepare, self._config, section.app))
+        launch = await child.in_thread(partial(prepare, self._config, section.app))
+        await self.fence(section.app)
         run = _Run(self._config, section, launch, self._kept)
         try:
             await run.start()
@@ -85,95 +87,20 @@ class ProcessBackend:
         return run
 
 
-# --- before the start
-
-
-class _Launch(msgspec.Struct, frozen=True):
-    program: str
-    env: Mapping[str, str]
-    identity: child.Identity | None
-
-
-def _prepare(config: Process, app: str) -> _Launch:
-    """Look whether it can be started at all; asks the file system. Raises BackendError (``prepare``)."""
-    if config.cwd and not os.path.isdir(config.cwd):
-        problem = "is no directory" if os.path.exists(config.cwd) else "does not exist"
-        raise BackendError(app, "prepare", f"cwd {config.cwd} {problem}", "create it, or correct cwd")
-    env = child.environment()
-    identity = None
-    if config.user:
-        entry = _user(config.user, app)
-        if entry.pw_uid != os.geteuid():
-            identity = child.Identity(
-                entry.pw_uid, entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid)
-            )
-            env |= {"USER": entry.pw_name, "LOGNAME": entry.pw_name, "HOME": entry.pw_dir}
-    env |= config.env
-    return _Launch(_program(config, env, app), env, identity)
-
-
-def _user(name: str, app: str) -> pwd.struct_passwd:
-    try:
-        entry = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
-    except (KeyError, OverflowError):
-        raise BackendError(
-            app, "prepare", f"there is no user {name!r} on this host", "create it, or correct user"
-        ) from None
-    if os.geteuid() not in (0, entry.pw_uid):
-        raise BackendError(
-            app,
-            "prepare",
-            f"only root can run a program as {name!r}",
-            "run the node as root, or leave user out",
-        )
-    return entry
-
-
-def _program(config: Process, env: Mapping[str, str], app: str) -> str:
-    name = config.command[0]
-    if "/" not in name:
-        # As an exec would look it up: by the PATH that the program itself gets.
-        if (found := shutil.which(name, path=env.get("PATH", os.defpath))) is None:
-            raise BackendError(
-                app,
-                "prepare",
-                f"no program {name!r} in PATH",
-                "install it, or write its whole path in command",
-            )
-        return os.path.abspath(found)
-    path = os.path.join(config.cwd or os.curdir, name)
-    if not os.path.exists(path):
-        raise BackendError(app, "prepare", f"program {path} does not exist", "install it, or correct command")
-    if not os.path.isfile(path) or not os.access(path, os.X_OK):
-        raise BackendError(
-            app, "prepare", f"{path} is not executable", "chmod +x it, or name its interpreter in command"
-        )
-    return os.path.abspath(path)
-
-
-def _spawn_failed(app: str, command: str, error: OSError) -> BackendError:
-    step = "prepare" if error.errno in _PREPARE_ERRORS else "start"
-    remedy = {
-        errno.ENOENT: "look for a missing interpreter (first line of a script) or a directory that is gone",
-        errno.EACCES: "give the user that runs it the right to execute it and to enter cwd",
-        errno.ENOEXEC: "a script needs a first line such as #!/bin/sh",
-        errno.EAGAIN: "raise the limit of processes (ulimit -u, TasksMax)",
-        errno.ENOMEM: "free memory",
-    }.get(error.errno or 0, "")
-    return BackendError(app, step, f"cannot run {command}: {error.strerror or error}", remedy)
-
-
 # --- one start
 
 
 class _Run:
     """Implements ``ports.Running``: one start of the program."""
 
-    def __init__(self, config: Process, section: SectionContext, launch: _Launch, kept: deque[str]) -> None:
+    def __init__(self, config: Process, section: SectionContext, launch: Launch, kept: deque[str]) -> None:
         self._config, self._section, self._launch, self._kept = config, section, launch, kept
         self._app = section.app
         marker = f"{section.app}.{section.epoch}.{secrets.token_hex(8)}"
-        self._resource = Resource("process", marker, section.app, section.epoch)
+        self._group_name = f"{section.app}.{section.platform}.{section.node}.{marker.partition('.')[2]}"
+        self._cgroup: cgroup_v2.Cgroup | None = None
+        details = {"cgroup": cgroup_v2.path_of(self._group_name)} if launch.contained else {}
+        self._resource = Resource("process", marker, section.app, section.epoch, details=details)
         self._child: child.Child | None = None
         self._gate: gate.Gate | None = None
         self._known: list[system.ProcessRef] = []
@@ -240,11 +167,44 @@ class _Run:
             cwd=self._config.cwd,
             identity=self._launch.identity,
         )
+        if self._launch.contained:
+            await self._confine(self._make_cgroup)
         try:
             process, self._gate = await child.in_thread(start)
         except OSError as error:
-            raise _spawn_failed(self._app, self._launch.program, error) from error
+            raise spawn_failed(self._app, self._launch.program, error) from error
         self._child = child.Child(process, self._on_line, self._on_exit)
+        if self._cgroup is not None:
+            await self._confine(partial(self._cgroup.add, process.pid))
+        try:
+            await child.in_thread(partial(limits.apply, self._config.limits, process.pid))
+        except ProcessLookupError:
+            pass  # the gate has ended; so the start has failed anyway
+        except (OSError, ValueError) as error:
+            raise BackendError(
+                self._app, "start", f"its limits cannot be set: {error}", "lower them, or leave them out"
+            ) from error
+
+    def _make_cgroup(self) -> None:
+        self._cgroup = cgroup_v2.create(self._group_name, limits.of_cgroup(self._config.limits))
+
+    async def _confine(self, step: Callable[[], None]) -> None:
+        """A step on the way into the control group. Where it is refused, the program runs without one, unless
+        its limits need it."""
+        try:
+            await child.in_thread(step)
+        except ProcessLookupError:
+            pass
+        except OSError as error:
+            if limits.of_cgroup(self._config.limits):
+                where = self._resource.details["cgroup"]
+                raise BackendError(
+                    self._app,
+                    "start",
+                    f"its limits cannot be set in {where}: {error.strerror or error}",
+                    "put Delegate=yes into the node's service, or leave the limits out",
+                ) from error
+            log.warning("app %s: without a control group: %s", self._app, error, extra={"app": self._app})
 
     def _on_line(self, line: str) -> None:
         self._kept.append(line)
@@ -256,7 +216,7 @@ class _Run:
         try:
             await child.in_thread(self._gate.open)
         except OSError as error:
-            raise _spawn_failed(self._app, self._launch.program, error) from error
+            raise spawn_failed(self._app, self._launch.program, error) from error
 
     def _on_exit(self) -> None:
         assert self._child is not None
@@ -392,6 +352,10 @@ class _Run:
         )
         if report.remaining:
             return report.remaining
+        if self._cgroup is not None:
+            if remaining := await child.in_thread(partial(_empty, self._cgroup)):
+                return remaining
+            self._cgroup = None
         if program is not None:
             program.look()
             program.reap()
@@ -399,6 +363,42 @@ class _Run:
         self._gone = True
         self._section.unregister(self._resource.id)
         return ()
+
+
+def _empty(group: cgroup_v2.Cgroup) -> tuple[int, ...]:
+    """Kill what is in *group* and remove it; who does not die. Raises OSError."""
+    if remaining := cgroup_v2.kill(group.path, KILL_DEADLINE_SECONDS):
+        return tuple(remaining)
+    group.remove()
+    return ()
+
+
+def _fence(app: str) -> list[str]:
+    """See :meth:`ProcessBackend.fence`."""
+    killed: list[str] = []
+    for group in cgroup_v2.left_over(f"{app}."):
+        try:
+            found = cgroup_v2.pids(group.path)
+            killed += [f"process {pid}" for pid in found]
+            if remaining := _empty(group):
+                raise BackendError(
+                    app,
+                    "kill",
+                    f"processes {', '.join(map(str, remaining))} of an earlier life do not die",
+                    "look at them with ps: state D is a device or file system that hangs",
+                )
+        except OSError as error:
+            raise BackendError(
+                app,
+                "kill",
+                f"cannot empty {group.path}: {error.strerror or error}",
+                "look at it and remove it",
+            ) from error
+        finally:
+            group.release()
+    if killed:
+        log.warning("app %s: killed left-overs of an earlier life: %s", app, ", ".join(killed))
+    return killed
 
 
 def _group_lives(marker: str, pgid: int) -> bool:

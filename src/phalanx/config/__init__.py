@@ -6,7 +6,7 @@
 """
 
 from phalanx.config.apps import ActivePassive, AppConfig, HookTimeouts, Restart
-from phalanx.config.backends import Backend, Docker, Process, Systemd
+from phalanx.config.backends import Backend, Docker, Limits, Process, Systemd
 from phalanx.config.build import build_app, build_platform
 from phalanx.config.checks import Check, CheckSettings, CommandCheck, FunctionCheck, HttpCheck, TcpCheck
 from phalanx.config.database_relations import between_databases
@@ -31,6 +31,7 @@ __all__ = [
     "HookTimeouts",
     "HttpCheck",
     "HttpServer",
+    "Limits",
     "Logging",
     "NatsOptions",
     "PlatformConfig",

@@ -6,10 +6,60 @@ from collections.abc import Mapping
 from typing import Annotated
 
 from phalanx.config import rules, texts
-from phalanx.config.aliases import ByteCount, CommandLine, PathText, Seconds, Texts, default
+from phalanx.config.aliases import (
+    ByteCount,
+    CommandLine,
+    MaybeByteCount,
+    PathText,
+    Seconds,
+    Texts,
+    default,
+)
 from phalanx.config.checks import Check
 from phalanx.config.declaration import Declaration
 from phalanx.config.rules import About
+
+
+class Limits(Declaration, frozen=True, kw_only=True):
+    """What a process may use at most. A limit that this host cannot enforce is refused at start.
+
+    `memory`, `cpus` and `processes` count for all of its processes together, and need cgroup v2: run the node
+    as a service with `Delegate=yes`. The others are for each of its processes (setrlimit(2), nice(2)).
+    """
+
+    memory: Annotated[
+        MaybeByteCount,
+        About(
+            "Memory; above it the kernel kills all of the program (`memory.max`).",
+            rules.Bytes(1 << 20, 1 << 50, optional=True),
+        ),
+    ] = default(None)
+    cpus: Annotated[
+        float | None,
+        About("Processor time, in processors (`cpu.max`).", rules.Number(0.01, 4096, optional=True)),
+    ] = None
+    processes: Annotated[
+        int | None,
+        About("Processes and threads (`pids.max`).", rules.Whole(1, 1 << 22, optional=True)),
+    ] = None
+    open_files: Annotated[
+        int | None,
+        About(
+            "Open files.", rules.Whole(16, 1 << 30, optional=True), default="as many as the node itself may"
+        ),
+    ] = None
+    core: Annotated[
+        MaybeByteCount,
+        About("Size of a core dump.", rules.Bytes(0, 1 << 50, optional=True), default="the node's own"),
+    ] = default(None)
+    nice: Annotated[
+        int | None,
+        About(
+            "Nice value; below that of the node only root can.",
+            rules.Whole(-20, 19, optional=True),
+            default="the node's own",
+        ),
+    ] = None
 
 
 class _Program(Declaration, frozen=True):
@@ -32,6 +82,9 @@ class Process(_Program, frozen=True, kw_only=True, tag="process", tag_field="typ
             "User to run as; only root can.", texts.Text("user name", spaces=False), default="the node's own"
         ),
     ] = ""
+    limits: Annotated[
+        Limits, About("What it may use at most.", rules.Nested("see Limits"), default="no limits")
+    ] = Limits()
     stop_signal: Annotated[str, About("Asks the program to end.", texts.Signal())] = "TERM"
     stop_timeout: Annotated[
         Seconds,

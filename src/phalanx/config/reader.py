@@ -81,6 +81,7 @@ class Reader:
             "database": self._database,
             "ready": lambda value, key: self._optional(value, key, checks.CHECKS),
             "vip": self._vips,
+            "limits": lambda value, key: self.read(backends.Limits, value, key),
             "restart": lambda value, key: self.read(apps.Restart, value, key),
             "fence": self._fence,
             "checks": self._checks,

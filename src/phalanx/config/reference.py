@@ -131,6 +131,7 @@ def _sections() -> Iterator[str]:
     yield from _section("App", "[apps.NAME]", apps.AppConfig)
     yield from _section("Pattern: active-passive", "pattern", apps.ActivePassive)
     yield from _section("Backend: process", "[apps.NAME.backend]", backends.Process)
+    yield from _section("Limits", "[apps.NAME.backend.limits]", backends.Limits)
     yield from _section("Backend: systemd", "[apps.NAME.backend]", backends.Systemd)
     yield from _section("Backend: docker", "[apps.NAME.backend]", backends.Docker)
     yield from _section("Restart", "[apps.NAME.restart]", apps.Restart)

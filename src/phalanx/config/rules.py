@@ -123,12 +123,15 @@ class Bytes(msgspec.Struct, frozen=True):
 
     least: int
     most: int
+    optional: bool = False
 
     @property
     def shape(self) -> str:
         return f"size, {size_text(self.least)} to {size_text(self.most)}"
 
-    def __call__(self, key: str, value: object) -> int:
+    def __call__(self, key: str, value: object) -> int | None:
+        if value is None and self.optional:
+            return None
         count = _bytes(key, value)
         if not self.least <= count <= self.most:
             side = "too small" if count < self.least else "too large"
@@ -184,12 +187,15 @@ class Number(msgspec.Struct, frozen=True):
 
     least: float
     most: float
+    optional: bool = False
 
     @property
     def shape(self) -> str:
         return f"number, {self.least:g} to {self.most:g}"
 
-    def __call__(self, key: str, value: object) -> float:
+    def __call__(self, key: str, value: object) -> float | None:
+        if value is None and self.optional:
+            return None
         span = f"choose a number from {self.least:g} to {self.most:g}"
         number = _number(key, value, span)
         if not self.least <= number <= self.most:

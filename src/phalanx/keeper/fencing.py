@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from phalanx import system
+from phalanx import cgroup_v2, system
 from phalanx.keeper import containers, units
 from phalanx.keeper.addresses import drop
 from phalanx.types import Resource
@@ -201,8 +201,15 @@ def _kill_process(resource: Resource, known: tuple[system.ProcessRef, ...]) -> b
     except (OSError, ValueError) as error:
         log.error("app %s: cannot see whether all of it is gone: %s", resource.app, error)
         return False
-    if report.remaining:
-        log.error("app %s: processes %s do not die", resource.app, report.remaining)
+    remaining = report.remaining
+    if not remaining and (path := resource.details.get("cgroup", "")):
+        try:
+            remaining = tuple(cgroup_v2.kill_and_remove(path, KILL_DEADLINE_SECONDS))
+        except (OSError, ValueError) as error:
+            log.error("app %s: cannot see whether %s is empty: %s", resource.app, path, error)
+            return False
+    if remaining:
+        log.error("app %s: processes %s do not die", resource.app, remaining)
     elif report.killed:
         log.warning("app %s: killed processes %s of epoch %d", resource.app, report.killed, resource.epoch)
-    return not report.remaining
+    return not remaining
