@@ -40,7 +40,7 @@ def test_own_cgroup_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 @pytest.fixture
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A base with all controllers, and the node's processes in it."""
-    (tmp_path / "cgroup_v2.controllers").write_text("cpuset cpu io memory pids\n")
+    (tmp_path / "cgroup.controllers").write_text("cpuset cpu io memory pids\n")
     (tmp_path / "cgroup.subtree_control").write_text("cpu\n")
     (tmp_path / "cgroup.procs").write_text("101\n102\n")
     monkeypatch.setattr(cgroup_v2, "base", lambda: str(tmp_path))
@@ -97,7 +97,7 @@ def test_node_leaves_the_base_where_controllers_want_that(
 
 def test_limit_that_cannot_be_enforced_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No controller, no control groups, or no right: which limit, why, and what to do."""
-    (base / "cgroup_v2.controllers").write_text("hugetlb\n")
+    (base / "cgroup.controllers").write_text("hugetlb\n")
     for given, word in (({"memory": "1 GiB"}, "memory"), ({"cpus": 1}, "cpu"), ({"processes": 9}, "pids")):
         app = config.build_app(
             "wiki", config.ActivePassive(), backend=config.Process("true", limits=config.Limits(**given))

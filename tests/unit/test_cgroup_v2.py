@@ -83,7 +83,7 @@ def test_without_cgroup_kill(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     real = cgroup_v2._write
 
     def write(path: str, text: str) -> None:
-        if path.endswith("/cgroup_v2.kill"):
+        if path.endswith("/cgroup.kill"):
             raise FileNotFoundError(2, "no such file", path)
         real(path, text)
 
