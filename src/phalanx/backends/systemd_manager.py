@@ -118,7 +118,7 @@ class Manager:
         self._lost: asyncio.Future[None] | None = None
         self._was_connected = False
         self._connecting = asyncio.Lock()
-        self._rules: tuple[str, ...] = ()
+        self._unit, self._rules = "", tuple[str, ...]()
         self._subscribed = False
         self._on_change: Callable[[], None] = lambda: None
         self._on_job: Callable[[str, str], None] = lambda job, result: None
@@ -151,7 +151,7 @@ class Manager:
     ) -> None:
         """From now on call *on_change* when *unit* at *path* may have changed, and *on_job* with the path and
         the result of each job of it that is over. Raises ManagerError."""
-        self._on_change, self._on_job = on_change, on_job
+        self._unit, self._on_change, self._on_job = unit, on_change, on_job
         signal = f"type='signal',sender='{_SYSTEMD}'"
         self._rules = (
             f"{signal},path='{path}',interface='{_PROPERTIES}',member='PropertiesChanged'",
@@ -210,17 +210,19 @@ class Manager:
                 for rule in self._rules:
                     await _call(bus, _BUS, "/org/freedesktop/DBus", _BUS, "AddMatch", "s", [rule])
                 await _call(bus, _SYSTEMD, _MANAGER_PATH, _MANAGER, "Subscribe", ignore="AlreadySubscribed")
+                # Else systemd forgets a unit, and how it has ended, as soon as it does not run.
+                await _call(bus, _SYSTEMD, _MANAGER_PATH, _MANAGER, "RefUnit", "s", [self._unit])
                 self._subscribed = True
             return bus
 
     async def _connect(self) -> MessageBus:
-        from dbus_fast import AuthError, BusType, InvalidAddressError
+        from dbus_fast import BusType
         from dbus_fast.aio import MessageBus
 
         bus = MessageBus(bus_type=BusType.SYSTEM)
         try:
             await bus.connect()
-        except (OSError, EOFError, AuthError, InvalidAddressError) as error:
+        except Exception as error:  # of a bus that ends meanwhile it may be anything
             raise ManagerError(_DISCONNECTED, f"{type(error).__name__}: {error}") from error
         bus.add_message_handler(self._on_message)
         self._was_connected = True

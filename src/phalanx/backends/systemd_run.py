@@ -175,7 +175,7 @@ class UnitRun:
     def _look_for_end(self) -> None:
         if not self._invocation or self._asked_to_end or self._ended.done():
             return
-        if self._unit.invocation != self._invocation:
+        if self._unit.invocation not in ("", self._invocation):
             self._ended.set_result("was restarted by somebody else")
         elif self._unit.active_state in ("deactivating", "inactive", "failed"):
             # Of one that is deactivating the program has ended, and what it left is being ended; or somebody
