@@ -111,7 +111,7 @@ T = TypeVar("T", Unit, Service)
 
 
 class Manager:
-    """One connection to systemd. It may be used again after it broke; :meth:`close` ends it."""
+    """One connection to systemd. It is made anew when it breaks; :meth:`close` ends it for good."""
 
     def __init__(self) -> None:
         self._bus: MessageBus | None = None
@@ -119,7 +119,7 @@ class Manager:
         self._was_connected = False
         self._connecting = asyncio.Lock()
         self._unit, self._rules = "", tuple[str, ...]()
-        self._subscribed = False
+        self._subscribed = self._closed = False
         self._on_change: Callable[[], None] = lambda: None
         self._on_job: Callable[[str, str], None] = lambda job, result: None
 
@@ -132,10 +132,7 @@ class Manager:
 
     async def read(self, path: str) -> tuple[Unit, Service]:
         """The unit at *path*, which is a service. Raises ManagerError."""
-        unit, service = await asyncio.gather(
-            self._properties(path, "Unit", Unit), self._properties(path, "Service", Service)
-        )
-        return unit, service
+        return await self._properties(path, "Unit", Unit), await self._properties(path, "Service", Service)
 
     async def unit(self, path: str) -> Unit:
         """The unit at *path*. Raises ManagerError."""
@@ -202,6 +199,8 @@ class Manager:
 
     async def _connected(self) -> MessageBus:
         async with self._connecting:
+            if self._closed:
+                raise ManagerError(f"{_BUS}.Error.Failed", "nobody needs its answer any more")
             if self._bus is None:
                 self._bus = await self._connect()
                 self._subscribed = False
@@ -255,7 +254,7 @@ class Manager:
 
     async def close(self) -> None:
         """End the connection; nothing is watched any more. Twice is harmless."""
-        self._rules = ()
+        self._closed = True
         self._on_change, self._on_job = lambda: None, lambda job, result: None
         bus, self._bus = self._bus, None
         if bus is not None and self._lost is not None:

@@ -285,6 +285,8 @@ class UnitRun:
         except TimeoutError:
             log.warning("app %s: unit %s still runs after %g s, killing it", self._app, self._name, seconds)
         except ManagerError as error:
+            if self._gone:  # somebody killed it meanwhile
+                return
             log.warning("app %s: systemd does not stop %s (%s), killing it", self._app, self._name, error)
 
     async def kill(self) -> None:
