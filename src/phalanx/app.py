@@ -14,6 +14,7 @@ import msgspec
 from phalanx import system
 from phalanx.config import AppConfig
 from phalanx.coord.election import Election, Reign
+from phalanx.coord.fencer import Fencer
 from phalanx.coord.kv import AppKV
 from phalanx.coord.locks import Lock, Locks
 from phalanx.coord.register import Register
@@ -21,7 +22,7 @@ from phalanx.coord.session import Session
 from phalanx.decide.activation import STEP_ASIDE_SECONDS, Failures
 from phalanx.decide.pause import Cause, ends_section, pause_of
 from phalanx.decide.restart import FailOver, RestartIn
-from phalanx.errors import HookFailed, NotActive, Paused, StartError
+from phalanx.errors import FenceFailed, HookFailed, NotActive, Paused, StartError
 from phalanx.hooks import Hooks
 from phalanx.names import Names
 from phalanx.observe.health import HealthMonitor
@@ -151,6 +152,8 @@ class NodeParts(Protocol):
     @property
     def journal(self) -> Journal: ...
     @property
+    def fencer(self) -> Fencer | None: ...
+    @property
     def pauses(self) -> Mapping[str, Pause]: ...
 
     async def register(self, resource: Any) -> None: ...
@@ -194,6 +197,7 @@ class App:
         self._has_standby_checks = any(check.when == "always" for check in config.checks)
         self._started = False
         self._barred = self._leaving = ""
+        self._waits_for_fence = False
         self._pause_known: Pause | None = None
         self._target: str | None = None
         self._events: deque[tuple[str, object]] = deque()
@@ -499,6 +503,7 @@ class App:
             no_failover=self.config.pattern.no_failover,
             highest=self._highest_epoch,
             handicap=self.database.handicap_seconds if self.database is not None else lambda: 0.0,
+            fences=parts.fencer is not None,
             paused=lambda: self.is_paused,
             on_leader=self._on_leader,
             on_acquired=self._on_acquired,
@@ -570,6 +575,7 @@ class App:
             context,
             database=self.database,
             addresses=self._addresses,
+            fence_previous=(lambda: self._fence_previous(reign)) if reign.unfenced else None,
             on_active_timeout=float(self.config.hook_timeouts.on_active),
             on_passive_timeout=float(self.config.hook_timeouts.on_passive),
             on_role=self._on_section_role,
@@ -588,6 +594,19 @@ class App:
             watch_stuck.cancel()
         return section
 
+    async def _fence_previous(self, reign: Reign) -> None:
+        fencer = self._running_parts.fencer
+        if fencer is not None:
+            await fencer.fence(self.name, int(reign.epoch), reign.unfenced)
+        reign.unfenced = ()
+
+    def on_fenced(self) -> None:
+        """A node was said to be off: a takeover that waits for that is tried again now."""
+        if self._waits_for_fence:
+            self._waits_for_fence = False
+            self._failures = msgspec.structs.replace(self._failures, not_before=system.now())
+            self._offer_candidacy()
+
     async def _watch_stuck(self, section: Section) -> None:
         await section.stuck.wait()
         self._running_parts.on_stuck(self, section.reign.reason)
@@ -598,6 +617,7 @@ class App:
         self._running_parts.journal.stood_down(self.name, now - self._standing_down_since)
         reason, epoch = section.reign.reason, int(section.reign.epoch)
         self._left_behind = section.left_behind
+        self._waits_for_fence = isinstance(section.failure, FenceFailed)
         if section.failure is not None:
             self._count_failure(str(section.failure), section.steady_seconds)
             delay = self._failures.not_before - now

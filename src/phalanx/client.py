@@ -29,6 +29,7 @@ from phalanx.client_db import DatabaseClient, caller
 from phalanx.client_operator import OperatorClient
 from phalanx.config import NatsOptions
 from phalanx.control import StepDownReply, StepDownRequest
+from phalanx.coord.election import read_leader
 from phalanx.decide.pause import WHOLE_PLATFORM, pause_of
 from phalanx.decide.session import SessionBody, StreamList
 from phalanx.errors import (
@@ -220,6 +221,59 @@ class PlatformClient:
         await self.bus.write(
             subject, b"", expect=state.member_revisions[node], headers={"KV-Operation": "DEL"}
         )
+
+    # --- fencing
+
+    async def to_be_fenced(self, node: str) -> Member:
+        """What is known of *node*'s latest session and its host. Raises ConfigError if nothing is."""
+        state = await self._state()
+        if node in state.members:
+            return state.members[node]
+        # One that was forgotten is no member any more, but an app may still wait for it to be fenced.
+        for app in state.apps:
+            leader = await read_leader(self.bus, self.names, app)
+            for session in (*leader.unfenced, *([leader.session] if leader.session else [])):
+                if session.node == node:
+                    return Member(node, session, 0.0, "", apps=(app,))
+        known = ", ".join(sorted(state.members)) or "(none)"
+        raise ConfigError("node", node, "no member of this platform", f"members are: {known}")
+
+    async def confirm_off(self, node: str) -> FenceNote:
+        """Have it noted, by the caller's word, that *node* is off: takeovers that wait for that go on.
+
+        Raises ConfigError for an unknown node, and for one whose session lives: that one is not off.
+        """
+        member = await self.to_be_fenced(node)
+        if node in await self._live(await self._state()):
+            problem = "its session lives, or is not found over yet"
+            raise ConfigError("node", node, problem, "see that it is off, wait for the TTL, try again")
+        return await self.note_fenced(
+            FenceNote(member.session, caller(), system.wall(), "an operator's word")
+        )
+
+    async def note_fenced(self, note: FenceNote) -> FenceNote:
+        """Note that nothing of a session runs any more, for whoever takes over from it."""
+        node = note.session.node
+        key = self.names.fenced_key(node, note.app)
+        subject = self.names.key_subject(self.names.platform_bucket, key)
+        await self.bus.write(subject, msgspec.json.encode(note))
+        details = {"fenced_node": node, "session": str(note.session)}
+        await self._audit("fence-confirmed", note.app, f"node {node}: {note.said}", details)
+        return note
+
+    async def _audit(self, action: str, app: str, reason: str, details: dict[str, str]) -> None:
+        entry = AuditEntry(
+            id=f"{action}-{secrets.token_hex(8)}",
+            time=round(system.wall(), 6),
+            node=caller(),
+            category="app" if app else "platform",
+            action=action,
+            app=app,
+            reason=reason,
+            details={"by": caller(), **details},
+        )
+        subject = self.names.audit_subject(entry.category, entry.action)
+        await self.bus.write(subject, msgspec.json.encode(entry), headers={"Nats-Msg-Id": entry.id})
 
     async def _answers(self, timeout: float, expected: int) -> dict[str, NodeStatus]:
         if not expected:

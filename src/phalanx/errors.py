@@ -274,7 +274,8 @@ class FenceFailed(PhalanxError):
     def __init__(self, app: str, node: str, problem: str) -> None:
         self.app, self.node, self.problem = app, node, problem
         super().__init__(
-            f"app {app!r}: node {node} is not fenced: {problem}; see that it is off, then: phalanx fence "
+            (f"app {app!r}: " if app else "")
+            + f"node {node} is not fenced: {problem}; see that it is off, then: phalanx fence "
             f"{node} --confirm-off"
         )
 

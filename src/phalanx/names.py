@@ -160,6 +160,11 @@ class Names:
         return f"{cls.PAUSE_KEY}.{app}" if app else cls.PAUSE_KEY
 
     @staticmethod
+    def fenced_key(node: str, app: str = "") -> str:
+        """That a session of that node runs nothing any more, or nothing of *app*."""
+        return f"fenced.{node}.{app}" if app else f"fenced.{node}"
+
+    @staticmethod
     def database_key(app: str) -> str:
         """That the app's WAL log and object store were created once; they must exist from then on."""
         return f"database.{app}"

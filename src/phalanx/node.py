@@ -23,6 +23,7 @@ from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.config import EmbeddedNats, NatsOptions, PlatformConfig
 from phalanx.control import Control
+from phalanx.coord.fencer import Fencer
 from phalanx.coord.membership import PlatformState
 from phalanx.coord.register import Register
 from phalanx.coord.repair import Repair
@@ -90,6 +91,8 @@ class Node:
         self._register: Register
         self._metrics = Metrics(config.name, config.node, VERSION)
         self.alarm = Alarm()
+        self.fencer: Fencer | None = None
+        """Fences others before a takeover; None where nothing is declared for it."""
         self.has_started = False
         self._earlier_renewals = 0
         self._stopping = asyncio.Event()
@@ -177,6 +180,7 @@ class Node:
             await app.start(self)
             stack.push_async_callback(app.stop)
         self.state.on_pauses(self._on_pauses)
+        self.state.on_fenced(self._on_fenced)
         self._on_pauses()
         self.journal.node("started", version=VERSION, nats_server=self.bus.server_name)
         stack.callback(lambda: self.journal.node("stopped", reason=self.stop_reason))
@@ -266,6 +270,8 @@ class Node:
             self._place_session_stream,
         )
         self._own(stack, self._repair.run(), "session stream repair")
+        if self.config.fence is not None:
+            self.fencer = Fencer(self.config.fence, self.bus, self.names, self.node, self.state, self.journal)
         databases = [name for name, app in self.apps.items() if app.config.database is not None]
         self._steering = Steering(self.bus, self.names, self._local_server, self.journal, databases)
         self._own(stack, self._steering.run(self._active_apps), "steering")
@@ -278,6 +284,10 @@ class Node:
         control = Control(self)
         await control.start()
         stack.push_async_callback(control.stop)
+
+    def _on_fenced(self) -> None:
+        for app in self.apps.values():
+            app.on_fenced()
 
     def _on_pauses(self) -> None:
         for app in self.apps.values():

@@ -13,7 +13,7 @@ import inspect
 import os
 import signal
 import ssl
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Sequence
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from phalanx import child, system
@@ -208,11 +208,20 @@ async def _read_politely(reader: asyncio.StreamReader) -> None:
 
 
 async def _command(check: CommandCheck) -> str:
+    return await run_program(check.command, lambda _: None)
+
+
+async def run_program(command: Sequence[str], on_line: Callable[[str], None]) -> str:
+    """Run *command* to its end; the last line that it wrote, or how it ended. *on_line* gets each line.
+
+    When this is cancelled, it and what is left of its process group is killed. Raises CheckFailed unless it
+    ends with 0.
+    """
     programs: list[child.Child] = []
 
     async def start() -> None:
-        popen = await child.in_thread(lambda: child.spawn(check.command, env=child.environment()))
-        programs.append(child.Child(popen, lambda _: None))
+        popen = await child.in_thread(lambda: child.spawn(command, env=child.environment()))
+        programs.append(child.Child(popen, on_line))
 
     try:
         # To its end even if cancelled: a program that nobody knows of could not be killed.
@@ -220,7 +229,7 @@ async def _command(check: CommandCheck) -> str:
         program = programs[0]
         await program.exited.wait()
     except OSError as error:
-        raise CheckFailed(f"cannot run {check.command[0]}: {_words(error)}") from None
+        raise CheckFailed(f"cannot run {command[0]}: {_words(error)}") from None
     finally:
         for one in programs:
             # What it left in the background goes with it. Not yet reaped, so the group is still its own.

@@ -95,11 +95,25 @@ class LeaderRecord(msgspec.Struct, frozen=True):
     successor: str | None = None
     nonce: str = ""
     reason: str = ""
+    unfenced: tuple[SessionId, ...] = ()
+    """Earlier leaders that did not end their sessions themselves, and may not have been fenced since."""
 
     @property
     def epoch(self) -> Epoch:
         """The fencing token of this reign."""
         return Epoch(self.revision)
+
+
+class FenceNote(msgspec.Struct, frozen=True, omit_defaults=True):
+    """That nothing of ``session`` runs any more: the fence command of a node said so or an operator (``by``),
+    at ``time`` (Unix seconds). ``said``: the command's last line. ``app``: nothing of that app, where the
+    command is for each app; empty: nothing at all."""
+
+    session: SessionId
+    by: str
+    time: float
+    said: str = ""
+    app: str = ""
 
 
 class Candidate(msgspec.Struct, frozen=True):

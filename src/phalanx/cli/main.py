@@ -43,6 +43,7 @@ COMMANDS = {
     "doctor": "doctor:doctor",
     "db": "db:db",
     "snapshot": "snapshot:snapshot",
+    "fence": "fence:fence",
     "forget": "forget:forget",
     "recreate-bucket": "recreate:recreate_bucket",
     "version": "about:version",

@@ -38,6 +38,7 @@ class _LeaderBody(msgspec.Struct, frozen=True, omit_defaults=True):
     successor: str | None = None
     nonce: str = ""
     reason: str = ""
+    unfenced: tuple[SessionId, ...] = ()
 
 
 _leader_of = msgspec.json.Decoder(_LeaderBody).decode
@@ -49,8 +50,11 @@ _encode = msgspec.json.Encoder().encode
 class Reign:
     """One tenure of this node over one app. It ends only by the holder: ask for it with :meth:`end`."""
 
-    def __init__(self, epoch: Epoch, fence: Fence) -> None:
+    def __init__(self, epoch: Epoch, fence: Fence, unfenced: tuple[SessionId, ...] = ()) -> None:
         self.epoch, self.fence = epoch, fence
+        self.unfenced = unfenced
+        """Earlier leaders' sessions that have to be fenced before anything starts. Whoever has done it
+        empties this; what is left at the release is the next leader's to do."""
         self.ending = asyncio.Event()
         self.reason = ""
         self.deposed = False
@@ -79,6 +83,7 @@ class Election:
         no_failover: bool = False,
         highest: int = 0,
         handicap: Callable[[], float] = lambda: 0.0,
+        fences: bool = False,
         paused: Callable[[], bool] = lambda: False,
         on_leader: Callable[[LeaderRecord, LeaderRecord], None] = lambda old, new: None,
         on_acquired: Callable[[Succession], None] = lambda succession: None,
@@ -88,6 +93,7 @@ class Election:
         self._no_failover = no_failover
         self._on_leader, self._on_acquired, self._handicap = on_leader, on_acquired, handicap
         self._paused = paused
+        self._fences = fences
         self._bucket = names.app_bucket(app)
         self._stream = names.bucket_stream(self._bucket)
         self._leader_subject = names.key_subject(self._bucket, LEADER_KEY)
@@ -104,7 +110,7 @@ class Election:
         self._reign: Reign | None = None
         self._ended = self._failures = 0
         self._highest = highest
-        self._unreleased: tuple[int, str, str | None] | None = None
+        self._unreleased: tuple[int, _LeaderBody] | None = None
         self._releasing = asyncio.Lock()
         self._reigns: asyncio.Queue[Reign] = asyncio.Queue(1)
         self._changed = asyncio.Event()
@@ -183,7 +189,7 @@ class Election:
         self._reign = None
         self._ended = max(self._ended, reign.epoch)
         if not reign.deposed:
-            self._unreleased = (reign.epoch, reason, successor)
+            self._unreleased = (reign.epoch, _LeaderBody(None, successor, "", reason, reign.unfenced))
             await self._try_release()
         self._changed.set()
 
@@ -294,7 +300,7 @@ class Election:
     async def _acquire(self, expected: int) -> float | None:
         started = system.now()
         nonce = secrets.token_hex(8)
-        body = _LeaderBody(session=self._session.id, nonce=nonce)
+        body = _LeaderBody(session=self._session.id, nonce=nonce, unfenced=self._to_be_fenced())
         try:
             revision = await self._write_past_lost_epochs(_encode(body), expected)
         except WrongRevision:
@@ -314,6 +320,16 @@ class Election:
             self._begin(revision, vacant_for)
         return None
 
+    def _to_be_fenced(self) -> tuple[SessionId, ...]:
+        """Whom to fence after the leader as it is known now: of each node the latest such session."""
+        if not self._fences:
+            return ()
+        found = {session.node: session for session in self.leader.unfenced}
+        holder = self.leader.session
+        if holder is not None and holder != self._session.id and not self._register.ended_itself(holder):
+            found[holder.node] = holder
+        return tuple(found.values())
+
     async def _write_past_lost_epochs(self, body: bytes, expected: int) -> int:
         """Write the leader key; its revision, which is larger than every epoch that this node knows.
 
@@ -327,7 +343,7 @@ class Election:
             expected = revision
 
     def _begin(self, epoch: int, vacant_for: float) -> None:
-        reign = Reign(Epoch(epoch), Fence(self._leader_subject, epoch))
+        reign = Reign(Epoch(epoch), Fence(self._leader_subject, epoch), self.leader.unfenced)
         self._reign = reign
         self._tidy_at = system.now() + TIDY_SECONDS
         self._on_acquired(self._succession(vacant_for))
@@ -362,8 +378,8 @@ class Election:
     async def _write_release(self) -> bool:
         if self._unreleased is None:
             return True
-        epoch, reason, successor = self._unreleased
-        body = _LeaderBody(successor=successor, reason=reason, nonce=secrets.token_hex(8))
+        epoch, body = self._unreleased
+        body = msgspec.structs.replace(body, nonce=secrets.token_hex(8))
         try:
             revision = await self._bus.write(self._leader_subject, _encode(body), expect=epoch, timeout=1.0)
         except WrongRevision:
@@ -516,11 +532,12 @@ class Election:
 
 
 def _leader_record(record: Record | None) -> LeaderRecord:
+    """What a stored leader key says; None: nothing is stored."""
     return _record(record.revision, _leader_of(record.data)) if record is not None else LeaderRecord(0)
 
 
 def _record(revision: int, body: _LeaderBody) -> LeaderRecord:
-    return LeaderRecord(revision, body.session, body.successor, body.nonce, body.reason)
+    return LeaderRecord(revision, body.session, body.successor, body.nonce, body.reason, body.unfenced)
 
 
 async def read_leader(bus: Bus, names: Names, app: str) -> LeaderRecord:

@@ -17,7 +17,7 @@ from phalanx.decide.session import StreamList
 from phalanx.errors import BusError, IdentityError, NodeIdTaken, WrongRevision
 from phalanx.names import SWITCHOVER_KEYS, Names
 from phalanx.ports import Bus, Record
-from phalanx.types import Member, Pause, PlannedSwitchover
+from phalanx.types import FenceNote, Member, Pause, PlannedSwitchover
 
 log = logging.getLogger("phalanx.membership")
 
@@ -68,6 +68,9 @@ class PlatformState:
         away they are what they were."""
         self._on_pauses: list[Callable[[], None]] = []
         self._on_switchovers: list[Callable[[], None]] = []
+        self.fenced: dict[str, FenceNote] = {}
+        """By node: which of its sessions was said to run nothing any more, of any app."""
+        self._on_fenced: list[Callable[[], None]] = []
         self._on_streams: list[Callable[[StreamList], None]] = []
         self._watch = Watch(
             bus,
@@ -88,6 +91,14 @@ class PlatformState:
     def on_streams(self, callback: Callable[[StreamList], None]) -> None:
         """Be told when the list of session streams changes."""
         self._on_streams.append(callback)
+
+    def on_fenced(self, callback: Callable[[], None]) -> None:
+        """Be told when a node was said to be off."""
+        self._on_fenced.append(callback)
+
+    def off_fenced(self, callback: Callable[[], None]) -> None:
+        """No longer be told."""
+        self._on_fenced.remove(callback)
 
     def on_pauses(self, callback: Callable[[], None]) -> None:
         """Be told when something was paused or resumed."""
@@ -232,6 +243,10 @@ class PlatformState:
             self._learn_switchover(key.removeprefix(f"{SWITCHOVER_KEYS}."), record)
         elif key == Names.PAUSE_KEY or key.startswith(f"{Names.PAUSE_KEY}."):
             self._on_pause(key.removeprefix(Names.PAUSE_KEY).removeprefix("."), record)
+        elif key.startswith("fenced.") and key.count(".") == 1 and not record.removed:
+            self.fenced[key.removeprefix("fenced.")] = msgspec.json.decode(record.data, type=FenceNote)
+            for callback in list(self._on_fenced):
+                callback()
         elif key.startswith("app.") and not record.removed:
             self.apps[key.removeprefix("app.")] = msgspec.json.decode(record.data, type=AppRegistration)
 

@@ -69,6 +69,10 @@ class Register:
         """Why *session* has ended, as its tombstone says; empty where that is not known (any more)."""
         return self._reasons.get(session, "")
 
+    def ended_itself(self, session: SessionId) -> bool:
+        """Whether its own node or keeper has ended *session*, after all that hung on it was gone."""
+        return self._observer.ended_itself(session)
+
     def live(self) -> list[SessionId]:
         """The sessions that are not over."""
         return self._observer.live()
@@ -307,7 +311,7 @@ class Register:
                     continue
                 await self._bus.write(
                     subject,
-                    _encode(SessionBody(self._observer.streams.generation, True, reason, session.node)),
+                    _encode(SessionBody(self._observer.streams.generation, True, reason, session.node, True)),
                     expect=record.revision if record else 0,
                     ttl_seconds=TOMBSTONE_KEPT_SECONDS,
                     timeout=1.0,

@@ -86,6 +86,9 @@ class SessionBody(msgspec.Struct, frozen=True, omit_defaults=True):
     tombstone: bool = False
     reason: str = ""
     by: str = ""
+    released: bool = False
+    """Of a tombstone: written by the holder's own side, after all that hung on the session was gone. If not,
+    an observer found it silent, and what hung on it may go on."""
 
 
 class Renewal(msgspec.Struct, frozen=True):
@@ -267,6 +270,7 @@ class _Seen:
     received_at: float
     tombstone: bool = False
     generation: int = 0
+    released: bool = False
 
 
 @dataclass(slots=True)
@@ -313,7 +317,8 @@ class Observer:
         # while we were deaf: counting from now is safe for both. And a tombstone stays one, even if its
         # server loses it: ended is ended.
         buried = body.tombstone or (seen is not None and seen.tombstone)
-        known.keys[stream] = _Seen(revision, now, buried, body.generation)
+        released = (body.tombstone and body.released) or (seen is not None and seen.released)
+        known.keys[stream] = _Seen(revision, now, buried, body.generation, released)
         return self._check_over([session]) if buried else []
 
     def on_catch_up(
@@ -392,6 +397,12 @@ class Observer:
         """Whether *session* has ended, for good."""
         known = self._known.get(session)
         return known is not None and known.over
+
+    def ended_itself(self, session: SessionId) -> bool:
+        """Whether *session*'s own side has ended it, so that nothing of it goes on. One such tombstone is
+        enough: none is written before that is so, whoever buries the rest."""
+        known = self._known.get(session)
+        return known is not None and any(seen.released for seen in known.keys.values())
 
     def live(self) -> list[SessionId]:
         """Every known session that is not over."""

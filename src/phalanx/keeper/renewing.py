@@ -130,7 +130,7 @@ class Renewer:
         for task in list(self._tasks.values()):
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        body = _encode_body(SessionBody(self.holder.streams.generation, True, reason, by))
+        body = _encode_body(SessionBody(self.holder.streams.generation, True, reason, by, True))
         done: set[str] = set()
         revisions = {name: self.holder.revisions().get(name, 0) for name in self.holder.streams.all_streams}
         while system.now() < deadline:

@@ -38,7 +38,7 @@ class Settings(msgspec.Struct, kw_only=True):
     ``{node}`` in it; while active a row is committed every ``commit_seconds``, and every ``sync_every``
     rows ``db.sync()`` is awaited; ``no_failover``: nodes that never take over by
     themselves. ``database_options`` are more fields of its declaration; ``storms`` and
-    ``stop_file``: see ``committing.Committer``."""
+    ``stop_file``: see ``committing.Committer``. ``fence``: fields of the fence declaration."""
 
     history: str
     platform: str = "test"
@@ -55,6 +55,7 @@ class Settings(msgspec.Struct, kw_only=True):
     fault: str = "none"
     fault_file: str = ""
     fault_node: str = ""
+    fence: dict[str, Any] = {}
     priority: int = 0
     no_failover: tuple[str, ...] = ()
     writes: bool = False
@@ -144,6 +145,7 @@ def build(settings: Settings) -> Platform:
         settings.platform,
         nats=nats,
         timings={"ttl": settings.ttl, **settings.timings},
+        fence=settings.fence or None,
         logging=Logging(level=settings.log_level),  # type: ignore[arg-type]
     )
     for name in settings.apps:
