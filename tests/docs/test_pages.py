@@ -35,6 +35,7 @@ from phalanx.observe.audit import AuditEntry
 from phalanx.observe.metrics import Metrics
 from phalanx.types import (
     Candidate,
+    FenceNote,
     Member,
     NodeStatus,
     Nomination,
@@ -60,6 +61,7 @@ VALUES: dict[str, Any] = {
     "StreamList": StreamList,
     "Member": Member,
     "Pause": Pause,
+    "FenceNote": FenceNote,
     "AppRegistration": membership.AppRegistration,
     "leader": election._LeaderBody,  # pyright: ignore[reportPrivateUsage]
     "Candidate": Candidate,

@@ -33,7 +33,7 @@ def fence(
     """Run the declared fence command for a node, from here; takeovers that wait for it go on.
 
     With --confirm-off it is your word that counts: say it only after you have seen it, as two programs may
-    run otherwise. Exit code 1 if the command fails; 2 for an unknown node, or a live one that is confirmed off.
+    run otherwise. Exit code 1: the command fails. 2: an unknown node, or a live one that is confirmed off.
     """
     config, _ = where.node()
     client = PlatformClient(config.name, nats_options(config), timeout=where.timeout)

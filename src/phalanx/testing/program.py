@@ -20,6 +20,7 @@ from phalanx import (
     ActivePassive,
     App,
     EmbeddedNats,
+    Fence,
     Logging,
     NatsOptions,
     Platform,
@@ -145,7 +146,7 @@ def build(settings: Settings) -> Platform:
         settings.platform,
         nats=nats,
         timings={"ttl": settings.ttl, **settings.timings},
-        fence=settings.fence or None,
+        fence=Fence(**settings.fence) if settings.fence else None,
         logging=Logging(level=settings.log_level),  # type: ignore[arg-type]
     )
     for name in settings.apps:
