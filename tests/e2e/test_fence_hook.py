@@ -223,7 +223,7 @@ async def test_by_hand_the_command_of_the_file_runs_and_is_noted(
     """``phalanx fence NODE`` for each app where the command names it; failing it is exit code 1."""
     hook = Hook(tmp_path, "echo off", arguments="{node} {app}")
     (tmp_path / "phalanx.toml").write_text(
-        'platform = "test"\n'
+        '[platform]\nname = "test"\n'
         f'[fence]\ncommand = "/bin/sh {tmp_path}/fence.sh {{node}} {{app}}"\nretries = 0\n'
         '[apps.wiki]\npattern = "active-passive"\n'
     )
