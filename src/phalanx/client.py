@@ -46,7 +46,7 @@ from phalanx.errors import (
 from phalanx.names import RESERVED_APPS, SWITCHOVER_KEYS, Names
 from phalanx.observe.audit import AuditEntry, follow_audit, read_audit
 from phalanx.ports import Message, Record
-from phalanx.types import Member, NodeStatus, Pause, PlannedSwitchover, Role, is_dns_label
+from phalanx.types import FenceNote, Member, NodeStatus, Pause, PlannedSwitchover, Role, is_dns_label
 
 T = TypeVar("T")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -47,6 +48,8 @@ def fence(
             "give --config FILE with one; or see that the node is off, and say --confirm-off",
         )
     else:
+        # The error says what the last run said; standard error is for one line.
+        logging.getLogger("phalanx.fence").addHandler(logging.NullHandler())
         notes = asyncio.run(_fence(client, config.fence, node))
     if json:
         output.emit({"node": node, "session": str(notes[0].session), "said": notes[-1].said}, pretty=True)
