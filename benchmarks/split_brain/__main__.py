@@ -22,8 +22,6 @@ from benchmarks.split_brain.stage import Stage
 from phalanx import system
 from phalanx.testing.netlab import NetLabError
 
-LEAST_AVAILABLE = 0.8
-
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/validate-split-brain.sh", description=__doc__)
@@ -32,6 +30,12 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, help="draws the faults (default: a new one, which is printed)")
     parser.add_argument("--ttl", type=float, default=2.0, help="of the sessions, in seconds (default 2)")
+    parser.add_argument(
+        "--available",
+        type=float,
+        default=80.0,
+        help="percent; less to the majority is a failure (default 80)",
+    )
     parser.add_argument(
         "--no-vip", action="store_true", help="without a virtual address: clients look around"
     )
@@ -45,9 +49,12 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 async def validate(
-    seed: int, seconds: float, ttl: float, *, vip: bool = True, keep: bool = False
+    seed: int, seconds: float, ttl: float, *, available: float = 80.0, vip: bool = True, keep: bool = False
 ) -> list[str]:
-    """Faults for *seconds*, then recovery and judgement → what is wrong. Prints what happens."""
+    """Faults for *seconds*, then recovery and judgement → what is wrong. Prints what happens.
+
+    *available*: less than that, in percent, to clients in the majority is wrong, too.
+    """
     began = system.now()
 
     def say(text: str) -> None:
@@ -58,7 +65,7 @@ async def validate(
     try:
         async with stage:
             say(f"ready, with NATS on h1 to h3; {seconds:g} s of faults")
-            problems = await _validated(stage, random.Random(seed), seconds, say)
+            problems = await _validated(stage, random.Random(seed), seconds, available, say)
     finally:
         if problems or keep:
             print(f"history, databases and logs are kept in {stage.folder}")
@@ -67,7 +74,9 @@ async def validate(
     return problems
 
 
-async def _validated(stage: Stage, rng: random.Random, seconds: float, say: Say) -> list[str]:
+async def _validated(
+    stage: Stage, rng: random.Random, seconds: float, available: float, say: Say
+) -> list[str]:
     chaos = Chaos(stage, rng, say)
     await chaos.run(seconds)
     problems: list[str] = []
@@ -82,10 +91,8 @@ async def _validated(stage: Stage, rng: random.Random, seconds: float, say: Say)
     stored = await asyncio.to_thread(stage.stored, active) if active else {}
     verdict = judge(stage.history.events(), stored)
     problems += verdict.problems
-    if verdict.availability < LEAST_AVAILABLE:
-        problems.append(
-            f"available {100 * verdict.availability:.1f} %, less than {100 * LEAST_AVAILABLE:.0f} %"
-        )
+    if 100 * verdict.availability < available:
+        problems.append(f"available {100 * verdict.availability:.1f} %, less than {available:g} %")
     if not verdict.confirmed or verdict.reigns < 2:
         problems.append(f"{verdict.reigns} reigns and {verdict.confirmed} confirmed writes prove nothing")
     _report(stage, verdict, stored)
@@ -124,7 +131,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"seed {parsed.seed}; the same faults again: {again}", flush=True)
     try:
         problems = running.run(
-            validate(parsed.seed, parsed.seconds, parsed.ttl, vip=not parsed.no_vip, keep=parsed.keep),
+            validate(
+                parsed.seed,
+                parsed.seconds,
+                parsed.ttl,
+                available=parsed.available,
+                vip=not parsed.no_vip,
+                keep=parsed.keep,
+            ),
             as_nodes=False,
         )
     except NetLabError as error:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from phalanx.testing import netlab
 from phalanx.testing.netlab import NetLab, NetLabError
 
 
@@ -79,7 +79,7 @@ def test_two_networks_and_ipv6() -> None:
         one, other = lab
         assert one.addresses("eth1") == ["10.66.1.11"]
         assert other.run(["ip", "-6", "route", "get", one.address6]).returncode == 0
-        with one.socket(netlab.socket.AF_INET6) as listening, other.socket(netlab.socket.AF_INET6) as client:
+        with one.socket(socket.AF_INET6) as listening, other.socket(socket.AF_INET6) as client:
             listening.bind((one.address6, 80))
             listening.listen()
             client.settimeout(0.5)
@@ -216,12 +216,13 @@ def test_faults_of_all_kinds_at_once_and_heal(lab: NetLab) -> None:
     lab.partition([2], [3])
     lab.lose(0, 1.0)
     lab.cut_link(1)
+    lab.cut_port(2, 3, 80)
     lab.stop_switch()
     assert not any(lab.connected(*pair) for pair in ALL)
     lab.start_switch()
     assert {pair for pair in ALL if lab.connected(*pair)} == set()
     lab.heal()
-    assert all(lab.connected(*pair) for pair in ALL)
+    assert all(lab.connected(*pair, 80) for pair in ALL)
     until(lambda: seen(lab) == ALL, "not healed")
 
 
@@ -331,7 +332,11 @@ def test_lab_whose_process_was_killed() -> None:
 
 def test_machine_without_its_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is missing is said in one line, before anything is made."""
-    monkeypatch.setattr(shutil, "which", lambda name: None if name == "nft" else f"/sbin/{name}")
+
+    def which(name: str) -> str | None:
+        return None if name == "nft" else f"/sbin/{name}"
+
+    monkeypatch.setattr(shutil, "which", which)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(NetLabError, match=r"need nft \(nftables\), root's rights"), NetLab(1):
         pass

@@ -21,143 +21,25 @@ A lab ends with everything that runs in its hosts. What a killed process leaves 
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import http.client
 import ipaddress
 import itertools
-import os
-import re
-import shutil
-import signal
-import socket
-import subprocess
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, ParamSpec, Self, TypeVar
+from typing import Self
 
-_PROGRAMS = {"ip": "iproute2", "nft": "nftables", "nsenter": "util-linux"}
-"""What the lab calls, and the Debian package that has it."""
+from phalanx.testing import namespaces
+from phalanx.testing.namespaces import NetLabError
+from phalanx.testing.netlab_host import Host, http_get
 
 _NEIGHBOURS = ("ether type arp", "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert }")
-_NAMESPACES = Path("/run/netns")
-_NAME = re.compile(r"phx-(\d+)-\d+-\w+")
-_CLONE_NEWNET = 0x40000000  # linux/sched.h
-_THREADS_PER_HOST = 16
-_END_SECONDS = 10.0
+
+FIRST_HOST = 11
+"""The number of the first host's address in its network."""
 
 _numbers = itertools.count(1)
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-class NetLabError(RuntimeError):
-    """The lab cannot be had here, or a command of it failed; says what is missing."""
-
-
-class Host:
-    """One host of a lab. Programs run in it by ``popen`` and ``run``, functions by ``call``."""
-
-    def __init__(self, lab: NetLab, index: int) -> None:
-        self._lab, self.index = lab, index
-        self.name = f"h{index + 1}"
-        self.namespace = lab.namespace(self.name)
-        self.address = lab.address(11 + index)
-        self.address6 = lab.address6(11 + index) if lab.network6 else ""
-        self.executor = ThreadPoolExecutor(_THREADS_PER_HOST, self.name, lambda: enter(self.namespace))
-        """Its threads are inside this host: what they connect and listen to is."""
-        self._processes: list[subprocess.Popen[Any]] = []
-
-    # --- programs
-
-    def command(self, *command: str) -> list[str]:
-        """*command*, as it has to be started from outside to run in this host. The process id stays the same.
-
-        Only the network is the host's: ``/sys/class/net`` still shows the machine's interfaces.
-        """
-        return ["nsenter", f"--net={_NAMESPACES / self.namespace}", "--", *command]
-
-    def popen(self, command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-        """``subprocess.Popen`` inside this host, with its *options*; killed with the lab at the latest."""
-        process: subprocess.Popen[Any] = subprocess.Popen(self.command(*command), **options)
-        self._processes.append(process)
-        return process
-
-    def run(
-        self,
-        command: Sequence[str],
-        *,
-        timeout: float = 30.0,
-        check: bool = True,
-        env: Mapping[str, str] | None = None,
-    ) -> subprocess.CompletedProcess[str]:
-        """Run a program to its end. With *check*, NetLabError with its output when it fails."""
-        return _run(self.command(*command), timeout=timeout, check=check, env=env)
-
-    def ip(self, *arguments: str) -> str:
-        """``ip`` inside this host: its output. Raises NetLabError."""
-        return _run(["ip", "-n", self.namespace, *arguments]).stdout
-
-    def addresses(self, interface: str = "eth0") -> list[str]:
-        """The addresses of an interface, without their prefix lengths, link-local ones left out."""
-        shown = self.ip("-o", "addr", "show", "dev", interface, "scope", "global")
-        return re.findall(r"inet6? ([0-9a-f:.]+)", shown)
-
-    def pids(self) -> list[int]:
-        """Every process that runs in this host, however it came there."""
-        return _pids(self.namespace)
-
-    # --- functions and sockets
-
-    def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run *function* in a thread of this host; wait for what it returns.
-
-        Sockets belong to the thread that makes them, so a whole client may live there:
-        ``host.call(asyncio.run, main())``.
-        """
-        return self.executor.submit(function, *args, **kwargs).result()
-
-    async def acall(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """``call``, for asyncio. Cancelled, it leaves the function running: give it a deadline."""
-        return await asyncio.wrap_future(self.executor.submit(function, *args, **kwargs))
-
-    def socket(
-        self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, protocol: int = 0
-    ) -> socket.socket:
-        """A socket of this host, to be used anywhere: ``await loop.sock_connect(host.socket(), (…))``."""
-        return self.call(socket.socket, family, kind, protocol)
-
-    def get(self, address: str, port: int, path: str, timeout: float = 0.5) -> tuple[int, bytes]:
-        """HTTP GET from this host: status and body; status 0 when there is no whole answer in time."""
-        return self.call(http_get, address, port, path, timeout)
-
-    async def aget(self, address: str, port: int, path: str, timeout: float = 0.5) -> tuple[int, bytes]:
-        """``get``, for asyncio."""
-        return await self.acall(http_get, address, port, path, timeout)
-
-    def reaches(self, other: Host, *, timeout: float = 0.3) -> bool:
-        """Whether a packet (UDP) gets from this host to *other* and its answer back."""
-        return self.call(_sent, other, timeout, echo=True)
-
-    def delivers(self, other: Host, *, timeout: float = 0.3) -> bool:
-        """Whether a packet (UDP) gets from this host to *other*, one way."""
-        return self.call(_sent, other, timeout, echo=False)
-
-    # --- its end
-
-    def close(self) -> None:
-        """Kill everything that runs in this host, and remove it. For the lab."""
-        _end_processes(self.namespace)
-        for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_END_SECONDS)
-        self.executor.shutdown(cancel_futures=True)
-        _delete(self.namespace)
+__all__ = ["Host", "NetLab", "NetLabError", "http_get"]
 
 
 class NetLab:
@@ -181,10 +63,10 @@ class NetLab:
         if not 1 <= hosts <= 64 or self.network.prefixlen > 24 or networks < 1:
             raise ValueError(f"a lab has 1 to 64 hosts in a /24 or larger, not {hosts} in {subnet}")
         self.networks = networks
-        self._prefix = f"phx-{os.getpid()}-{next(_numbers)}"
+        self._number = next(_numbers)
         self.bridge = self.namespace("br")
         """The namespace of the switch."""
-        self.hosts = [Host(self, i) for i in range(hosts)]
+        self.hosts = [self._host(i) for i in range(hosts)]
         self._drops: dict[tuple[int, int], bool] = {}  # sender and receiver → whether all frames
         self._ports: set[tuple[int, int, int]] = set()  # client, server, port
         self._loss: dict[int, float] = {}
@@ -194,9 +76,14 @@ class NetLab:
         # Faults may come from several threads (flapping has its own).
         self._lock = threading.RLock()
 
+    def _host(self, index: int) -> Host:
+        name, number = f"h{index + 1}", FIRST_HOST + index
+        address6 = self.address6(number) if self.network6 else ""
+        return Host(index, name, self.namespace(name), self.address(number), address6)
+
     def namespace(self, name: str) -> str:
         """The name of a namespace of this lab, as ``ip netns exec`` knows it."""
-        return f"{self._prefix}-{name}"
+        return namespaces.name(self._number, name)
 
     def address(self, number: int) -> str:
         """Address *number* of the subnet. Hosts have 11 and more, the rest is free."""
@@ -304,13 +191,13 @@ class NetLab:
         """The switch forwards nothing any more; the hosts' carriers stay."""
         self._stopped = True
         for number in range(self.networks):
-            _ip(self.bridge, "link", "set", f"br{number}", "down")
+            namespaces.ip(self.bridge, "link", "set", f"br{number}", "down")
 
     def start_switch(self) -> None:
         """It forwards again."""
         self._stopped = False
         for number in range(self.networks):
-            _ip(self.bridge, "link", "set", f"br{number}", "up")
+            namespaces.ip(self.bridge, "link", "set", f"br{number}", "up")
 
     def heal(self) -> None:
         """End every fault."""
@@ -346,12 +233,12 @@ class NetLab:
         for stop, _ in self._flaps.values():
             stop.set()
         for _, thread in self._flaps.values():
-            thread.join(_END_SECONDS)
+            thread.join(namespaces.END_SECONDS)
         self._flaps.clear()
 
     def _set_port(self, index: int, network: int, *, up: bool) -> None:
         with self._lock:
-            _ip(self.bridge, "link", "set", _port(index, network), "up" if up else "down")
+            namespaces.ip(self.bridge, "link", "set", _port(index, network), "up" if up else "down")
             (self._cut.discard if up else self._cut.add)((index, network))
 
     def _check(self, *indexes: int) -> None:
@@ -378,14 +265,14 @@ class NetLab:
                     f"iifname {_port(one, n)} oifname {_port(other, n)} tcp {ends} {port} drop" for n in ports
                 ]
         script = "".join(f"add rule bridge lab forward {rule}\n" for rule in rules)
-        _nft(self.bridge, f"flush chain bridge lab forward\n{script}")
+        namespaces.nft(self.bridge, f"flush chain bridge lab forward\n{script}")
 
     # --- lifetime
 
     def start(self) -> None:
         """Make the hosts, five in about 0.3 s. Raises NetLabError."""
-        _require()
-        remove_leftovers()
+        namespaces.require()
+        namespaces.remove_leftovers()
         try:
             self._build()
         except BaseException:
@@ -397,17 +284,17 @@ class NetLab:
         self._stop_flapping()
         for host in self.hosts:
             host.close()
-        _delete(self.bridge)
+        namespaces.delete(self.bridge)
 
     def _build(self) -> None:
-        _add(self.bridge)
+        namespaces.add(self.bridge)
         for number in range(self.networks):
             bridge = f"br{number}"
             # Forwards at once; multicast is flooded, as a plain switch does.
             kind = ("type", "bridge", "forward_delay", "0", "stp_state", "0", "mcast_snooping", "0")
-            _ip(self.bridge, "link", "add", bridge, *kind)
-            _ip(self.bridge, "link", "set", bridge, "addrgenmode", "none", "up")
-        _nft(
+            namespaces.ip(self.bridge, "link", "add", bridge, *kind)
+            namespaces.ip(self.bridge, "link", "set", bridge, "addrgenmode", "none", "up")
+        namespaces.nft(
             self.bridge,
             "table bridge lab {\n chain forward { type filter hook forward priority 0; policy accept; }\n}\n",
         )
@@ -415,20 +302,22 @@ class NetLab:
             self._plug_in(host)
 
     def _plug_in(self, host: Host) -> None:
-        _add(host.namespace)
+        namespaces.add(host.namespace)
         host.ip("link", "set", "lo", "up")
         for number in range(self.networks):
             port, interface = _port(host.index, number), f"eth{number}"
             peer = ("peer", "name", interface, "netns", host.namespace)
-            _ip(self.bridge, "link", "add", port, "type", "veth", *peer)
-            _ip(self.bridge, "link", "set", port, "addrgenmode", "none", "master", f"br{number}", "up")
+            namespaces.ip(self.bridge, "link", "add", port, "type", "veth", *peer)
+            namespaces.ip(
+                self.bridge, "link", "set", port, "addrgenmode", "none", "master", f"br{number}", "up"
+            )
             host.ip("link", "set", interface, "addrgenmode", "none", "up")
             own = ipaddress.IPv4Address(host.address) + number * self.network.num_addresses
             broadcast = self.network.broadcast_address + number * self.network.num_addresses
             whole = f"{own}/{self.network.prefixlen}"
             host.ip("addr", "add", whole, "broadcast", str(broadcast), "dev", interface)
             # The kernel's own duplicate detection would make these unusable for their first second.
-            host.ip("addr", "add", f"fe80::{11 + host.index:x}/64", "dev", interface, "nodad")
+            host.ip("addr", "add", f"fe80::{FIRST_HOST + host.index:x}/64", "dev", interface, "nodad")
             if self.network6 and number == 0:
                 host.ip("addr", "add", f"{host.address6}/64", "dev", interface, "nodad")
 
@@ -442,128 +331,5 @@ class NetLab:
         self.close()
 
 
-def enter(namespace: str) -> None:
-    """Move the calling *thread* into a network namespace, for good."""
-    import ctypes
-
-    descriptor = os.open(_NAMESPACES / namespace, os.O_RDONLY)
-    try:
-        libc = ctypes.CDLL(None, use_errno=True)  # os.setns came with Python 3.12
-        if libc.setns(descriptor, _CLONE_NEWNET):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number), namespace)
-    finally:
-        os.close(descriptor)
-
-
-def remove_leftovers() -> list[str]:
-    """Remove the namespaces of labs whose process is gone, with all that runs in them; their names."""
-    found: list[str] = []
-    for path in sorted(_NAMESPACES.glob("phx-*")):
-        match = _NAME.fullmatch(path.name)
-        if match and not Path(f"/proc/{match[1]}").exists():
-            _end_processes(path.name)
-            _delete(path.name)
-            found.append(path.name)
-    return found
-
-
-def _require() -> None:
-    missing = [
-        f"{program} ({package})" for program, package in _PROGRAMS.items() if not shutil.which(program)
-    ]
-    if os.geteuid() != 0:
-        missing.append("root's rights")
-    if missing:
-        raise NetLabError(f"network namespaces need {', '.join(missing)}")
-
-
 def _port(index: int, network: int) -> str:
     return f"p{index + 1}n{network}"
-
-
-def _add(namespace: str) -> None:
-    _run(["ip", "netns", "add", namespace])
-
-
-def _delete(namespace: str) -> None:
-    # Another lab may have removed it as a left-over at the same moment.
-    if (_NAMESPACES / namespace).exists():
-        _run(["ip", "netns", "del", namespace], check=False)
-
-
-def _ip(namespace: str, *arguments: str) -> None:
-    _run(["ip", "-n", namespace, *arguments])
-
-
-def _nft(namespace: str, script: str) -> None:
-    _run(["nsenter", f"--net={_NAMESPACES / namespace}", "--", "nft", "-f", "-"], stdin=script)
-
-
-def _run(
-    command: Sequence[str],
-    *,
-    stdin: str = "",
-    timeout: float = 30.0,
-    check: bool = True,
-    env: Mapping[str, str] | None = None,
-) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command, input=stdin, capture_output=True, text=True, timeout=timeout, check=False, env=env
-    )
-    if check and done.returncode:
-        output = (done.stderr or done.stdout).strip()
-        raise NetLabError(f"{' '.join(command)} ended with {done.returncode}: {output}")
-    return done
-
-
-def _pids(namespace: str) -> list[int]:
-    if not (_NAMESPACES / namespace).exists():
-        return []
-    listed = _run(["ip", "netns", "pids", namespace], check=False).stdout
-    return [pid for pid in map(int, listed.split()) if pid != os.getpid()]
-
-
-def _end_processes(namespace: str) -> None:
-    """SIGKILL everything in a namespace, also what is started meanwhile. Raises NetLabError."""
-    deadline = time.monotonic() + _END_SECONDS
-    while pids := _pids(namespace):
-        if time.monotonic() > deadline:
-            raise NetLabError(f"processes {pids} in {namespace} do not end")
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.005)
-
-
-def http_get(address: str, port: int, path: str, timeout: float) -> tuple[int, bytes]:
-    """GET from the host of the calling thread: status and body; 0 when there is no whole answer in time."""
-    connection = http.client.HTTPConnection(address, port, timeout=timeout)
-    try:
-        connection.request("GET", path, headers={"Connection": "close"})
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-    except (OSError, http.client.HTTPException):
-        return 0, b""
-    finally:
-        connection.close()
-
-
-def _sent(other: Host, timeout: float, *, echo: bool) -> bool:
-    """Whether a packet arrives at a socket of *other*, and one back. The calling thread is in the sender."""
-    with (
-        other.socket(kind=socket.SOCK_DGRAM) as theirs,
-        socket.socket(type=socket.SOCK_DGRAM) as ours,
-    ):
-        theirs.bind((other.address, 0))
-        theirs.settimeout(timeout)
-        ours.settimeout(timeout)
-        try:
-            ours.sendto(b"ping", theirs.getsockname())
-            _, sender = theirs.recvfrom(16)
-            if echo:
-                theirs.sendto(b"pong", sender)
-                ours.recv(16)
-        except OSError:  # lost, or no route while there is no carrier
-            return False
-        return True
