@@ -352,7 +352,8 @@ class App:
     def _standing(self) -> Standing:
         section, election = self._section, self._election
         pattern, aside = self.config.pattern, self._failures.not_before - system.now()
-        eligible = not self._ineligible_because() and aside <= 0
+        # Only looked at: the role that is acted on is set where changes are heard of.
+        eligible = not self._ineligible_because(acts_on_it=False) and aside <= 0
         if section is not None:
             eligible = self._role is Role.ACTIVE and self.health.verdict is not Health.UNHEALTHY
         return Standing(
@@ -711,12 +712,12 @@ class App:
 
     # --- candidacy
 
-    def _ineligible_because(self) -> str:
+    def _ineligible_because(self, *, acts_on_it: bool = True) -> str:
         if self._barred or self._leaving:
             return self._barred or self._leaving
         if self._election is None:
             return "the node has no session"
-        if self.database is not None and (reason := self.database.ineligible_because()):
+        if self.database is not None and (reason := self.database.ineligible_because(acts_on_it=acts_on_it)):
             return reason
         if self._addresses is not None and (reason := self._addresses.ineligible_because()):
             return reason

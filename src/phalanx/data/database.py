@@ -168,10 +168,12 @@ class AppDatabase:
         """Why it is not more than that."""
         return self._reason
 
-    def ineligible_because(self) -> str:
-        """Why this node cannot be a candidate; empty if it can. Whoever has asked hears of a change."""
-        self._told = self._ineligible()
-        return self._told
+    def ineligible_because(self, *, acts_on_it: bool = True) -> str:
+        """Why this node cannot be a candidate; empty if it can. Whoever *acts_on_it* hears of a change."""
+        found = self._ineligible()
+        if acts_on_it:
+            self._told = found
+        return found
 
     @property
     def missing(self) -> str:
