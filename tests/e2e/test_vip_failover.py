@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import threading
 import time
@@ -129,11 +130,30 @@ def test_planned_hand_over(stage: VipStage) -> None:
     assert f"has given up {stage.vip}/24" in stage.nodes[active].log()
 
 
+def kill_all(stage: VipStage, node: str) -> None:
+    """SIGKILL everything on the node's host at the same moment, the warden too; the kernel lives."""
+    pids = stage.host(node).pids()
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    stage.nodes[node].wait(10)
+
+
 def test_node_and_keeper_killed_at_once(stage: VipStage) -> None:
-    """The kernel removes the addresses when their lifetime is over, and only then they are elsewhere."""
+    """The warden drops the addresses before the session is over."""
     active = stage.settled()
     with watched(stage):
         stage.nodes[active].kill_both()
+        stage.wait_until(lambda: not stage.holders(), "still there", 1.0)
+        moved(stage, active)
+
+
+def test_node_keeper_and_warden_killed_at_once(stage: VipStage) -> None:
+    """The kernel removes the addresses when their lifetime is over, and only then they are elsewhere."""
+    active = stage.settled()
+    with watched(stage):
+        kill_all(stage, active)
         moved(stage, active)
 
 
@@ -215,11 +235,11 @@ def test_old_connection_is_reset(stage: VipStage, way: str, path: str) -> None:
 
 
 def test_left_overs_of_node_and_keeper_are_dropped_by_the_next_keeper() -> None:
-    """A host that is started again removes what its last life has left, long before its lifetime is over; the
-    next holder waits for that."""
+    """A node that is started again removes what its last life has left, long before its lifetime is over;
+    the next holder waits for that."""
     with VipStage(vip={"lifetime": 60}) as stage:
         active = stage.settled()
-        stage.nodes[active].kill_both()
+        kill_all(stage, active)
         other = stage.other(active)
         stage.wait_until(lambda: "still answers for" in stage.nodes[other].log(), "it did not ask")
         assert stage.holders() == [active]
