@@ -110,7 +110,7 @@ class Held:
         self._holds = True
         self._announce()
         await self._section.register(self._resource)
-        self._own(self._keep(), "kept")
+        self._own(self._keep(), f"{self._section.app} keeping {self._declared.address}")
         log.info("app %s: has taken %s", self._section.app, self, extra={"app": self._section.app})
 
     def _clean(self) -> None:
@@ -194,7 +194,8 @@ class Held:
         if self._announcing is not None:
             self._announcing.cancel()
         self._segment.announce(router=self._forwards())
-        self._announcing = self._own(self._announce_again(self._segment), "announced")
+        name = f"{self._section.app} announcing {self._declared.address}"
+        self._announcing = self._own(self._announce_again(self._segment), name)
 
     async def _announce_again(self, segment: Segment) -> None:
         for _ in range(self._declared.announcements - 1):
@@ -328,8 +329,8 @@ class Held:
 
     # --- helpers
 
-    def _own(self, work: asyncio._CoroutineLike[None], what: str) -> asyncio.Task[None]:  # pyright: ignore[reportPrivateUsage]
-        task = asyncio.create_task(work, name=f"{self._section.app} {self._declared.address} {what}")
+    def _own(self, work: asyncio._CoroutineLike[None], name: str) -> asyncio.Task[None]:  # pyright: ignore[reportPrivateUsage]
+        task = asyncio.create_task(work, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         return task
