@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from benchmarks import (
+    backends,
     failover,
     footprint,
     hosts,
@@ -192,6 +193,22 @@ BENCHMARKS = (
         measure=replication.idle,
         runs=1,
         fixed=True,
+    ),
+    Benchmark(
+        name="backend.overhead.process",
+        work="time added to start + ready of a process, against the same program started by hand",
+        unit="ms",
+        bar=50,
+        measure=backends.process,
+        runs=20,
+    ),
+    Benchmark(
+        name="backend.overhead.container",
+        work="the same of a container, against the Engine API used by hand",
+        unit="ms",
+        bar=300,
+        measure=backends.container,
+        runs=20,
     ),
     Benchmark(
         name="vip.crash",

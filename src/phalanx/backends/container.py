@@ -32,7 +32,10 @@ RECONNECT_SECONDS = 0.5
 LOST_SECONDS = 30.0
 """A container that cannot be seen from here is given up when its engine has been silent for that long."""
 READY_POLL_SECONDS = 0.1
+READY_SHARE = 0.1
+"""A program that starts is asked whether it is ready in steps of that part of the time it has taken so far."""
 
+_FIRST_POLL_SECONDS = 0.01
 _EXIT_CODE_SECONDS = 1.0
 """How long the engine may take to tell the exit code of a process whose end the kernel has told."""
 _LAST_OUTPUT_SECONDS = 0.5
@@ -205,9 +208,11 @@ class Container:
             raise BackendError(self._app, "ready", problem, remedy)
 
     async def _poll(self, probe: Probe, interval: float) -> None:
-        pause = min(interval, READY_POLL_SECONDS)
+        first = system.now()
         while True:
             began = system.now()
+            # Often at first, so that a quick program is not kept waiting for the next look.
+            pause = min(interval, READY_POLL_SECONDS, max(_FIRST_POLL_SECONDS, READY_SHARE * (began - first)))
             try:
                 await probe.run()
                 return
