@@ -18,12 +18,11 @@ from typing import Any
 
 from phalanx import child, containers, system
 from phalanx.aio import wait_at_most
-from phalanx.backends import container_output
+from phalanx.backends import container_output, readiness
 from phalanx.backends.engine import Engine, EngineError, Inspection, State
 from phalanx.config import Docker
 from phalanx.errors import BackendError
 from phalanx.ports import SectionContext
-from phalanx.probes import CheckFailed, Probe
 from phalanx.types import ProgramState, ProgramStatus, Resource
 
 log = logging.getLogger("phalanx.backend")
@@ -31,11 +30,7 @@ log = logging.getLogger("phalanx.backend")
 RECONNECT_SECONDS = 0.5
 LOST_SECONDS = 30.0
 """A container that cannot be seen from here is given up when its engine has been silent for that long."""
-READY_POLL_SECONDS = 0.1
-READY_SHARE = 0.1
-"""A program that starts is asked whether it is ready in steps of that part of the time it has taken so far."""
 
-_FIRST_POLL_SECONDS = 0.01
 _EXIT_CODE_SECONDS = 1.0
 """How long the engine may take to tell the exit code of a process whose end the kernel has told."""
 _LAST_OUTPUT_SECONDS = 0.5
@@ -178,7 +173,7 @@ class Container:
     async def wait_ready(self) -> None:
         """By the declared check, else the image's HEALTHCHECK. See ``ports.Running.wait_ready``."""
         if self._config.ready is not None:
-            await self._until_ready(self._poll(Probe(self._config.ready), self._config.ready.interval))
+            await self._until_ready(readiness.poll(self._config.ready, self._not_yet))
         elif self._health:
             await self._until_ready(self._wait_healthy())
 
@@ -207,18 +202,8 @@ class Container:
             remedy = "correct the ready check, or raise ready_timeout"
             raise BackendError(self._app, "ready", problem, remedy)
 
-    async def _poll(self, probe: Probe, interval: float) -> None:
-        first = system.now()
-        while True:
-            began = system.now()
-            # Often at first, so that a quick program is not kept waiting for the next look.
-            pause = min(interval, READY_POLL_SECONDS, max(_FIRST_POLL_SECONDS, READY_SHARE * (began - first)))
-            try:
-                await probe.run()
-                return
-            except CheckFailed as error:
-                self._last_seen = error.detail
-            await asyncio.sleep(max(0.0, began + pause - system.now()))
+    def _not_yet(self, detail: str) -> None:
+        self._last_seen = detail
 
     async def _wait_healthy(self) -> None:
         while self._health != "healthy":

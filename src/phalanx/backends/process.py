@@ -24,12 +24,11 @@ from functools import partial
 import msgspec
 
 from phalanx import cgroup_v2, child, system
-from phalanx.backends import gate, limits
+from phalanx.backends import gate, limits, readiness
 from phalanx.backends.launch import Launch, prepare, spawn_failed
 from phalanx.config import Check, Process
 from phalanx.errors import BackendError
 from phalanx.ports import Running, SectionContext
-from phalanx.probes import CheckFailed, Probe
 from phalanx.types import ProgramState, ProgramStatus, Resource
 
 log = logging.getLogger("phalanx.backend")
@@ -37,8 +36,6 @@ log = logging.getLogger("phalanx.backend")
 KILL_DEADLINE_SECONDS = 2.0
 LINES_KEPT = 1000
 """How many of the last lines of its programs a backend knows (of 4 KiB at most, ``child.MAX_LINE_BYTES``)."""
-READY_POLL_SECONDS = 0.1
-"""How often at least a program that starts is asked whether it is ready."""
 
 _GROUP_POLL_SECONDS = 0.03
 _RETRY_SECONDS = 0.5
@@ -226,19 +223,12 @@ class _Run:
     async def _wait_ready(self, program: child.Child, check: Check) -> None:
         last = "no answer yet"
 
-        async def poll() -> None:
+        def failed(detail: str) -> None:
             nonlocal last
-            probe, pause = Probe(check), min(check.interval, READY_POLL_SECONDS)
-            while True:
-                began = system.now()
-                try:
-                    await probe.run()
-                    return
-                except CheckFailed as error:
-                    last = error.detail
-                await asyncio.sleep(max(0.0, began + pause - system.now()))
+            last = detail
 
-        ready, exited = asyncio.create_task(poll()), asyncio.create_task(program.exited.wait())
+        ready = asyncio.create_task(readiness.poll(check, failed))
+        exited = asyncio.create_task(program.exited.wait())
         try:
             await asyncio.wait(
                 {ready, exited}, timeout=self._config.ready_timeout, return_when=asyncio.FIRST_COMPLETED

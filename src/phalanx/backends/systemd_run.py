@@ -11,21 +11,18 @@ from functools import partial
 
 import msgspec
 
-from phalanx import cgroup, child, system, units
-from phalanx.backends import systemd_unit
+from phalanx import cgroup, child, units
+from phalanx.backends import readiness, systemd_unit
 from phalanx.backends.journal import read_journal
 from phalanx.backends.systemd_manager import Manager, ManagerError, Service, Unit
-from phalanx.config import Check, Systemd
+from phalanx.config import Systemd
 from phalanx.errors import BackendError
 from phalanx.ports import SectionContext
-from phalanx.probes import CheckFailed, Probe
 from phalanx.types import ProgramState, ProgramStatus, Resource
 
 log = logging.getLogger("phalanx.backend")
 
 KILL_DEADLINE_SECONDS = 2.0
-READY_POLL_SECONDS = 0.1
-"""How often at least a program that starts is asked whether it is ready."""
 
 _RETRY_SECONDS = 0.5
 _STATES = {
@@ -207,7 +204,7 @@ class UnitRun:
             if self._job:
                 await self._until(lambda: self._is_start_over() and not self._fails())
             if self._config.ready is not None:
-                await _passes(self._config.ready, seen.append)
+                await readiness.poll(self._config.ready, seen.append)
 
         serving = asyncio.create_task(serve(), name=f"{self._app} backend, ready?")
         failing = asyncio.create_task(self._until(self._fails), name=f"{self._app} backend, failed?")
@@ -355,16 +352,3 @@ class UnitRun:
             self._follower.cancel()
             await asyncio.gather(self._follower, return_exceptions=True)
         await self._manager.close()
-
-
-async def _passes(check: Check, on_fail: Callable[[str], None]) -> None:
-    """Ask until it passes; *on_fail* is told each time what was seen instead."""
-    probe, pause = Probe(check), min(check.interval, READY_POLL_SECONDS)
-    while True:
-        began = system.now()
-        try:
-            await probe.run()
-            return
-        except CheckFailed as error:
-            on_fail(error.detail)
-        await asyncio.sleep(max(0.0, began + pause - system.now()))
