@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.e2e.cli import Cli
+from tests.e2e.cli import CLI, Cli
 from tests.e2e.wal import eventually
 
 from phalanx import NatsOptions
@@ -173,6 +174,24 @@ async def test_three_nodes_failover_of_a_node_that_answers_ends_it_at_once(platf
     assert "no node of that name" in await platform.refused("failover", "wiki", "--yes", "--to", "n9")
     assert "leads already" in await platform.refused("failover", "wiki", "--yes", "--to", "n1")
     assert "no such app" in await platform.refused("failover", "wikki", "--yes")
+
+
+async def test_three_nodes_failover_on_a_terminal_asks_and_takes_no_for_an_answer(platform: Platform) -> None:
+    """What it would do is told before the question; then nothing was changed, exit code 1."""
+    active = await platform.running.settled()
+    process = await asyncio.create_subprocess_exec(
+        "script", "-qec", f"{' '.join(CLI)} failover wiki", "/dev/null",
+        env=platform.environment,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    async with asyncio.timeout(60):
+        out, _ = await process.communicate(b"n\n")
+    assert process.returncode == 1
+    assert f"fencing: {active} answers" in out.decode()
+    assert "fail wiki over to n" in out.decode()
+    assert "nothing was changed" in out.decode()
+    assert platform.running.nodes.actives("wiki") == [active]
 
 
 async def test_g1_failover_of_a_frozen_host_waits_for_the_end_of_its_session(
