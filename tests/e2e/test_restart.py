@@ -102,13 +102,19 @@ async def test_program_that_ends_is_restarted_in_place_and_all_of_it_reported(
 async def test_program_that_goes_on_failing_moves_to_another_node_and_stays_there(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:
-    """Ends after 0.5 s on n1 only: two restarts there, one failover, and none back."""
-    marks = tmp_path / "marks"
+    """Ends after 0.1 s on n1 only, once n2 is there: two restarts, one failover, and none back."""
+    marks, go = tmp_path / "marks", tmp_path / "go"
+    failing = shell(
+        f"echo $PHALANX_EPOCH $PHALANX_NODE >> {marks}; "
+        f"until test -e {go}; do sleep 0.02; done; sleep 0.1; exit 3"
+    )
     options = {"restart": Restart(delay=0.05), "retry": Backoff(first=0.1)}
     async with (
-        node(nats_server, tmp_path, "n1", backend=dies(marks, 0.5), **options) as first,
+        node(nats_server, tmp_path, "n1", backend=failing, **options) as first,
         node(nats_server, tmp_path, "n2", backend=shell("exec sleep 1000"), **options) as second,
     ):
+        await eventually(lambda: first.is_active and first.others_can())
+        go.touch()
         await eventually(lambda: second.is_active)
         await eventually(lambda: first.role is Role.STANDBY)
         await asyncio.sleep(1.0)
@@ -160,12 +166,15 @@ async def test_program_that_fails_where_nobody_else_is_goes_on_in_place(
 
 async def test_count_of_none_fails_over_at_once(nats_server: NatsServer, tmp_path: Path) -> None:
     """restart.count = 0: the first crash moves the app."""
-    marks = tmp_path / "marks"
+    marks, go = tmp_path / "marks", tmp_path / "go"
     options: dict[str, Any] = {"restart": Restart(count=0)}
+    failing = shell(f"echo $PHALANX_EPOCH n1 >> {marks}; until test -e {go}; do sleep 0.02; done; exit 3")
     async with (
-        node(nats_server, tmp_path, "n1", backend=dies(marks, 1.0), **options),
+        node(nats_server, tmp_path, "n1", backend=failing, **options) as first,
         node(nats_server, tmp_path, "n2", backend=shell("exec sleep 1000"), **options) as second,
     ):
+        await eventually(lambda: first.is_active and first.others_can())
+        go.touch()
         await eventually(lambda: second.is_active)
         assert len(starts(marks)) == 1
 
@@ -217,15 +226,18 @@ async def test_program_that_does_not_get_ready_again_uses_its_restarts_up(
     """Ready once, then never: each failed restart counts, and the standby takes over; nothing is left."""
     marks, ready = tmp_path / "marks", tmp_path / "ready"
     ready.touch()
+    script = f"echo $PHALANX_EPOCH n1 >> {marks}; while test -e {ready}; do sleep 0.02; done; exit 3"
     backend = Process(
-        ["/bin/sh", "-c", f"echo $PHALANX_EPOCH $PHALANX_NODE >> {marks}; sleep 0.3; rm -f {ready}"],
+        ["/bin/sh", "-c", script],
         ready={"type": "command", "command": f"test -e {ready}", "timeout": 0.2},  # type: ignore[arg-type]
-        ready_timeout=0.3,
+        ready_timeout=5.0,
     )
     async with (
-        node(nats_server, tmp_path, "n1", backend=backend, restart=Restart(delay=0.05)),
+        node(nats_server, tmp_path, "n1", backend=backend, restart=Restart(delay=0.05)) as first,
         node(nats_server, tmp_path, "n2", backend=shell("exec sleep 1000")) as second,
     ):
+        await eventually(lambda: first.is_active and first.others_can())
+        ready.unlink()
         await eventually(lambda: second.is_active)
         assert len(starts(marks)) == 3
 

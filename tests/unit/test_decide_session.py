@@ -341,3 +341,25 @@ def test_the_next_check_is_when_the_first_key_goes_stale() -> None:
     """So a node sleeps until then, and a TTL at most where nobody is known."""
     assert observer().next_check(0.5) == pytest.approx(TIMING.observe)
     assert Observer(THREE, TIMING, 0.0).next_check(1.0) == pytest.approx(3.0)
+
+
+def test_a_session_ended_itself_if_any_of_its_tombstones_is_its_own() -> None:
+    """Its keeper reached one stream and observers buried the rest; observers alone prove nothing."""
+    mine = SessionBody(1, tombstone=True, released=True)
+    for bodies, expected in (((mine, DEAD, DEAD), True), ((DEAD, DEAD, DEAD), False)):
+        seen = observer()
+        for stream, body in zip("abc", bodies, strict=True):
+            seen.on_record(stream, ME, 5, body, 1.0)
+        assert seen.is_over(ME)
+        assert seen.ended_itself(ME) is expected
+    assert not observer().ended_itself(ME)
+
+
+def test_a_renewal_that_says_released_proves_nothing() -> None:
+    """Only a tombstone does; and what it has proved stays so, whatever the server loses."""
+    seen = observer()
+    seen.on_record("a", ME, 5, SessionBody(1, released=True), 1.0)
+    assert not seen.ended_itself(ME)
+    seen.on_record("a", ME, 6, SessionBody(1, tombstone=True, released=True), 1.1)
+    seen.on_record("a", ME, 7, DEAD, 1.2)
+    assert seen.ended_itself(ME)
