@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from examples.demo import vip_part
 from examples.demo.client import Client
 from examples.demo.database_part import DatabasePart
 from examples.demo.hosts import Hosts
@@ -20,6 +21,9 @@ from examples.demo.programs import Programs
 from examples.demo.promises import FAULTS, Fault, Outcome
 from examples.demo.timeline import Timeline
 from examples.demo.writer import Writer
+
+VIP = "vip"
+"""The part with a virtual address, as --only knows it."""
 
 
 def main() -> int:
@@ -36,14 +40,14 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        return _run(wanted, timeline, arguments.keep_logs)
+        return _run(wanted, timeline, arguments.keep_logs, not arguments.only or VIP in arguments.only)
     except KeyboardInterrupt:
         timeline.close()
         print("interrupted; everything was stopped", file=sys.stderr)
         return 130
 
 
-def _run(wanted: tuple[Fault, ...], timeline: Timeline, keep_logs: Path | None) -> int:
+def _run(wanted: tuple[Fault, ...], timeline: Timeline, keep_logs: Path | None, with_vip: bool) -> int:
     outcomes: list[Outcome] = []
     problems: list[str] = []
     requests = 0
@@ -61,6 +65,10 @@ def _run(wanted: tuple[Fault, ...], timeline: Timeline, keep_logs: Path | None) 
             outcomes += part.outcomes
             problems += part.problems
             requests += part.requests
+    if with_vip:
+        found, sent = vip_part.run(timeline)
+        problems += found
+        requests += sent
     timeline.summary(outcomes, problems, requests)
     kept = not problems and all(outcome.is_kept for outcome in outcomes)
     if not kept and not timeline.is_json:
@@ -87,14 +95,16 @@ def _arguments() -> argparse.Namespace:
         prog="python -m examples.demo",
         description="Three hosts on this machine, nine faults, and what clients see of them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="faults:\n" + "\n".join(f"  {each.key:<13} {each.title}" for each in FAULTS),
+        epilog="faults:\n"
+        + "\n".join(f"  {each.key:<13} {each.title}" for each in FAULTS)
+        + f"\n  {VIP:<13} all of the part with a virtual address (as root)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--keep-logs", type=Path, metavar="DIR", help="copy all logs there at the end")
     parser.add_argument(
         "--only",
         action="append",
-        choices=[each.key for each in FAULTS],
+        choices=[*(each.key for each in FAULTS), VIP],
         metavar="FAULT",
         help="only this fault (may be given several times)",
     )

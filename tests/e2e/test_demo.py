@@ -95,6 +95,31 @@ def test_demo_loses_no_confirmed_row_g3(own_temp: Path) -> None:
     assert rows["lost"] <= rows["set_aside"]
 
 
+def test_demo_moves_a_virtual_address(own_temp: Path) -> None:
+    """A crash, a hand-over and a pulled cable, each seen by the client; nothing is left."""
+    demo = start_demo(own_temp, "--only", "vip")
+    output, errors = demo.communicate(timeout=200)
+    assert demo.returncode == 0, output + errors
+    said = [json.loads(line).get("what", "") for line in output.splitlines()]
+    assert sum("; outage" in what for what in said) == 3, output
+    assert left_behind(own_temp) == []
+
+
+def test_demo_without_network_namespaces_says_so(own_temp: Path) -> None:
+    """Where they cannot be had, the part is left out, with the reason."""
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.demo", "--only", "vip"],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(own_temp), "PATH": str(own_temp)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "left out here: network namespaces need" in done.stdout
+
+
 def play(temp: Path, fault: str) -> dict[str, Any]:
     """The outcome of a demo with only that fault; it kept its promises and left nothing."""
     demo = start_demo(temp, "--only", fault)

@@ -101,7 +101,7 @@ def watched(stage: VipStage) -> Generator[Watch]:
     watch.check()
 
 
-def moved(stage: VipStage, active: str, timeout: float = 20.0) -> str:
+def moved(stage: VipStage, active: str, timeout: float = 30.0) -> str:
     """Wait until another node answers at both addresses."""
     other = stage.wait_for_active(other_than=active, timeout=timeout)
     stage.wait_until(lambda: stage.ask(stage.vip6).node == other, "IPv6 has not followed")

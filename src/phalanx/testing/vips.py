@@ -139,7 +139,7 @@ class VipStage:
         """The role of *node* for the app; empty where it does not answer."""
         return str(self.status(node).get("role", ""))
 
-    def settled(self, timeout: float = 20.0) -> str:
+    def settled(self, timeout: float = 60.0) -> str:
         """Wait until one node is active, answers, and all others are standbys: the active one."""
         active = self.wait_for_active(timeout=timeout)
         others = [node for node in self.names if node != active]
@@ -147,7 +147,7 @@ class VipStage:
             self.wait_until(lambda node=node: self.role(node) == "standby", f"{node} is no standby", timeout)
         return active
 
-    def wait_for_active(self, *, other_than: str = "", timeout: float = 20.0) -> str:
+    def wait_for_active(self, *, other_than: str = "", timeout: float = 30.0) -> str:
         """Wait until a node (*other_than* that one) is active and answers at the address: its id."""
 
         def found() -> str:
