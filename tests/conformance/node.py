@@ -38,6 +38,8 @@ async def main(name: str, folder: str, behaviour: str, at: int) -> None:
 
     section = SectionContext("prod", "n1", stage.app, 6, register, lambda resource_id: None)
     await stage.backend(msgspec.json.decode(behaviour, type=Behaviour)).start(section)
+    while not stage.has_said("started"):  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
     await wait()
 
 

@@ -72,8 +72,8 @@ class Stage(Protocol):
         ...
 
     async def node_dies(self, behaviour: Behaviour, at: int) -> list[Resource]:
-        """A node starts the program and is killed: during its registration *at* (1 …), or 0: right after
-        start() has returned. What the keeper knew by then."""
+        """A node starts the program and is killed: during its registration *at* (1 …), or 0: once the program
+        has said ``started``. What the keeper knew by then."""
         ...
 
     async def keeper_kills(self, resources: list[Resource]) -> bool:

@@ -425,8 +425,8 @@ async def test_fence_ends_what_a_dead_node_left(stage: Stage, recorder: Recorder
     if not stage.fences:
         pytest.skip("only the keeper's list tells of it")
     backend = stage.backend(SERVES)
-    if stage.left():
-        assert await backend.fence(stage.app)
+    assert stage.left()
+    assert await backend.fence(stage.app)
     assert stage.left() == []
     assert await backend.fence(stage.app) == []
 

@@ -128,17 +128,29 @@ def test_left_over_is_what_nobody_holds(name: str) -> None:
     group.remove()
 
 
-def test_one_that_is_removed_while_it_is_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", ["open", "lock"])
+def test_one_that_is_removed_while_it_is_made(
+    name: str, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
     """Somebody takes it for a left-over before it is held: it is made again."""
-    real, calls = os.open, list[str]()
+    open_, lock, calls = os.open, cgroup_v2.fcntl.flock, list[str]()
+
+    def remove(moment: str) -> None:
+        if moment == before and not calls:
+            calls.append(moment)
+            os.rmdir(cgroup_v2.path_of(name))
 
     def taken(path: str, *arguments: int) -> int:
-        if str(path).endswith(name) and not calls:
-            calls.append(path)
-            os.rmdir(path)
-        return real(path, *arguments)
+        if str(path).endswith(name):
+            remove("open")
+        return open_(path, *arguments)
+
+    def taken_before_the_lock(descriptor: int, operation: int) -> None:
+        remove("lock")
+        lock(descriptor, operation)
 
     monkeypatch.setattr(os, "open", taken)
+    monkeypatch.setattr(cgroup_v2.fcntl, "flock", taken_before_the_lock)
     group = cgroup_v2.create(name)
     assert calls
     assert os.path.isdir(group.path)
