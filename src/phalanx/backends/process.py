@@ -57,7 +57,7 @@ class ProcessBackend:
 
         Without cgroups there is nothing to do: the keeper's file has what an earlier life left.
         """
-        return await child.in_thread(partial(_fence, app))
+        return await child.in_thread(partial(_fence, app, f"{app}."))
 
     async def adopt(self, section: SectionContext, resource: Resource) -> Running | None:
         """The kernel ends a process with its node: there is never one to take up."""
@@ -74,7 +74,9 @@ class ProcessBackend:
         die: the section takes a start that has failed for one that left nothing.
         """
         launch = await child.in_thread(partial(prepare, self._config, section.app))
-        await self.fence(section.app)
+        # Of this node alone: others, in tests and demos, may have the same host.
+        own = f"{section.app}.{section.platform}.{section.node}."
+        await child.in_thread(partial(_fence, section.app, own))
         run = _Run(self._config, section, launch, self._kept)
         try:
             await run.start()
@@ -363,10 +365,10 @@ def _empty(group: cgroup_v2.Cgroup) -> tuple[int, ...]:
     return ()
 
 
-def _fence(app: str) -> list[str]:
+def _fence(app: str, names: str) -> list[str]:
     """See :meth:`ProcessBackend.fence`."""
     killed: list[str] = []
-    for group in cgroup_v2.left_over(f"{app}."):
+    for group in cgroup_v2.left_over(names):
         try:
             found = cgroup_v2.pids(group.path)
             killed += [f"process {pid}" for pid in found]
