@@ -11,7 +11,7 @@ that write over their environment (some servers do, to show a title in ps); desc
 session *and* an environment of their own (sudo with a terminal, ``env -i setsid``) while their parent
 lives. So a search comes before the first signal, and it stops what it finds, so that nobody is cut off
 from its parent meanwhile. What can't be found: a process without mark, in a session of its own, whose
-parent has parent has ended before anybody looked, as when the program crashes or the kernel kills it together with
+parent has ended before anybody looked, as when the program crashes or the kernel kills it together with
 the node. Those are found in their control group, where there is one (``phalanx.cgroup_v2``).
 """
 
