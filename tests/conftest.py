@@ -15,6 +15,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(in_systemd.Reporter(config))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Outside, the first of them stands for all: each has its limit inside."""
+    for item in items:
+        if item.get_closest_marker("in_systemd") is not None and not os.environ.get("PHALANX_IN_SYSTEMD"):
+            item.add_marker(pytest.mark.timeout(0))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     """Outside, do not run what has run inside."""
