@@ -1,7 +1,8 @@
 """Runs tests that are marked ``in_systemd`` where a systemd is process 1: in a container, all in one go.
 
-Nothing of that is seen by the tests, which run inside as anywhere. The reports come back, and each test has its
-own here. The container needs what ``phalanx.testing.dockerd`` needs; that something is missing is an error, not a skip.
+Nothing of that is seen by the tests, which run inside as anywhere. The reports come back, and each test has
+its own here. The container needs what ``phalanx.testing.dockerd`` needs; what is missing is an error, not a
+skip.
 """
 
 from __future__ import annotations
