@@ -30,7 +30,17 @@ from phalanx.observe.journal import Journal
 from phalanx.ports import Backend, Bus, Fence, SectionAddresses, SectionContext
 from phalanx.program import Program, RestartPolicy
 from phalanx.section import Section
-from phalanx.types import AppStatus, Candidate, Health, LeaderRecord, Pause, Role, Standing, Succession
+from phalanx.types import (
+    AppStatus,
+    Candidate,
+    Health,
+    LeaderRecord,
+    Pause,
+    Resource,
+    Role,
+    Standing,
+    Succession,
+)
 
 if TYPE_CHECKING:
     # At run time only by apps that declare a database: it brings libraries of its own along.
@@ -199,6 +209,7 @@ class App:
         self._barred = self._leaving = ""
         self._waits_for_fence = False
         self._pause_known: Pause | None = None
+        self._keeps_key = False
         self._target: str | None = None
         self._events: deque[tuple[str, object]] = deque()
         self._event_waits = asyncio.Event()
@@ -347,6 +358,7 @@ class App:
             self._section.program.status() if self._section is not None and self._section.program else None,
             self.pause,
             self._standing(),
+            self.unkept_because() if self._role is Role.ACTIVE else "",
         )
 
     def _standing(self) -> Standing:
@@ -492,7 +504,7 @@ class App:
     async def serve(self, session: Session, register: Register) -> None:
         """Take part in the election under *session* until cancelled. The guard ends the section before."""
         parts = self._running_parts
-        self._session, self._leaving = session, ""
+        self._session, self._leaving, self._keeps_key = session, "", False
         self._locks = locks = Locks(parts.bus, parts.names, self.name, session, register)
         self._election = election = Election(
             parts.bus,
@@ -503,6 +515,7 @@ class App:
             priority=self.config.pattern.priority,
             no_failover=self.config.pattern.no_failover,
             highest=self._highest_epoch,
+            adopted=max((resource.epoch for resource in self._adopted), default=0),
             handicap=self.database.handicap_seconds if self.database is not None else lambda: 0.0,
             fences=parts.fencer is not None,
             paused=lambda: self.is_paused,
@@ -583,6 +596,7 @@ class App:
             on_step=self._on_step,
             paused=lambda: self.is_paused,
             on_held=self._on_held,
+            adopted=next((resource for resource in self._adopted if resource.epoch == epoch), None),
         )
         self._section, self._context, self._target = section, context, None
         self._healthy_since = 0.0
@@ -615,6 +629,12 @@ class App:
     async def _after_section(self, election: Election, section: Section, lasted: float) -> None:
         """The section has ended: count failures, say who is next, give the key back."""
         now = system.now()
+        if self._keeps_key:
+            election.keep_key(section.reign)
+            action = "left-running" if section.is_left else "ended-in-pause"
+            self._journal_app(action, section.reign.reason, lasted, epoch=int(section.reign.epoch))
+            self._set_role(self._passive_role(), section.reign.reason)
+            return
         self._running_parts.journal.stood_down(self.name, now - self._standing_down_since)
         reason, epoch = section.reign.reason, int(section.reign.epoch)
         self._left_behind = section.left_behind
@@ -697,6 +717,57 @@ class App:
             if self.health.verdict is Health.UNHEALTHY:
                 self._on_unhealthy(self._section, f"unhealthy: {self.health.reason}")
         self._wake()
+
+    def unkept_because(self) -> str:
+        """Why what is active here would end with the node, even in a pause; empty if it would not."""
+        if not self.can_adopt:
+            if self.database is not None:
+                return "its database is captured by the node"
+            if self._addresses is not None:
+                return "its addresses are kept by the node"
+            return "its hooks are code inside the node"
+        if not all(resource.adoptable for resource in self._registered):
+            return "its program is a child of the node"
+        return ""
+
+    @property
+    def can_adopt(self) -> bool:
+        """Whether all that it runs can outlive a node, by its kind: a program of its own and nothing else."""
+        has_hooks = "on_active" in self.hooks or "on_passive" in self.hooks
+        apart = has_hooks or self.config.database is not None or self._addresses is not None
+        return self._backend is not None and not apart
+
+    @property
+    def _registered(self) -> list[Resource]:
+        known = self._session.registered.values() if self._session is not None else ()
+        return [resource for resource in known if resource.app == self.name]
+
+    @property
+    def _adopted(self) -> list[Resource]:
+        """What an earlier life of the node has left of it. Its reign goes on, or the session is given up."""
+        known = self._session.adopted if self._session is not None else ()
+        return [resource for resource in known if resource.app == self.name]
+
+    def _check_adopted(self, leader: LeaderRecord) -> None:
+        """What was left running runs under the leader key, or not at all: that it is another's cannot be."""
+        session = self._session
+        if session is None or self._section is not None or leader.session == session.id:
+            return
+        if any(resource.id in session.registered for resource in self._adopted):
+            session.give_up(f"app {self.name}: what was left running is not covered by the leader key")
+
+    def leave(self, reason: str) -> None:
+        """The node ends in a pause. What can runs on, the rest ends; nobody else takes over either way."""
+        section = self._section
+        if section is None or section.reign.ending.is_set():
+            return
+        self._keeps_key = True
+        why = self.unkept_because()
+        if why or section.active_since is None:
+            self._journal_app("ending-in-pause", f"{reason}; {why or 'it is not active yet'}")
+            section.reign.end(reason)
+        else:
+            section.leave(reason)
 
     async def wait_while_paused(self, problem: str) -> None:
         """See Restarting."""
@@ -801,6 +872,7 @@ class App:
             change = LeaderChange(self.name, after, before, new.revision, new.reason)
             self._queue_event("on_leader_change", change)
             self._running_parts.journal.leader_seen(self.name, after, new.revision, new.reason)
+        self._check_adopted(new)
         if self.database is not None and after != self.node:  # else the activation needs its turn
             self.database.look()
         self._wake()

@@ -102,13 +102,15 @@ class PauseDone(msgspec.Struct, frozen=True, kw_only=True):
     """What came of pausing or resuming *app* (empty: the platform).
 
     ``pause``: what holds now, or was ended; ``changed``: False if it was so before. ``unaware``: live nodes
-    that have not said within two seconds that they know it.
+    that have not said within two seconds that they know it. ``unkept``: what is active now and would end with
+    its node in spite of the pause: app, node, why.
     """
 
     app: str
     pause: Pause
     changed: bool
     unaware: tuple[str, ...] = ()
+    unkept: tuple[tuple[str, str, str], ...] = ()
 
 
 class PlatformClient:
@@ -444,7 +446,8 @@ class PlatformClient:
             there = await self.bus.read(stream, subject)
             held = None if there is None or there.removed else _decoded(there, Pause)
             if (held is not None) is (action == "paused"):
-                return PauseDone(app=key, pause=held or pause, changed=False)
+                unkept = _unkept(await self.nodes(), key) if held is not None else ()
+                return PauseDone(app=key, pause=held or pause, changed=False, unkept=unkept)
             expect = there.revision if there is not None else 0
             try:
                 if action == "paused":
@@ -455,8 +458,10 @@ class PlatformClient:
             except WrongRevision:
                 continue  # somebody else did the same, or the opposite
         await self._audit_pause(key, pause, action)
-        unaware = await self._unaware(key, paused=action == "paused")
-        return PauseDone(app=key, pause=pause, changed=True, unaware=unaware)
+        if action != "paused":
+            return PauseDone(app=key, pause=pause, changed=True)
+        unaware, unkept = await self._aware(key)
+        return PauseDone(app=key, pause=pause, changed=True, unaware=unaware, unkept=unkept)
 
     async def _audit_pause(self, app: str, pause: Pause, action: str) -> None:
         by = caller()
@@ -473,14 +478,14 @@ class PlatformClient:
         subject = self.names.audit_subject(entry.category, entry.action)
         await self.bus.write(subject, msgspec.json.encode(entry), headers={"Nats-Msg-Id": entry.id})
 
-    async def _unaware(self, app: str, *, paused: bool) -> tuple[str, ...]:
-        """Live nodes that do not say, within PAUSE_SEEN_SECONDS, that they know of a change."""
+    async def _aware(self, app: str) -> tuple[tuple[str, ...], tuple[tuple[str, str, str], ...]]:
+        """See PauseDone: ``unaware``, ``unkept``."""
         deadline = system.now() + PAUSE_SEEN_SECONDS
         while True:
             nodes = [view for view in await self.nodes(0.5) if view.is_live]
-            unaware = tuple(view.node for view in nodes if not _knows(view, app, paused=paused))
-            if not unaware or not paused or system.now() >= deadline:
-                return unaware if paused else ()
+            unaware = tuple(view.node for view in nodes if not _knows(view, app))
+            if not unaware or system.now() >= deadline:
+                return unaware, _unkept(nodes, app)
             await asyncio.sleep(_POLL_SECONDS / 5)
 
     # --- the audit log
@@ -549,10 +554,20 @@ def _decoded(message: Message | Record, kind: type[T]) -> T | None:
         return None
 
 
-def _knows(view: NodeView, app: str, *, paused: bool) -> bool:
+def _knows(view: NodeView, app: str) -> bool:
     if view.status is None:
         return False
-    return all((each.pause is not None) is paused for each in view.status.apps if app in ("", each.name))
+    return all(each.pause is not None for each in view.status.apps if app in ("", each.name))
+
+
+def _unkept(nodes: Iterable[NodeView], app: str) -> tuple[tuple[str, str, str], ...]:
+    return tuple(
+        (each.name, view.node, each.unkept)
+        for view in nodes
+        if view.status is not None
+        for each in view.status.apps
+        if each.unkept and app in ("", each.name)
+    )
 
 
 def _silent(platform: str, view: NodeView) -> NodeStatus:

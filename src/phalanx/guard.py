@@ -45,6 +45,10 @@ class Watched(Protocol):
         """Whether it is to stop without grace."""
         ...
 
+    def keeps(self, app: App) -> bool:
+        """Whether *app* is not to change hands although the node stops: it is paused."""
+        ...
+
     @property
     def disconnected_at(self) -> float | None:
         """Since when the node itself has no connection to NATS."""
@@ -107,7 +111,10 @@ class Guard:
             for app in self._apps:
                 app.bar(reason)
             for app in self._apps:
-                app.end_section(reason)
+                if self._watched.stop_reason and self._watched.keeps(app):
+                    app.leave(reason)
+                else:
+                    app.end_section(reason)
         return self._leaving_since is not None
 
     def _cut_off(self, now: float) -> str:

@@ -29,6 +29,7 @@ from phalanx.coord.register import Register
 from phalanx.coord.repair import Repair
 from phalanx.coord.session import Session
 from phalanx.coord.steering import Steering
+from phalanx.coord.takeup import take_up
 from phalanx.decide.backoff import Backoff
 from phalanx.decide.session import StreamList
 from phalanx.decide.timing import Timing
@@ -40,6 +41,7 @@ from phalanx.errors import (
 )
 from phalanx.founding import START_PATIENCE_SECONDS, Founding, patiently
 from phalanx.guard import Guard, die
+from phalanx.keeper import wire
 from phalanx.names import Names
 from phalanx.observe.audit import AuditLog
 from phalanx.observe.http import StatusServer
@@ -94,6 +96,10 @@ class Node:
         self.fencer: Fencer | None = None
         """Fences others before a takeover; None where nothing is declared for it."""
         self.has_started = False
+        self.owns_process = False
+        """Whether the process ends with the node: only then can anything be left to the keeper."""
+        self._kept: set[str] = set()
+        self._keep_told = wire.Keep(())
         self._earlier_renewals = 0
         self._stopping = asyncio.Event()
         self.stop_reason = ""
@@ -292,6 +298,7 @@ class Node:
     def _on_pauses(self) -> None:
         for app in self.apps.values():
             app.on_pauses()
+        self._tell_keep()
         self._look()
 
     async def _remind_of_pauses(self) -> None:
@@ -432,7 +439,7 @@ class Node:
 
     async def _live(self, started: asyncio.Future[None] | None) -> None:
         """One session, from its start to its end."""
-        session = Session(SessionId.new(self.node), self.timing)
+        session = await self._take_up() or Session(SessionId.new(self.node), self.timing)
         session.on_renewed = self._on_renewed
         session.on_noted = self._on_noted
         try:
@@ -441,6 +448,22 @@ class Node:
         finally:
             self._serving.clear()
             await self._end_session(session)
+
+    async def _take_up(self) -> Session | None:
+        """The session that an earlier life of this node has left to its keeper in a pause, if any."""
+        if self._previous is not None:
+            return None
+        apps = tuple(app.name for app in self.apps.values() if app.can_adopt)
+        wish = wire.Attach(apps, self.names.platform, self.node, self.timing, self._options)
+        began = system.now()
+        session = await take_up(self.data_dir, wish)
+        if session is not None:
+            running = ", ".join(sorted({resource.app for resource in session.adopted})) or "nothing"
+            seconds = system.now() - began
+            self.journal.node(
+                "session-taken-up", duration_seconds=seconds, session=str(session.id), runs=running
+            )
+        return session
 
     async def _unless_stopping(self, work: Coroutine[Any, Any, None]) -> None:
         """Do *work*, which may wait long for NATS; but when the node is to stop raise SessionLost."""
@@ -462,15 +485,19 @@ class Node:
         if self._previous is not None:
             await self._observe_anew(self._previous)
         self._previous = session.id
-        await session.start(
-            self.names.platform,
-            self._register.streams,
-            self._options,
-            self.data_dir,
-            max(5.0, 2 * self.timing.ttl),
-            self.config.logging,
-        )
+        if session.is_taken_up:
+            session.use_streams(self._register.streams)
+        else:
+            await session.start(
+                self.names.platform,
+                self._register.streams,
+                self._options,
+                self.data_dir,
+                max(5.0, 2 * self.timing.ttl),
+                self.config.logging,
+            )
         self.session = session
+        self._keep_told = wire.Keep(())
         self._register.me = session.id
         member = self._member = self._describe(session)
         await self._check_streams()
@@ -575,6 +602,8 @@ class Node:
         lost = session.lost.is_set()
         if lost:
             self.journal.node("session-lost", reason=session.lost_reason, level=logging.ERROR)
+        elif session.established.is_set() and await self._leave(session):
+            self.journal.node("left-in-pause", reason=self.stop_reason, apps=", ".join(sorted(self._kept)))
         elif session.established.is_set():
             if not await session.release(self.stop_reason or "starting over"):
                 log.warning("session %s: nobody confirmed its end; it expires", session.id)
@@ -583,6 +612,32 @@ class Node:
         await session.close()
         self._earlier_renewals += session.renewals
         self.session = None
+
+    # --- in a pause
+
+    def keeps(self, app: App) -> bool:
+        """Whether *app* does not change hands although the node stops now; asked once, and remembered."""
+        session = self.session
+        able = self.owns_process and not self.in_a_hurry and session is not None and session.is_valid
+        if able and app.is_paused and app.has_section:
+            self._kept.add(app.name)
+        return app.name in self._kept
+
+    def _keep_of(self, kept: Iterable[str]) -> wire.Keep:
+        apps = tuple(sorted(kept))
+        return wire.Keep(apps, tuple(name for name in self.apps if name not in apps))
+
+    def _tell_keep(self) -> None:
+        """Have the keeper know what is not to change hands should this process die."""
+        active = {app.name for app in self.apps.values() if app.is_paused and app.is_active}
+        keep = self._keep_of(active | self._kept) if active or self._kept else wire.Keep(())
+        if self.session is not None and keep != self._keep_told:
+            self._keep_told = keep
+            self.session.keep(keep)
+
+    async def _leave(self, session: Session) -> bool:
+        """Leave the session to its keeper, if something is paused. False: it is still ours to end."""
+        return bool(self._kept) and await session.leave(self._keep_of(self._kept))
 
     # --- for apps (NodeParts)
 
@@ -612,6 +667,7 @@ class Node:
 
     def on_app_changed(self, app: App) -> None:
         """A role has changed."""
+        self._tell_keep()
         if app.role is Role.ACTIVE:
             self._steering.look()
 

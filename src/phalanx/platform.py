@@ -176,6 +176,7 @@ class Platform:
             await self.check()
         self._checked = False
         self._node = node = Node(self.config, self._apps.values())
+        node.owns_process = self._owns_process
         if self._owns_process:
             try:
                 node.alarm.enable()

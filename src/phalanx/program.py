@@ -18,7 +18,7 @@ from phalanx.config import Restart
 from phalanx.decide.restart import Decision, FailOver, RestartIn, RestartRule, Restarts
 from phalanx.errors import BackendError
 from phalanx.ports import Backend, Running, SectionContext
-from phalanx.types import ProgramStatus
+from phalanx.types import ProgramStatus, Resource
 
 log = logging.getLogger("phalanx.section")
 
@@ -81,6 +81,8 @@ class Program:
         """Restarts in place in this section."""
         self.steady_since = system.now()
         """Since when it is ready, without a restart since."""
+        self.is_adopted = False
+        """Whether it runs since an earlier life of the node."""
         self._because = ""
         """Why it is being restarted, until it is ready again: a restart that was interrupted goes on."""
         self._ask = asyncio.Event()
@@ -95,9 +97,26 @@ class Program:
         """See ``ports.Backend.start``."""
         self.running = await self._backend.start(self._section)
 
+    async def adopt(self, resource: Resource) -> None:
+        """Take up what an earlier life of the node has left running. If it has ended meanwhile it is started
+        anew, but not while the app is paused."""
+        self.running = await self._backend.adopt(self._section, resource)
+        self.is_adopted = self.running is not None
+        if self.running is None:
+            self._section.unregister(resource.id)
+            await self._policy.app.wait_while_paused("its program has ended while the node was away")
+            await self.start()
+
+    def leave(self) -> None:
+        """Let go of it: it outlives this node."""
+        self.running = None
+
     async def wait_ready(self) -> None:
         """Wait until it serves. If it does not it is killed; raises BackendError."""
         assert self.running is not None
+        if self.is_adopted:
+            self.is_adopted, self.steady_since = False, system.now()
+            return  # it was; should it not work any more, its checks will tell
         try:
             await self.running.wait_ready()
         except BackendError:

@@ -53,6 +53,7 @@ class Section:
         on_step: Callable[[str, float, str], None],
         paused: Callable[[], bool] = lambda: False,
         on_held: Callable[[str], None] = lambda problem: None,
+        adopted: Resource | None = None,
     ) -> None:
         self.reign = reign
         self._resources, self._hooks, self.program, self._context = resources, hooks, program, context
@@ -60,6 +61,9 @@ class Section:
         self._on_active_timeout, self._on_passive_timeout = on_active_timeout, on_passive_timeout
         self._on_role, self._on_step = on_role, on_step
         self._paused, self._on_held, self._again = paused, on_held, asyncio.Event()
+        self._adopted = adopted
+        self.is_left = False
+        """Whether its program was left running, for the node's next life."""
         self._hard = asyncio.Event()
         self._begun: list[Step] = []
         self.step, self.step_since = "", 0.0
@@ -89,6 +93,11 @@ class Section:
         """End at once, without grace."""
         self.reign.end(reason)
         self._hard.set()
+
+    def leave(self, reason: str) -> None:
+        """End here without ending the program: the node ends in a pause, and the keeper has what runs on."""
+        self.is_left = True
+        self.reign.end(reason)
 
     def look(self) -> None:
         """A pause has begun or ended: judge again what has failed."""
@@ -169,7 +178,10 @@ class Section:
                     await self._addresses.acquire(self._resources)
                 case Step.BACKEND:
                     assert self.program is not None
-                    await self.program.start()
+                    if self._adopted is not None:
+                        await self.program.adopt(self._adopted)
+                    else:
+                        await self.program.start()
                 case Step.READY:
                     assert self.program is not None
                     await self.program.wait_ready()
@@ -279,6 +291,10 @@ class Section:
     # --- standing down
 
     async def _stand_down(self) -> None:
+        if self.is_left:
+            if self.program is not None:
+                self.program.leave()
+            return
         self._on_role(Role.STANDING_DOWN)
         self._context.cancelled_event.set()
         if not (self._hard.is_set() or self.reign.deposed):

@@ -256,7 +256,8 @@ class PlannedSwitchover(msgspec.Struct, frozen=True, omit_defaults=True):
 class AppStatus(msgspec.Struct, frozen=True):
     """One app on one node. ``since`` is Unix seconds: when the role was taken up. ``database``: its database
     there, None for an app without one. ``program``: what its backend runs there now, None if nothing.
-    ``pause``: that of the app or of the platform, as this node knows."""
+    ``pause``: that of the app or of the platform, as this node knows. ``unkept``: why what is active here
+    would end with the node, even in a pause; empty if it would not, or if nothing is active."""
 
     name: str
     role: Role
@@ -269,6 +270,7 @@ class AppStatus(msgspec.Struct, frozen=True):
     program: ProgramStatus | None = None
     pause: Pause | None = None
     standing: Standing = Standing()
+    unkept: str = ""
 
 
 class NodeStatus(msgspec.Struct, frozen=True):

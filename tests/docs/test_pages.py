@@ -16,7 +16,7 @@ from tests.docs.pages import ROOT, Block, anchors, blocks, links, pages
 
 from phalanx.bus import provision
 from phalanx.cli import exits
-from phalanx.coord import election, lock_key, membership
+from phalanx.coord import lock_key, membership
 from phalanx.data import (
     entries,
     history,
@@ -29,6 +29,7 @@ from phalanx.data import (
     status,
 )
 from phalanx.data.wal_files import LogState
+from phalanx.decide.election import LeaderBody
 from phalanx.decide.session import SessionBody, StreamList
 from phalanx.names import Names
 from phalanx.observe.audit import AuditEntry
@@ -63,7 +64,7 @@ VALUES: dict[str, Any] = {
     "Pause": Pause,
     "FenceNote": FenceNote,
     "AppRegistration": membership.AppRegistration,
-    "leader": election._LeaderBody,  # pyright: ignore[reportPrivateUsage]
+    "leader": LeaderBody,
     "Candidate": Candidate,
     "Nomination": Nomination,
     "PlannedSwitchover": PlannedSwitchover,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from phalanx.decide.keeper import Phase, Watchdog, next_phase_at, phase
+from phalanx.decide.keeper import AWAY_SECONDS, Phase, Watchdog, next_phase_at, phase
 from phalanx.decide.timing import Timing
 
 TIMING = Timing.of(2.0)  # fence budget 0.4, grace 0.6, stall limit 2
@@ -58,3 +58,33 @@ def test_no_two_clocks_within_five_percent_disagree_about_the_end(ttl: float) ->
     assert timing.hold / 0.95 <= timing.observe / 1.05 + 1e-9
     assert 0 < timing.grace + timing.fence_budget < timing.hold - 2 * timing.renew_every
     assert timing.gap < timing.observe
+
+
+def test_node_that_dies_in_a_pause_leaves_what_can_run_on() -> None:
+    """The verdict says so, for a death and for a stall; code of the node itself is killed either way."""
+    watchdog = Watchdog(Timing.of(2.0), 100.0)
+    stalled = watchdog.verdict(103.0, 1000.0, has_resources=True, keeps=True)
+    assert stalled is not None
+    assert (stalled.kill_node, stalled.keep) == (True, True)
+    watchdog.on_gone("killed")
+    gone = watchdog.verdict(100.1, 1000.0, has_resources=True, keeps=True)
+    assert gone is not None
+    assert (gone.kill_node, gone.keep) == (True, True)
+
+
+def test_keeper_alone_waits_for_a_node_but_not_for_ever_nor_past_its_session() -> None:
+    """No stall counts then; the session's deadline does, and the patience is bounded."""
+    watchdog = Watchdog(Timing.of(2.0), 100.0)
+    watchdog.on_gone("killed")
+    watchdog.on_away(100.1)
+    assert watchdog.is_away
+    assert watchdog.verdict(200.0, 1000.0, has_resources=True) is None
+    assert watchdog.next_check(1000.0) == 100.1 + AWAY_SECONDS
+    assert watchdog.verdict(200.0, 200.1, has_resources=True) is not None
+    late = watchdog.verdict(100.2 + AWAY_SECONDS, 10000.0, has_resources=True)
+    assert late is not None
+    assert not late.kill_node
+    watchdog.on_back(300.0)
+    assert not watchdog.is_away
+    assert watchdog.verdict(300.1, 1000.0, has_resources=True) is None
+    assert watchdog.verdict(310.0, 1000.0, has_resources=True) is not None

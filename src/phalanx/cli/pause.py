@@ -38,6 +38,8 @@ def pause(
         output.say((what, "bold"), ": paused")
     else:
         output.say((what, "bold"), f": was {done.pause} already")
+    for name, node, why in done.unkept:
+        output.note(f"app {name} would end with node {node}, in spite of the pause: {why}")
     for node in done.unaware:
         output.note(f"node {node} has not said yet that it knows: see phalanx status")
     return exits.OK
@@ -92,4 +94,5 @@ def _shown(done: PauseDone, *, paused: bool) -> dict[str, object]:
         "changed": done.changed,
         "pause": msgspec.to_builtins(done.pause),
         "unaware": list(done.unaware),
+        "unkept": [{"app": name, "node": node, "reason": why} for name, node, why in done.unkept],
     }

@@ -16,6 +16,7 @@ from phalanx.coord.session import Session
 from phalanx.coord.watch import Watch
 from phalanx.decide import election as rules
 from phalanx.decide.backoff import Backoff
+from phalanx.decide.election import LeaderBody
 from phalanx.errors import BusError, ConfigError, WrongRevision
 from phalanx.names import CANDIDATE_KEYS, LEADER_KEY, NOMINATION_KEY, Names
 from phalanx.ports import STREAM_NOT_FOUND, Bus, Connection, Fence, Record
@@ -31,17 +32,7 @@ RETRIES = Backoff(first=0.1, longest=2.0)
 VERIFY_TIMEOUT_SECONDS = 1.0
 
 
-class _LeaderBody(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the leader key holds; the revision is the epoch and comes with the record."""
-
-    session: SessionId | None = None
-    successor: str | None = None
-    nonce: str = ""
-    reason: str = ""
-    unfenced: tuple[SessionId, ...] = ()
-
-
-_leader_of = msgspec.json.Decoder(_LeaderBody).decode
+_leader_of = msgspec.json.Decoder(LeaderBody).decode
 _candidate_of = msgspec.json.Decoder(Candidate).decode
 _nomination_of = msgspec.json.Decoder(Nomination).decode
 _encode = msgspec.json.Encoder().encode
@@ -82,6 +73,7 @@ class Election:
         priority: int = 0,
         no_failover: bool = False,
         highest: int = 0,
+        adopted: int = 0,
         handicap: Callable[[], float] = lambda: 0.0,
         fences: bool = False,
         paused: Callable[[], bool] = lambda: False,
@@ -92,7 +84,7 @@ class Election:
         self._session, self._register, self._priority = session, register, priority
         self._no_failover = no_failover
         self._on_leader, self._on_acquired, self._handicap = on_leader, on_acquired, handicap
-        self._paused = paused
+        self._paused, self._adopted = paused, adopted
         self._fences = fences
         self._bucket = names.app_bucket(app)
         self._stream = names.bucket_stream(self._bucket)
@@ -110,7 +102,7 @@ class Election:
         self._reign: Reign | None = None
         self._ended = self._failures = 0
         self._highest = highest
-        self._unreleased: tuple[int, _LeaderBody] | None = None
+        self._unreleased: tuple[int, LeaderBody] | None = None
         self._releasing = asyncio.Lock()
         self._reigns: asyncio.Queue[Reign] = asyncio.Queue(1)
         self._changed = asyncio.Event()
@@ -181,6 +173,11 @@ class Election:
         remedy = f"choose one of {', '.join(able)}" if able else "there is no other eligible node"
         raise ConfigError("node", node, f"{problem} of app {self._app}", remedy)
 
+    def keep_key(self, reign: Reign) -> None:
+        """The node ends in a pause: its section has ended or was left running, and the key stays as it is."""
+        self._reign = None
+        self._ended = max(self._ended, reign.epoch)
+
     async def release(self, reign: Reign, reason: str, successor: str | None = None) -> None:
         """Give the leader key back. Call only when the active section has ended.
 
@@ -189,7 +186,7 @@ class Election:
         self._reign = None
         self._ended = max(self._ended, reign.epoch)
         if not reign.deposed:
-            self._unreleased = (reign.epoch, _LeaderBody(None, successor, "", reason, reign.unfenced))
+            self._unreleased = (reign.epoch, LeaderBody(None, successor, "", reason, reign.unfenced))
             await self._try_release()
         self._changed.set()
 
@@ -228,7 +225,9 @@ class Election:
             case rules.Acquire(expected):
                 return await self._acquire(expected)
             case rules.Begin(epoch):
-                if epoch <= self._highest:
+                # Of a session that was taken up, only what runs on does so under its old epoch (G2).
+                anew = self._session.is_taken_up and epoch != self._adopted
+                if epoch <= self._highest or anew:
                     return await self._acquire(epoch)
                 self._begin(epoch, 0.0)
             case rules.Deposed(reason):
@@ -300,7 +299,7 @@ class Election:
     async def _acquire(self, expected: int) -> float | None:
         started = system.now()
         nonce = secrets.token_hex(8)
-        body = _LeaderBody(session=self._session.id, nonce=nonce, unfenced=self._to_be_fenced())
+        body = LeaderBody(session=self._session.id, nonce=nonce, unfenced=self._to_be_fenced())
         try:
             revision = await self._write_past_lost_epochs(_encode(body), expected)
         except WrongRevision:
@@ -536,7 +535,7 @@ def _leader_record(record: Record | None) -> LeaderRecord:
     return _record(record.revision, _leader_of(record.data)) if record is not None else LeaderRecord(0)
 
 
-def _record(revision: int, body: _LeaderBody) -> LeaderRecord:
+def _record(revision: int, body: LeaderBody) -> LeaderRecord:
     return LeaderRecord(revision, body.session, body.successor, body.nonce, body.reason, body.unfenced)
 
 

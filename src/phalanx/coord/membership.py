@@ -23,9 +23,6 @@ log = logging.getLogger("phalanx.membership")
 
 T = TypeVar("T")
 
-NONCE_HEADER = "Phalanx-Nonce"
-"""By which a node tells its own removal of a planned switchover from another's."""
-
 CREATE_TRIES = 50
 CREATE_RETRY_SECONDS = 0.1
 
@@ -57,7 +54,6 @@ class PlatformState:
     def __init__(self, bus: Bus, names: Names) -> None:
         self._bus, self._names = bus, names
         self._stream = names.bucket_stream(names.platform_bucket)
-        self._nonce = secrets.token_hex(8)
         self.members: dict[str, Member] = {}
         self.apps: dict[str, AppRegistration] = {}
         self.switchovers: dict[str, tuple[PlannedSwitchover, int]] = {}
@@ -109,20 +105,15 @@ class PlatformState:
         self._on_switchovers.append(callback)
 
     async def take_switchover(self, app: str, revision: int) -> bool:
-        """Remove a planned hand-over, to carry it out: False if it was called off or is somebody else's.
-
-        Raises BusError; then ask again, also when it has vanished meanwhile: that may have been this node.
-        """
-        subject = self._subject(self._names.switchover_key(app))
-        headers = {"KV-Operation": "DEL", NONCE_HEADER: self._nonce}
+        """Remove a planned hand-over, to carry it out: False if it was called off or is somebody else's."""
         try:
-            await self._bus.write(subject, expect=revision, headers=headers)
+            await self._bus.write(
+                self._subject(self._names.switchover_key(app)),
+                expect=revision,
+                headers={"KV-Operation": "DEL"},
+            )
         except WrongRevision:
-            # Perhaps by our own attempt, whose answer was lost; and a refusal alone proves nothing.
-            found = await self._bus.read(self._stream, subject)
-            if found is not None and found.revision == revision:
-                raise
-            return found is not None and found.removed and found.headers.get(NONCE_HEADER) == self._nonce
+            return False
         return True
 
     def _subject(self, key: str) -> str:
@@ -183,15 +174,11 @@ class PlatformState:
             revision = 0
             if found is not None:
                 holder, revision = found
-                if holder.session == member.session:
+                if holder == member:
                     return
-                register.note(holder.session)
-                try:
-                    is_over = await register.wait_over(holder.session, deadline - system.now())
-                finally:
-                    register.unnote(holder.session)
-                if not is_over:
-                    raise NodeIdTaken(member.node, str(holder.session), holder.host)
+                # Else it is our own, of this life or of one whose session we have taken up.
+                if holder.session != member.session:
+                    await self._wait_over(holder, register, deadline)
             elif (record := await self._bus.read(self._stream, subject)) is not None:
                 revision = record.revision
             try:
@@ -199,6 +186,15 @@ class PlatformState:
             except WrongRevision:
                 continue  # another one was faster, or our own reply was lost: look again
             return
+
+    async def _wait_over(self, holder: Member, register: Register, deadline: float) -> None:
+        register.note(holder.session)
+        try:
+            is_over = await register.wait_over(holder.session, deadline - system.now())
+        finally:
+            register.unnote(holder.session)
+        if not is_over:
+            raise NodeIdTaken(holder.node, str(holder.session), holder.host)
 
     async def remove_member(self, node: str, member: Member) -> None:
         """Take this node off the list after a graceful end. Best effort: a dead one stays listed as dead."""

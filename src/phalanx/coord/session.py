@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from phalanx import system
+from phalanx.aio import wait_at_most
 from phalanx.config import Logging, NatsOptions
 from phalanx.decide.session import StreamList
 from phalanx.decide.timing import Timing
@@ -47,6 +49,14 @@ class Session:
         self._numbers = itertools.count(1)
         self._transport: asyncio.WriteTransport | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._stranger: system.ProcessRef | None = None
+        """The keeper, where this process has not started it but taken it up."""
+        self.adopted: tuple[Resource, ...] = ()
+        """What ran when the session was taken up."""
+        self._left = asyncio.Event()
+        self._leaving = False
+        self.registered: dict[str, Resource] = {}
+        """What the keeper knows to run, by id."""
         self._beating: asyncio.Task[None] | None = None
         self._on_change: list[Callable[[], None]] = []
         self.on_renewed: Callable[[float], None] = lambda moment: None
@@ -67,7 +77,14 @@ class Session:
     @property
     def keeper_pid(self) -> int:
         """The keeper's process id; 0 before it was started."""
+        if self._stranger is not None:
+            return self._stranger.pid
         return self._process.pid if self._process else 0
+
+    @property
+    def is_taken_up(self) -> bool:
+        """Whether it was the session of an earlier life of this node, which has ended in a pause."""
+        return self._stranger is not None
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """Be told when the session was lost, or may be used (again) after it nearly ran out."""
@@ -113,6 +130,23 @@ class Session:
             await self.close()
             raise SessionLost(str(self.id), reason)
 
+    async def go_on(
+        self, channel: socket.socket, keeper: system.ProcessRef, resources: tuple[Resource, ...], rest: bytes
+    ) -> None:
+        """Take the session up from *keeper*, which has accepted us on *channel*; *rest* is what it has said
+        since then. Raises SessionLost."""
+        self._stranger, self.adopted = keeper, resources
+        self.registered = {resource.id: resource for resource in resources}
+        protocol = _Channel(self)
+        transport, _ = await asyncio.get_running_loop().create_connection(lambda: protocol, sock=channel)
+        self._transport = transport
+        protocol.data_received(rest)
+        self._beating = asyncio.create_task(self._beat(), name="session beat")
+        await wait_at_most(self.established, self.timing.ttl)
+        if not self.established.is_set():
+            await self.close()
+            raise SessionLost(str(self.id), "its keeper does not say that it is valid")
+
     async def _beat(self) -> None:
         interval = min(0.5, self.timing.stall_limit / 5)
         while self._transport is not None and not self._transport.is_closing():
@@ -144,11 +178,33 @@ class Session:
                 f"the keeper cannot take note of it: {problem}",
                 "make the data directory writable and free space there",
             )
+        self.registered[resource.id] = resource
 
     def unregister(self, resource_id: str) -> None:
         """Tell the keeper that this has ended."""
+        self.registered.pop(resource_id, None)
         if self._transport is not None:
             wire.send(self._transport, wire.Unregister(resource_id))
+
+    def keep(self, keep: wire.Keep) -> None:
+        """Tell the keeper what is to outlive this process if it ends now, in a pause."""
+        if self._transport is not None and not self.lost.is_set():
+            wire.send(self._transport, keep)
+
+    async def leave(self, keep: wire.Keep, timeout: float = 5.0) -> bool:
+        """Leave the session and what *keep* names to the keeper: the caller vouches that nothing of its own
+        code hangs on it. False if the keeper does not agree in time; then it is the caller's as before."""
+        if self._transport is None or self.lost.is_set():
+            return False
+        self._leaving = True
+        wire.send(self._transport, wire.Leave(keep))
+        await wait_at_most(self._left, timeout)
+        if not self._left.is_set():
+            self._leaving = False
+            return False
+        self._releasing = True  # from here on it is not ours
+        self._tell()
+        return True
 
     def use_streams(self, streams: StreamList) -> None:
         """Tell the keeper about a new list of session streams."""
@@ -168,9 +224,13 @@ class Session:
                 await self._released.wait()
         return self._released.is_set()
 
+    def give_up(self, reason: str) -> None:
+        """It cannot be used as it is: all that hangs on it ends, by the keeper where nobody else does it."""
+        self._lose(reason)
+
     async def close(self) -> None:
         """Let go of the keeper: it kills what is still registered and exits. Waits for its end, bounded."""
-        if self._transport is not None and not self._released.is_set():
+        if self._transport is not None and not (self._released.is_set() or self._left.is_set()):
             # Without a goodbye the keeper would take this for a crash, and kill this process.
             self._releasing = True
             wire.send(self._transport, wire.Release("closed"))
@@ -179,8 +239,20 @@ class Session:
             await asyncio.gather(self._beating, return_exceptions=True)
         if self._transport is not None:
             self._transport.close()
+        if self._left.is_set():
+            return
         if self._process is not None:
             await asyncio.to_thread(self._reap, self._process)
+        elif self._stranger is not None:
+            await self._see_end_of(self._stranger)
+
+    async def _see_end_of(self, keeper: system.ProcessRef) -> None:
+        deadline = system.now() + 1.0
+        while keeper.alive():
+            if system.now() > deadline:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(keeper.pid, signal.SIGKILL)
+            await asyncio.sleep(0.02)
 
     def _reap(self, process: subprocess.Popen[bytes]) -> None:
         try:
@@ -214,6 +286,10 @@ class Session:
             case wire.Released(complete):
                 if complete and self._releasing:
                     self._released.set()
+            case wire.Left():
+                self._left.set()
+            case wire.Attached():
+                pass  # it was read before the channel was made
 
     def _acknowledge(self, number: int, problem: str) -> None:
         ack = self._acks.get(number)
@@ -231,7 +307,7 @@ class Session:
 
     def on_closed(self) -> None:
         """The keeper's end of the channel closed."""
-        if not self._released.is_set():
+        if not (self._released.is_set() or self._left.is_set()):
             self._lose("the keeper is gone")
 
     def _lose(self, reason: str) -> None:

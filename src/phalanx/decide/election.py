@@ -22,6 +22,16 @@ RANK_STEP_SECONDS = 0.020
 """What each less preferred candidate waits longer. About ten times a compare-and-set's round trip."""
 
 
+class LeaderBody(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What the leader key holds; the revision is the epoch and comes with the record."""
+
+    session: SessionId | None = None
+    successor: str | None = None
+    nonce: str = ""
+    reason: str = ""
+    unfenced: tuple[SessionId, ...] = ()
+
+
 class View(msgspec.Struct, frozen=True):
     """What one node knows about one app's election.
 

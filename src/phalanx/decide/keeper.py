@@ -12,6 +12,9 @@ import msgspec
 
 from phalanx.decide.timing import Timing
 
+AWAY_SECONDS = 600.0
+"""How long what was left running in a pause waits for its node's next life, before the keeper ends it."""
+
 
 class Phase(StrEnum):
     """What a node may do with its active sections at a moment of its session."""
@@ -45,11 +48,13 @@ def next_phase_at(now: float, valid_until: float, timing: Timing) -> float:
 class Fencing(msgspec.Struct, frozen=True):
     """Kill what the node has registered, then end its session.
 
-    ``kill_node``: the node itself too, in any case. Else only if code inside it is registered.
+    ``kill_node``: the node itself too, in any case. Else only if code inside it is registered. ``keep``: what
+    is to outlive the node in a pause is left running, and the session goes on without it.
     """
 
     reason: str
     kill_node: bool
+    keep: bool = False
 
 
 class Watchdog:
@@ -59,6 +64,20 @@ class Watchdog:
         self.timing = timing
         self._last_beat = now
         self._gone: str | None = None
+        self._away_since: float | None = None
+
+    def on_away(self, now: float) -> None:
+        """The node has ended in a pause; what runs on waits for its next life."""
+        self._away_since, self._gone = now, None
+
+    def on_back(self, now: float) -> None:
+        """Its next life has come."""
+        self._away_since, self._last_beat = None, now
+
+    @property
+    def is_away(self) -> bool:
+        """Whether there is no node at present."""
+        return self._away_since is not None
 
     def on_beat(self, now: float) -> None:
         """The node's event loop ran."""
@@ -68,14 +87,19 @@ class Watchdog:
         """The node's end of the socket closed without a goodbye."""
         self._gone = reason
 
-    def verdict(self, now: float, valid_until: float, *, has_resources: bool) -> Fencing | None:
-        """What to do now. *has_resources*: the node has registered something that is still active."""
-        if self._gone is not None:
-            return Fencing(self._gone, kill_node=True)
-        if now - self._last_beat > self.timing.stall_limit:
-            return Fencing(
-                f"the event loop stood still for more than {self.timing.stall_limit:g} s", kill_node=True
-            )
+    def verdict(
+        self, now: float, valid_until: float, *, has_resources: bool, keeps: bool = False
+    ) -> Fencing | None:
+        """What to do now. *has_resources*: the node has registered something that is still active. *keeps*:
+        the node leads an app that is paused, so nothing of that ends with the node."""
+        if self._away_since is not None:
+            if now - self._away_since > AWAY_SECONDS:
+                return Fencing(f"no node has come back within {AWAY_SECONDS:g} s", kill_node=False)
+        elif self._gone is not None:
+            return Fencing(self._gone, kill_node=True, keep=keeps)
+        elif now - self._last_beat > self.timing.stall_limit:
+            reason = f"the event loop stood still for more than {self.timing.stall_limit:g} s"
+            return Fencing(reason, kill_node=True, keep=keeps)
         if has_resources and now >= self.kill_at(valid_until):
             # The node may be well, and only NATS away: programs can be killed without it.
             return Fencing("the session ran out before the active sections had ended", kill_node=False)
@@ -87,4 +111,6 @@ class Watchdog:
 
     def next_check(self, valid_until: float) -> float:
         """The next moment at which :meth:`verdict` may change if nothing else happens."""
+        if self._away_since is not None:
+            return min(self._away_since + AWAY_SECONDS, self.kill_at(valid_until))
         return min(self._last_beat + self.timing.stall_limit, self.kill_at(valid_until))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
 
-from phalanx.types import Pause
+from phalanx.types import Pause, Resource
 
 WHOLE_PLATFORM = ""
 """Instead of an app's name: the pause of all apps."""
@@ -37,3 +37,13 @@ def ends_section(cause: Cause, *, paused: bool) -> bool:
     session's end stays the section's end (G1), and nothing is committed that could be lost unseen (G3).
     """
     return not paused or cause not in (Cause.ILL, Cause.FAILED)
+
+
+def kept(resources: Iterable[Resource], apps: Collection[str]) -> list[Resource]:
+    """What of *resources* outlives a node whose *apps* are paused: of an app everything, or nothing.
+
+    Code inside the node ends with it, so what else its app has ends too, and begins anew.
+    """
+    known = list(resources)
+    apart = {resource.app for resource in known if resource.app not in apps or not resource.adoptable}
+    return [resource for resource in known if resource.app not in apart]

@@ -107,21 +107,25 @@ Known = dict[str, list[system.ProcessRef]]
 """Processes that were seen, by resource id."""
 
 
-def node_lives(pid: int) -> bool:
-    """Whether the node runs. The keeper is its child, so the pid is the node's while it is our parent."""
-    return os.getppid() == pid
+class NodeProcess:
+    """The node: the keeper's parent, or one that has taken it up later (*ref*)."""
 
+    def __init__(self, pid: int, ref: system.ProcessRef | None = None) -> None:
+        self.pid, self._ref = pid, ref
 
-def kill_node(pid: int) -> None:
-    """SIGKILL the node, if it lives."""
-    if node_lives(pid):
-        os.kill(pid, signal.SIGKILL)
+    def lives(self) -> bool:
+        """Whether it runs. A parent's pid is the node's while it is our parent."""
+        return os.getppid() == self.pid if self._ref is None else self._ref.alive()
 
+    def kill(self) -> None:
+        """SIGKILL it, if it lives."""
+        if self.lives():
+            os.kill(self.pid, signal.SIGKILL)
 
-async def node_gone(pid: int) -> None:
-    """Wait until the node has ended: SIGKILL is obeyed soon, but not at once. The caller goes on renewing."""
-    while node_lives(pid):  # noqa: ASYNC110 - the kernel tells it by giving us another parent
-        await asyncio.sleep(0.001)
+    async def gone(self) -> None:
+        """Wait until it has ended: SIGKILL is obeyed soon, but not at once. The caller goes on renewing."""
+        while self.lives():  # noqa: ASYNC110 - the kernel tells a child by giving it another parent
+            await asyncio.sleep(0.001)
 
 
 async def find_processes(resources: list[Resource]) -> Known:

@@ -2,6 +2,9 @@
 
 Its life: Start from the node → the wardens' lock → kill left-overs → session established → renew until the
 node says Release, or dies, or stalls, or outlives its session → fence → end the session → exit.
+
+In a pause a node that ends or dies leaves the keeper alone with what can run on (:mod:`.away`): it goes on
+renewing until the node's next life comes, or the pause is over, or nobody has come for too long.
 """
 
 from __future__ import annotations
@@ -17,14 +20,17 @@ from phalanx import system
 from phalanx.aio import wait_at_most
 from phalanx.config import NatsOptions
 from phalanx.decide.keeper import Fencing, Watchdog
+from phalanx.decide.pause import kept
 from phalanx.decide.timing import Timing
-from phalanx.errors import PhalanxError
-from phalanx.keeper import fencing, wire
+from phalanx.errors import BusError, PhalanxError
+from phalanx.keeper import away, fencing, note, wire
 from phalanx.keeper.renewing import Renewer
 from phalanx.keeper.warden import RESPAWN_SECONDS, Warden, take_lock
 from phalanx.names import Names
 from phalanx.ports import Bus
 from phalanx.types import Resource
+
+Visit = tuple[asyncio.WriteTransport, int, wire.FromVisitor]
 
 log = logging.getLogger("phalanx.keeper")
 
@@ -56,7 +62,8 @@ class Keeper:
         on_start: Callable[[wire.Start], None] = lambda start: None,
     ) -> None:
         self._on_start = on_start
-        self._channel, self._node_pid, self._connect = channel, node_pid, connect
+        self._socket, self._connect = channel, connect
+        self._node = fencing.NodeProcess(node_pid)
         self._warden: Warden | None = warden
         self._warden_lock: system.FileLock | None = None
         self._replacing: asyncio.Task[None] | None = None
@@ -70,24 +77,57 @@ class Keeper:
         self._watchdog: Watchdog | None = None
         self._pending_streams: wire.Streams | None = None
         self._switched_at = float("-inf")
+        self._told, self._is_told = float("-inf"), False
+        self._keep = wire.Keep(())
+        self._leave: wire.Leave | None = None
+        self._noted = False
+        self._visit: Visit | None = None
+        self._resumed: set[str] = set()
+        self._door: away.Door | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._end_exit_watch: Callable[[], None] | None = None
+        self._channel: _Channel | None = None
 
     async def run(self) -> None:
         """Serve until the session has ended."""
         loop = asyncio.get_running_loop()
-        transport, _ = await loop.connect_accepted_socket(lambda: _Channel(self), self._channel)
+        self._channel = _Channel(self)
+        channel = self._channel
+        transport, _ = await loop.connect_accepted_socket(lambda: channel, self._socket)
         self._transport = transport
-        pidfd = system.watch_exit(self._node_pid, lambda: self._on_gone("the node's process ended"))
+        self._watch_exit()
         try:
             start = await asyncio.wait_for(self._started, 30)
             self._on_start(start)
             await self._serve(start)
             self._dismiss_warden()
+            if self._noted:
+                note.remove(Path(start.state_dir))
         finally:
             if self._replacing is not None:
                 self._replacing.cancel()
-            if pidfd is not None:
-                pidfd()
+            self._let_go_of_node()
+            self._close_door()
+
+    def _watch_exit(self) -> None:
+        self._end_exit_watch = system.watch_exit(
+            self._node.pid, lambda: self._on_gone("the node's process ended")
+        )
+
+    def _let_go_of_node(self) -> None:
+        """What it says or does from now on means nothing."""
+        if self._end_exit_watch is not None:
+            self._end_exit_watch()
+        transport, self._transport, self._end_exit_watch, self._channel = self._transport, None, None, None
+        if transport is not None:
             transport.close()
+
+    def _close_door(self) -> None:
+        if self._door is not None:
+            self._door.close()
+        if self._looking is not None:
+            self._looking.cancel()
+        self._door = self._looking = None
 
     async def _serve(self, start: wire.Start) -> None:
         state_dir = Path(start.state_dir)
@@ -123,7 +163,7 @@ class Keeper:
     async def _hold(
         self, start: wire.Start, renewer: Renewer, watchdog: Watchdog, registry: fencing.Registry
     ) -> None:
-        holder, told, established = renewer.holder, float("-inf"), False
+        holder, established = renewer.holder, False
         next_tick, self._switched_at = 0.0, system.now()
         while True:
             now = system.now()
@@ -133,12 +173,8 @@ class Keeper:
             elif holder.reads():
                 renewer.tick()
             valid = holder.is_valid(now)
-            if valid and not established:
-                established = True
-                self._say(wire.Established())
-            if valid and holder.valid_until > told:
-                told = holder.valid_until
-                self._say(wire.ValidUntil(told, renewer.renewals))
+            established = established or valid
+            self._tell(renewer, valid)
             if self._release is not None:
                 await self._end(start, renewer, registry, self._release.reason, kill_node=False)
                 return
@@ -150,13 +186,167 @@ class Keeper:
                 await self._end(start, renewer, registry, reason, kill_node=registry.has_sections)
                 return
             valid_until = holder.valid_until if established else now + start.timing.ttl
-            verdict = watchdog.verdict(now, valid_until, has_resources=len(registry) > 0)
+            keeps = established and bool(self._keep.apps)
+            if self._leave is not None and not watchdog.is_away:
+                await self._be_alone(start, renewer, registry, watchdog, Fencing("the node leaves", False))
+                continue
+            verdict = watchdog.verdict(now, valid_until, has_resources=len(registry) > 0, keeps=keeps)
+            if verdict is not None and verdict.keep:
+                await self._be_alone(start, renewer, registry, watchdog, verdict)
+                continue
             if verdict is not None:
                 await self._fence(start, renewer, registry, verdict)
                 return
+            if watchdog.is_away and (reason := await self._while_away(start, renewer, registry, watchdog)):
+                await self._end(start, renewer, registry, reason, kill_node=False)
+                return
             await self._leave_isolated_server(renewer, start.timing, now)
-            ends = told if valid else next_tick
+            ends = holder.valid_until if valid else next_tick
             await self._sleep_until(min(next_tick, watchdog.next_check(valid_until), ends))
+
+    def _tell(self, renewer: Renewer, valid: bool) -> None:
+        """Tell the node what is new of the session."""
+        if not valid or self._transport is None:
+            return
+        if not self._is_told:
+            self._is_told = True
+            self._say(wire.Established())
+        if renewer.holder.valid_until > self._told:
+            self._told = renewer.holder.valid_until
+            self._say(wire.ValidUntil(self._told, renewer.renewals))
+
+    # --- alone in a pause
+
+    async def _be_alone(
+        self,
+        start: wire.Start,
+        renewer: Renewer,
+        registry: fencing.Registry,
+        watchdog: Watchdog,
+        why: Fencing,
+    ) -> None:
+        """The node has ended, or is to: end what cannot outlive it, and go on with the rest."""
+        log.warning("node %s: %s, in a pause; what can runs on", start.session.node, why.reason)
+        left = kept(registry.resources, self._keep.apps)
+        ending = [resource for resource in registry.resources if resource not in left]
+        await self._end_resources(start, renewer, registry, ending, kill_node=why.kill_node)
+        watchdog.on_away(system.now())
+        self._gone = None
+        self._door = away.Door(start.session, self._on_visit)
+        try:
+            await self._door.open(Path(start.state_dir))
+        except OSError as error:
+            log.error("node %s: its next life cannot reach this keeper: %s", start.session.node, error)
+        apps, others = set(self._keep.apps), set(self._keep.others)
+        names, bus = Names(start.platform), renewer.bus
+        looking = away.look_after(bus, names, start.session, apps, others, self._on_resumed)
+        self._looking = asyncio.create_task(looking, name="keeper alone")
+        if self._leave is not None:
+            self._say(wire.Left())
+            self._leave = None
+            # Its end of the channel closes with it; until then it is none of our business.
+            self._channel, self._transport = None, None
+        self._let_go_of_node()
+
+    async def _while_away(
+        self, start: wire.Start, renewer: Renewer, registry: fencing.Registry, watchdog: Watchdog
+    ) -> str:
+        """See to who has come, and to what was resumed. Not empty: why everything has to end now."""
+        if over := self._resumed & set(self._keep.apps):
+            log.warning("node %s: resumed while it is away: %s end", start.session.node, ", ".join(over))
+            ending = [resource for resource in registry.resources if resource.app in over]
+            await self._end_resources(start, renewer, registry, ending, kill_node=False)
+            apps = tuple(app for app in self._keep.apps if app not in over)
+            self._keep = wire.Keep(apps, (*self._keep.others, *over))
+            if not apps:
+                return "resumed while the node is away"
+            for app in over:
+                try:
+                    await away.release_key(renewer.bus, Names(start.platform), app, start.session)
+                except BusError as error:
+                    log.warning("app %s: its leader key is given back later: %s", app, error)
+            self._look_anew(start, renewer)
+        if self._visit is None:
+            return ""
+        transport, pid, wish = self._visit
+        self._visit = None
+        if isinstance(wish, wire.End):
+            return wish.reason
+        if reason := _refusal(start, wish):
+            wire.send(transport, wire.Lost(reason))
+            return reason
+        await self._be_taken_up(start, renewer, registry, watchdog, transport, pid, wish)
+        return ""
+
+    def _look_anew(self, start: wire.Start, renewer: Renewer) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+        looking = away.look_after(
+            renewer.bus,
+            Names(start.platform),
+            start.session,
+            set(self._keep.apps),
+            set(self._keep.others),
+            self._on_resumed,
+        )
+        self._looking = asyncio.create_task(looking, name="keeper alone")
+
+    async def _be_taken_up(
+        self,
+        start: wire.Start,
+        renewer: Renewer,
+        registry: fencing.Registry,
+        watchdog: Watchdog,
+        transport: asyncio.WriteTransport,
+        pid: int,
+        wish: wire.Attach,
+    ) -> None:
+        """From now on there is a node again. What it cannot adopt ends first."""
+        ending = [resource for resource in registry.resources if resource.app not in wish.apps]
+        await self._end_resources(start, renewer, registry, ending, kill_node=False)
+        self._close_door()
+        self._node = fencing.NodeProcess(pid, system.ProcessRef.of(pid))
+        self._channel = _Channel(self)
+        self._transport, self._told, self._is_told, self._resumed = transport, float("-inf"), False, set()
+        transport.set_protocol(self._channel)
+        watchdog.on_back(system.now())
+        self._watch_exit()
+        log.info("node %s: taken up by process %d", start.session.node, pid)
+        self._say(wire.Attached(start.session, tuple(registry.resources)))
+        self._tell(renewer, renewer.holder.is_valid(system.now()))
+
+    def _on_visit(self, transport: asyncio.WriteTransport, pid: int, wish: wire.FromVisitor) -> None:
+        if self._visit is not None:
+            transport.abort()  # the first one has it
+            return
+        self._visit = (transport, pid, wish)
+        self._wake.set()
+
+    def _on_resumed(self, apps: set[str]) -> None:
+        self._resumed |= apps
+        self._wake.set()
+
+    async def _end_resources(
+        self,
+        start: wire.Start,
+        renewer: Renewer,
+        registry: fencing.Registry,
+        resources: list[Resource],
+        *,
+        kill_node: bool,
+    ) -> None:
+        """Return when *resources* (and the node) are gone.
+
+        What does not die yet must not run without a session, if it can be held.
+        """
+        killing = asyncio.create_task(self._kill(start, resources, kill_node), name="keeper kill")
+        while not killing.done():
+            await asyncio.wait({killing}, timeout=start.timing.renew_every)
+            if not killing.done():
+                renewer.tick()
+        killing.result()
+        for resource in resources:
+            registry.remove(resource.id)
 
     async def _leave_isolated_server(self, renewer: Renewer, timing: Timing, now: float) -> None:
         """A server that answers pings but has lost its routes reaches no majority of session streams."""
@@ -196,14 +386,7 @@ class Keeper:
         kill_node: bool,
     ) -> None:
         """Kill what must be gone, then end the session. The order is the invariant: never release first."""
-        killing = asyncio.create_task(self._kill(start, registry, kill_node), name="keeper kill")
-        while not killing.done():
-            await asyncio.wait({killing}, timeout=start.timing.renew_every)
-            if not killing.done():
-                renewer.tick()  # what does not die yet must not run without a session, if it can be held
-        killing.result()
-        for resource in registry.resources:
-            registry.remove(resource.id)
+        await self._end_resources(start, renewer, registry, registry.resources, kill_node=kill_node)
         self._dismiss_warden()
         complete = await renewer.release(
             reason, by=f"keeper of {start.session.node}", deadline=system.now() + 2 * start.timing.ttl
@@ -214,19 +397,19 @@ class Keeper:
             log.error("session %s: could not be released (%s); it expires instead", start.session, reason)
         self._say(wire.Released(complete))
 
-    async def _kill(self, start: wire.Start, registry: fencing.Registry, kill_node: bool) -> None:
+    async def _kill(self, start: wire.Start, resources: list[Resource], kill_node: bool) -> None:
         """Return only when the node (if it is to be killed) and all registered processes are gone."""
         known = fencing.Known()
         if kill_node:
-            if fencing.node_lives(self._node_pid):
-                known = await fencing.find_processes(registry.resources)
-            fencing.kill_node(self._node_pid)
-        while not await fencing.kill_resources(registry.resources, known):
+            if self._node.lives():
+                known = await fencing.find_processes(resources)
+            self._node.kill()
+        while not await fencing.kill_resources(resources, known):
             log.error("node %s: not releasing while processes of it still run", start.session.node)
         if kill_node:
-            await fencing.node_gone(self._node_pid)
+            await self._node.gone()
             # Again: the last call of the dying node may have put one back.
-            addresses = [resource for resource in registry.resources if resource.kind == "vip"]
+            addresses = [resource for resource in resources if resource.kind == "vip"]
             while not await fencing.kill_resources(addresses):
                 log.error("node %s: not releasing while its addresses are here", start.session.node)
 
@@ -271,6 +454,11 @@ class Keeper:
 
     # --- what the node says
 
+    def on_line(self, channel: _Channel, line: bytes) -> None:
+        """One line of the node; of one that has left it means nothing any more."""
+        if channel is self._channel:
+            self.on_message(wire.decode_from_node(line))
+
     def on_message(self, message: wire.FromNode) -> None:
         """One message of the node."""
         if self._watchdog is not None:
@@ -296,6 +484,23 @@ class Keeper:
             case wire.Release():
                 self._release = message
                 self._wake.set()
+            case wire.Keep():
+                self._note_keep(message)
+            case wire.Leave(keep):
+                self._note_keep(keep)
+                self._leave = message
+                self._wake.set()
+
+    def _note_keep(self, keep: wire.Keep) -> None:
+        self._keep = keep
+        if not self._started.done() or bool(keep.apps) is self._noted:
+            return
+        start = self._started.result()
+        self._noted = not self._noted
+        if self._noted:
+            note.write(Path(start.state_dir), start.session)
+        else:
+            note.remove(Path(start.state_dir))
 
     def _register(self, registry: fencing.Registry, number: int, resource: Resource) -> None:
         try:
@@ -314,9 +519,10 @@ class Keeper:
             if not self._started.done():
                 self._started.set_exception(EOFError(reason))
 
-    def on_closed(self) -> None:
+    def on_closed(self, channel: _Channel) -> None:
         """The node closed its end."""
-        self._on_gone("the node closed its channel")
+        if channel is self._channel:
+            self._on_gone("the node closed its channel")
 
     def _say(self, message: wire.FromKeeper) -> None:
         if self._transport is not None and not wire.send(self._transport, message):
@@ -329,7 +535,18 @@ class _Channel(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         for line in self._lines.feed(data):
-            self._keeper.on_message(wire.decode_from_node(line))
+            self._keeper.on_line(self, line)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._keeper.on_closed()
+        self._keeper.on_closed(self)
+
+
+def _refusal(start: wire.Start, wish: wire.Attach) -> str:
+    """Why the session can't go on for who has come; empty if it can."""
+    if (wish.platform, wish.node) != (start.platform, start.session.node):
+        return f"it is {wish.node} of platform {wish.platform}"
+    if wish.timing != start.timing:
+        return "its timings have changed"
+    if wish.nats != start.nats:
+        return "its NATS servers or login have changed"
+    return ""

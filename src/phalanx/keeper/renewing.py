@@ -47,6 +47,11 @@ class Renewer:
         self._end_connection_watch = bus.on_connection(self._on_connection)
 
     @property
+    def bus(self) -> Bus:
+        """What it renews over."""
+        return self._bus
+
+    @property
     def is_connected(self) -> bool:
         """Whether renewals can be sent now."""
         return self._bus.is_connected

@@ -1,7 +1,9 @@
 """What node and keeper say to each other: one JSON object a line over a socket pair.
 
 Both ends come from the same installation, started by the same process, so there is no version
-negotiation; an unknown message is an error.
+negotiation; an unknown message is an error. The exception is a keeper that has outlived its node in a pause:
+it is met over a socket in the node's folder by the next life, perhaps of another version. It says Hello
+first; these two, and End, keep their form for ever.
 """
 
 from __future__ import annotations
@@ -15,6 +17,10 @@ from phalanx.config import Logging, NatsOptions, restore_secrets, reveal_secrets
 from phalanx.decide.session import StreamList
 from phalanx.decide.timing import Timing
 from phalanx.types import Resource, SessionId
+
+VERSION = 1
+"""Grows with every change after which a node and a keeper of different versions would not understand each
+other."""
 
 MAX_LINE_BYTES = 1 << 20
 MAX_UNSENT_BYTES = 4 << 20
@@ -62,6 +68,39 @@ class Release(msgspec.Struct, frozen=True, tag="release"):
     reason: str
 
 
+class Keep(msgspec.Struct, frozen=True, tag="keep"):
+    """Node to keeper: these apps are led here and paused, so what of them can is to outlive the node, and
+    their leader keys stay. Of *others*, which it runs too, nothing does."""
+
+    apps: tuple[str, ...]
+    others: tuple[str, ...] = ()
+
+
+class Leave(msgspec.Struct, frozen=True, tag="leave"):
+    """Node to keeper: I end, and nothing of my own code is active any more. Go on with what is to be kept."""
+
+    keep: Keep
+
+
+class Attach(msgspec.Struct, frozen=True, tag="attach"):
+    """The node's next life to a keeper that is alone: go on for me. *apps*: those that it can adopt.
+
+    The others say how it would hold a session; where that differs from how the keeper does it is refused.
+    """
+
+    apps: tuple[str, ...]
+    platform: str
+    node: str
+    timing: Timing
+    nats: NatsOptions
+
+
+class End(msgspec.Struct, frozen=True, tag="end"):
+    """The node's next life to a keeper that is alone: end everything, and yourself. The form is fixed."""
+
+    reason: str
+
+
 class Established(msgspec.Struct, frozen=True, tag="established"):
     """Keeper to node: a majority took the session's first renewal."""
 
@@ -105,16 +144,37 @@ class Released(msgspec.Struct, frozen=True, tag="released"):
     complete: bool
 
 
-FromNode = Start | Beat | Register | Unregister | Streams | Release
-FromKeeper = Established | ValidUntil | Registered | Refused | Lost | Noted | Released
+class Left(msgspec.Struct, frozen=True, tag="left"):
+    """Keeper to node: I go on alone. You may end."""
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """A keeper that is alone to who comes: what I speak, and which session I hold. The form is fixed."""
+
+    version: int
+    session: SessionId
+
+
+class Attached(msgspec.Struct, frozen=True, tag="attached"):
+    """Keeper to node: I hold this session for you from now on, and these run."""
+
+    session: SessionId
+    resources: tuple[Resource, ...]
+
+
+FromNode = Start | Beat | Register | Unregister | Streams | Release | Keep | Leave
+FromVisitor = Attach | End
+FromKeeper = Established | ValidUntil | Registered | Refused | Lost | Noted | Released | Left | Attached
 
 # The socket pair is the one place where secrets travel in clear: nobody else can read it.
 _encoder = msgspec.json.Encoder(enc_hook=reveal_secrets)
 _from_node: msgspec.json.Decoder[FromNode] = msgspec.json.Decoder(FromNode, dec_hook=restore_secrets)
+_from_visitor: msgspec.json.Decoder[FromVisitor] = msgspec.json.Decoder(FromVisitor, dec_hook=restore_secrets)
 _from_keeper = msgspec.json.Decoder(FromKeeper)
+_hello = msgspec.json.Decoder(Hello)
 
 
-def encode(message: FromNode | FromKeeper) -> bytes:
+def encode(message: FromNode | FromVisitor | FromKeeper | Hello) -> bytes:
     """One line."""
     return _encoder.encode(message) + b"\n"
 
@@ -138,12 +198,22 @@ def decode_from_node(line: bytes) -> FromNode:
     return _from_node.decode(line)
 
 
+def decode_from_visitor(line: bytes) -> FromVisitor:
+    """A message to a keeper that is alone."""
+    return _from_visitor.decode(line)
+
+
+def decode_hello(line: bytes) -> Hello:
+    """What such a keeper says first, of whatever version."""
+    return _hello.decode(line)
+
+
 def decode_from_keeper(line: bytes) -> FromKeeper:
     """A message of the keeper."""
     return _from_keeper.decode(line)
 
 
-def send(transport: asyncio.WriteTransport, message: FromNode | FromKeeper) -> bool:
+def send(transport: asyncio.WriteTransport, message: FromNode | FromKeeper | Hello) -> bool:
     """Queue *message*; False if the other end is gone or has stopped reading for very long.
 
     Never blocks: the keeper must go on while the node stands still, and the other way round.

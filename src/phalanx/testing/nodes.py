@@ -31,6 +31,7 @@ from typing import Any, Self, cast
 
 from phalanx import system
 from phalanx.bus.server_process import ServerProcess
+from phalanx.keeper import note
 from phalanx.testing import faults
 from phalanx.testing.nats import HOST, Ports, stop_leftover
 from phalanx.testing.netlab import Host, http_get
@@ -102,6 +103,9 @@ class NodeProcess:
             if b"phalanx.keeper" in _command_line(pid):
                 self._keepers.add(system.ProcessRef.of(pid))
                 return pid
+        if (kept := note.read(self.data_dir)) is not None and kept.lives:  # of an earlier life, in a pause
+            self._keepers.add(system.ProcessRef(kept.pid, kept.start_time))
+            return kept.pid
         raise RuntimeError(f"node {self.node} has no keeper")
 
     def kill(self) -> None:

@@ -29,13 +29,15 @@ from phalanx import (
 )
 from phalanx.testing.committing import Committer
 from phalanx.testing.history import History
+from phalanx.testing.lasting import LastingBackend
 
 
 class Settings(msgspec.Struct, kw_only=True):
     """What the program runs. ``fault``: ``none``, ``block`` (a hook that blocks the loop when the file
     ``fault_file`` appears), ``deaf`` (a hook that ignores its cancellation), ``fail`` (on_active raises).
     ``writes``: fenced writes while active, each ``write_seconds`` after the last, to one key or
-    (``distinct_keys``) each to its own. ``database``: where each node's SQLite database lies, with
+    (``distinct_keys``) each to its own. ``lasting``: the command of a backend that outlives
+    the node. ``database``: where each node's SQLite database lies, with
     ``{node}`` in it; while active a row is committed every ``commit_seconds``, and every ``sync_every``
     rows ``db.sync()`` is awaited; ``no_failover``: nodes that never take over by
     themselves. ``database_options`` are more fields of its declaration; ``storms`` and
@@ -48,6 +50,7 @@ class Settings(msgspec.Struct, kw_only=True):
     timings: dict[str, float] = {}
     tick_seconds: float = 0.002
     hooks: bool = True
+    lasting: str = ""
     backend: str = ""
     urls: tuple[str, ...] = ()
     server_name: str = ""
@@ -160,6 +163,8 @@ def build(settings: Settings) -> Platform:
             priority=settings.priority, no_failover=platform.config.node in settings.no_failover
         )
         app = platform.app(name, pattern, backend=backend, database=database)
+        if settings.lasting:
+            app._backend = LastingBackend(settings.lasting)  # pyright: ignore[reportPrivateUsage]
         if settings.hooks:
 
             async def on_active(ctx: ActiveContext, app: App = app) -> None:
