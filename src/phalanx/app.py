@@ -581,6 +581,9 @@ class App:
             str(self.database.live) if self.database is not None else "",
             lambda: session.valid_until - system.now() if session.is_valid else 0.0,
         )
+        adopted = next((resource for resource in self._adopted if resource.epoch == epoch), None)
+        if adopted is not None:
+            reign.unfenced = ()  # it was fenced before that could run: by now it may have returned
         section = Section(
             reign,
             resources,
@@ -596,7 +599,7 @@ class App:
             on_step=self._on_step,
             paused=lambda: self.is_paused,
             on_held=self._on_held,
-            adopted=next((resource for resource in self._adopted if resource.epoch == epoch), None),
+            adopted=adopted,
         )
         self._section, self._context, self._target = section, context, None
         self._healthy_since = 0.0
