@@ -69,6 +69,8 @@ def _run(items: list[pytest.Item]) -> dict[str, list[pytest.TestReport]]:
         )
         for line in reports.read_text().splitlines() if reports.exists() else ():
             one = config.hook.pytest_report_from_serializable(config=config, data=json.loads(line))
+            if isinstance(one.longrepr, list):  # JSON has no tuples: where and why it was skipped
+                one.longrepr = tuple(one.longrepr)
             found[one.nodeid].append(one)
     output = (done.stdout + done.stderr).decode(errors="replace")[-4000:]
     for item in items:
