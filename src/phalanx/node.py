@@ -422,7 +422,7 @@ class Node:
         failures = 0
         while not self._stopping.is_set():
             try:
-                await self._live(started)
+                await self._live(started, failures)
                 failures = 0
             except (SessionLost, StartError, BusError, TimeoutError) as error:
                 if self._stopping.is_set():
@@ -437,13 +437,13 @@ class Node:
                 self.journal.node("no-session", reason=str(error), level=logging.ERROR)
                 await wait_at_most(self._stopping, SESSION_RETRY.delay(failures))
 
-    async def _live(self, started: asyncio.Future[None] | None) -> None:
-        """One session, from its start to its end."""
+    async def _live(self, started: asyncio.Future[None] | None, failures: int) -> None:
+        """One session, from its start to its end. *failures*: attempts in a row that came to nothing."""
         session = await self._take_up() or Session(SessionId.new(self.node), self.timing)
         session.on_renewed = self._on_renewed
         session.on_noted = self._on_noted
         try:
-            await self._unless_stopping(self._begin_session(session))
+            await self._unless_stopping(self._begin_session(session, failures))
             await self._serve(session, started)
         finally:
             self._serving.clear()
@@ -480,8 +480,11 @@ class Node:
             raise SessionLost(str(self._previous), "the node is stopping")
         task.result()
 
-    async def _begin_session(self, session: Session) -> None:
+    async def _begin_session(self, session: Session, failures: int) -> None:
         began = system.now()
+        # On a host that is overloaded a keeper may need longer than that to come up: each time it gets more,
+        # or it would be begun for ever. (A node that has just been started rather says what is wrong.)
+        patience = max(5.0, 2 * self.timing.ttl) * 2 ** (min(failures, 3) if self.has_started else 0)
         if self._previous is not None:
             await self._observe_anew(self._previous)
         self._previous = session.id
@@ -493,7 +496,7 @@ class Node:
                 self._register.streams,
                 self._options,
                 self.data_dir,
-                max(5.0, 2 * self.timing.ttl),
+                patience,
                 self.config.logging,
             )
         self.session = session
