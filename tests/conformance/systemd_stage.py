@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
-from phalanx import config, units
+from tests.systemd_units import command_line, remove_unit, write_unit
+
+from phalanx import config
 from phalanx.testing.fake_backend import Behaviour
 
 from .stages import HostStage
@@ -33,36 +34,3 @@ class SystemdStage(HostStage):
         """See ``Stage.close``."""
         await super().close()
         remove_unit(self.unit)
-
-
-def command_line(words: list[str]) -> str:
-    """*words* as systemd.service(5) wants them."""
-    return " ".join('"' + word.translate(_QUOTED) + '"' for word in words)
-
-
-_QUOTED = str.maketrans({"\\": "\\\\", '"': '\\"', "%": "%%", "$": "$$"})
-
-
-def write_unit(name: str, *service: str, unit: tuple[str, ...] = ()) -> None:
-    """Make a unit of these lines, and tell systemd."""
-    lines = ["[Unit]", "StartLimitIntervalSec=60", "StartLimitBurst=3", *unit, "[Service]", *service]
-    (units.DROP_INS / name).write_text("\n".join(lines) + "\n")
-    systemctl("daemon-reload")
-
-
-def remove_unit(name: str) -> None:
-    """Kill it and forget it."""
-    units.take_permit_back(name)
-    systemctl("kill", "--signal=KILL", name, check=False)
-    systemctl("stop", name, check=False)
-    (units.DROP_INS / name).unlink(missing_ok=True)
-    units.guard_path(name).unlink(missing_ok=True)
-    systemctl("daemon-reload")
-    systemctl("reset-failed", name, check=False)
-
-
-def systemctl(*arguments: str, check: bool = True) -> str:
-    """What it prints."""
-    done = subprocess.run(["systemctl", *arguments], capture_output=True, text=True, check=False, timeout=30)
-    assert not check or done.returncode == 0, done.stderr
-    return done.stdout.strip()

@@ -111,15 +111,15 @@ T = TypeVar("T", Unit, Service)
 
 
 class Manager:
-    """One connection to systemd. It may be used again after it broke; :meth:`close` ends it."""
+    """One connection to systemd. It is made anew when it breaks; :meth:`close` ends it for good."""
 
     def __init__(self) -> None:
         self._bus: MessageBus | None = None
         self._lost: asyncio.Future[None] | None = None
         self._was_connected = False
         self._connecting = asyncio.Lock()
-        self._rules: tuple[str, ...] = ()
-        self._subscribed = False
+        self._unit, self._rules = "", tuple[str, ...]()
+        self._subscribed = self._closed = False
         self._on_change: Callable[[], None] = lambda: None
         self._on_job: Callable[[str, str], None] = lambda job, result: None
 
@@ -132,10 +132,7 @@ class Manager:
 
     async def read(self, path: str) -> tuple[Unit, Service]:
         """The unit at *path*, which is a service. Raises ManagerError."""
-        unit, service = await asyncio.gather(
-            self._properties(path, "Unit", Unit), self._properties(path, "Service", Service)
-        )
-        return unit, service
+        return await self._properties(path, "Unit", Unit), await self._properties(path, "Service", Service)
 
     async def unit(self, path: str) -> Unit:
         """The unit at *path*. Raises ManagerError."""
@@ -151,7 +148,7 @@ class Manager:
     ) -> None:
         """From now on call *on_change* when *unit* at *path* may have changed, and *on_job* with the path and
         the result of each job of it that is over. Raises ManagerError."""
-        self._on_change, self._on_job = on_change, on_job
+        self._unit, self._on_change, self._on_job = unit, on_change, on_job
         signal = f"type='signal',sender='{_SYSTEMD}'"
         self._rules = (
             f"{signal},path='{path}',interface='{_PROPERTIES}',member='PropertiesChanged'",
@@ -202,6 +199,8 @@ class Manager:
 
     async def _connected(self) -> MessageBus:
         async with self._connecting:
+            if self._closed:
+                raise ManagerError(f"{_BUS}.Error.Failed", "nobody needs its answer any more")
             if self._bus is None:
                 self._bus = await self._connect()
                 self._subscribed = False
@@ -210,17 +209,19 @@ class Manager:
                 for rule in self._rules:
                     await _call(bus, _BUS, "/org/freedesktop/DBus", _BUS, "AddMatch", "s", [rule])
                 await _call(bus, _SYSTEMD, _MANAGER_PATH, _MANAGER, "Subscribe", ignore="AlreadySubscribed")
+                # Else systemd forgets a unit, and how it has ended, as soon as it does not run.
+                await _call(bus, _SYSTEMD, _MANAGER_PATH, _MANAGER, "RefUnit", "s", [self._unit])
                 self._subscribed = True
             return bus
 
     async def _connect(self) -> MessageBus:
-        from dbus_fast import AuthError, BusType, InvalidAddressError
+        from dbus_fast import BusType
         from dbus_fast.aio import MessageBus
 
         bus = MessageBus(bus_type=BusType.SYSTEM)
         try:
             await bus.connect()
-        except (OSError, EOFError, AuthError, InvalidAddressError) as error:
+        except Exception as error:  # of a bus that ends meanwhile it may be anything
             raise ManagerError(_DISCONNECTED, f"{type(error).__name__}: {error}") from error
         bus.add_message_handler(self._on_message)
         self._was_connected = True
@@ -253,7 +254,7 @@ class Manager:
 
     async def close(self) -> None:
         """End the connection; nothing is watched any more. Twice is harmless."""
-        self._rules = ()
+        self._closed = True
         self._on_change, self._on_job = lambda: None, lambda job, result: None
         bus, self._bus = self._bus, None
         if bus is not None and self._lost is not None:

@@ -172,7 +172,7 @@ class UnitRun:
     def _look_for_end(self) -> None:
         if not self._invocation or self._asked_to_end or self._ended.done():
             return
-        if self._unit.invocation != self._invocation:
+        if self._unit.invocation not in ("", self._invocation):
             self._ended.set_result("was restarted by somebody else")
         elif self._unit.active_state in ("deactivating", "inactive", "failed"):
             # Of one that is deactivating the program has ended, and what it left is being ended; or somebody
@@ -282,6 +282,8 @@ class UnitRun:
         except TimeoutError:
             log.warning("app %s: unit %s still runs after %g s, killing it", self._app, self._name, seconds)
         except ManagerError as error:
+            if self._gone:  # somebody killed it meanwhile
+                return
             log.warning("app %s: systemd does not stop %s (%s), killing it", self._app, self._name, error)
 
     async def kill(self) -> None:
