@@ -1,0 +1,331 @@
+"""A node restarts in a pause: its container or its systemd unit runs on. Real engines, nodes, kills."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import pytest
+from tests.systemd_units import command_line, remove_unit, systemctl, write_unit
+
+from phalanx import system
+from phalanx.client import PlatformClient
+from phalanx.config import NatsOptions
+from phalanx.keeper import note
+from phalanx.keeper.warden import NAME
+from phalanx.testing.dockerd import DockerDaemon
+from phalanx.testing.nats import NatsServer
+from phalanx.testing.nodes import NodeProcess, Nodes
+
+TTL = 1.0
+AWAY_SECONDS = 2.5
+"""Longer than the session would last without renewals."""
+GAP_SECONDS = 0.5
+"""No program waits so long for the processor, not even on a busy machine; every restart takes longer: its
+node is away for AWAY_SECONDS."""
+
+TICKS = (
+    "run=${INVOCATION_ID:-$(hostname)}; "
+    'while read now rest < /proc/uptime; do echo "$PHALANX_EPOCH $run $now"; sleep 0.01; done >> "$0/ticks"'
+)
+"""A program for sh that writes down its epoch, which container or start of a unit it is, and the moment."""
+
+
+class Tick(NamedTuple):
+    """One line of a program."""
+
+    epoch: int
+    run: str
+    at: float
+
+
+class Engine(Protocol):
+    """What runs the program."""
+
+    def declare(self, node: str, command: list[str], folder: Path) -> str:
+        """The lines below ``[apps.wiki.backend]``."""
+        ...
+
+    def running(self) -> list[str]:
+        """All that runs of any node, as it calls itself."""
+        ...
+
+    def crash(self, run: str) -> None:
+        """SIGKILL that program itself."""
+        ...
+
+    def close(self) -> None:
+        """Nothing of it is left."""
+        ...
+
+
+class DockerEngine:
+    """Containers of a real dockerd."""
+
+    def __init__(self, dockerd: DockerDaemon) -> None:
+        self._dockerd, self._image = dockerd, dockerd.busybox_image()
+
+    def declare(self, node: str, command: list[str], folder: Path) -> str:
+        """See ``Engine.declare``."""
+        return (
+            f'type = "docker"\nimage = "{self._image}"\ncommand = {toml_list(command)}\nstop_timeout = "1s"\n'
+            f'volumes = ["{folder}:{folder}"]\nsocket = "{self._dockerd.socket}"\n'
+        )
+
+    def running(self) -> list[str]:
+        """See ``Engine.running``: the beginnings of their ids, which are their host names."""
+        return self._dockerd.docker("ps", "--quiet", "--filter", "label=phalanx.app=wiki").split()
+
+    def crash(self, run: str) -> None:
+        """See ``Engine.crash``."""
+        self._dockerd.docker("kill", run)
+
+    def close(self) -> None:
+        """See ``Engine.close``."""
+        for one in self._dockerd.docker("ps", "--all", "--quiet").split():
+            self._dockerd.try_docker("rm", "--force", one)
+
+
+class SystemdEngine:
+    """Units of a real systemd, one of each node."""
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+
+    def declare(self, node: str, command: list[str], folder: Path) -> str:
+        """See ``Engine.declare``."""
+        name = f"phalanx-adopt-{folder.name}-{node}.service"
+        write_unit(name, f"ExecStart={command_line(command)}")
+        self._names.append(name)
+        return f'type = "systemd"\nunit = "{name}"\nstop_timeout = "1s"\n'
+
+    def running(self) -> list[str]:
+        """See ``Engine.running``: their invocation ids."""
+        return [run for name in self._names if (run := self._run_of(name))]
+
+    def _run_of(self, name: str) -> str:
+        if systemctl("is-active", name, check=False) in ("inactive", "failed"):
+            return ""
+        return systemctl("show", "-P", "InvocationID", name)
+
+    def crash(self, run: str) -> None:
+        """See ``Engine.crash``."""
+        (name,) = (name for name in self._names if self._run_of(name) == run)
+        os.kill(int(systemctl("show", "-P", "MainPID", name)), signal.SIGKILL)
+
+    def close(self) -> None:
+        """See ``Engine.close``."""
+        for name in self._names:
+            remove_unit(name)
+
+
+def toml_list(words: list[str]) -> str:
+    """*words* as TOML, none of which has an apostrophe."""
+    return "[" + ", ".join(f"'{word}'" for word in words) + "]"
+
+
+class Adopting:
+    """Two nodes with one app, whose program writes down ticks."""
+
+    def __init__(self, engine: Engine, nodes: Nodes, client: PlatformClient, folder: Path) -> None:
+        self.engine, self.nodes, self.client, self._ticks = engine, nodes, client, folder / "ticks"
+
+    def ticks(self, since: float = 0.0) -> list[Tick]:
+        """All since then. The program's clock has steps of 10 ms."""
+        lines = self._ticks.read_text().splitlines()[:-1] if self._ticks.exists() else []
+        found = (Tick(int(e), run, float(at)) for e, run, at in (line.split() for line in lines))
+        return [tick for tick in found if tick.at >= since - 0.01]
+
+    def longest_gap(self, since: float) -> float:
+        """The longest time without a tick, up to this moment."""
+        moments = [since, *(tick.at for tick in self.ticks(since)), system.now()]
+        return max(after - before for before, after in pairwise(moments))
+
+    async def paused(self) -> tuple[NodeProcess, Tick]:
+        """The active node, once it is paused and its keeper knows; the last word of its program."""
+        active = await self.nodes.wait_for_active("wiki")
+        await self.nodes.wait_for_standbys("wiki", 1)
+        await self.until(lambda: len(self.ticks()) > 2, "the program does not run")
+        await self.client.pause("wiki")
+        node = self.nodes[active]
+        await self.until(lambda: note.read(node.data_dir), "the keeper does not know of the pause")
+        last = self.ticks()[-1]
+        assert self.engine.running() == [last.run]
+        return node, last
+
+    async def until(self, condition: Callable[[], object], problem: str, seconds: float = 10.0) -> None:
+        """Wait for it."""
+        await self.nodes.wait_until(condition, seconds, problem)
+
+    async def taken_over(self, node: NodeProcess, last: Tick) -> Tick:
+        """Wait until the other node's program runs; its first word. The old one has said nothing since."""
+        await self.nodes.wait_for_active("wiki", other_than=node.node)
+        await self.until(lambda: self.ticks()[-1].epoch > last.epoch, "no later program runs")
+        return self.check_apart(last)
+
+    def check_apart(self, last: Tick) -> Tick:
+        """One program runs, of a later epoch, and began after the old one: its first word."""
+        ticks = self.ticks()
+        first = next(tick for tick in ticks if tick.epoch > last.epoch)
+        assert all(tick.at <= first.at for tick in ticks if tick.run == last.run)
+        assert {tick.run for tick in ticks if tick.epoch == last.epoch} == {last.run}
+        assert self.engine.running() == [ticks[-1].run]
+        return first
+
+
+@pytest.fixture(params=["docker", pytest.param("systemd", marks=pytest.mark.in_systemd)])
+def engine(request: pytest.FixtureRequest, tmp_path: Path) -> object:
+    """Each in turn."""
+    if request.param == "docker":
+        return DockerEngine(request.getfixturevalue("dockerd"))
+    return SystemdEngine()
+
+
+@pytest.fixture
+async def s(engine: Engine, nats_server: NatsServer, tmp_path: Path) -> AsyncIterator[Adopting]:
+    """Two nodes, started."""
+    command = ["/bin/sh", "-c", TICKS, str(tmp_path)]
+    for node in ("n1", "n2"):
+        (tmp_path / f"{node}.toml").write_text(
+            f'[platform]\nname = "test"\n[timings]\nttl = "{TTL}s"\n'
+            '[apps.wiki]\npattern = "active-passive"\n'
+            f"[apps.wiki.backend]\n{engine.declare(node, command, tmp_path)}"
+        )
+    run = f"exec {sys.executable} -m phalanx.cli.main run {tmp_path}/$PHALANX_NODE.toml"
+    try:
+        with Nodes(["/bin/sh", "-c", run], nats_server.urls, count=2) as nodes:
+            async with PlatformClient("test", NatsOptions(urls=tuple(nats_server.urls))) as client:
+                yield Adopting(engine, nodes, client, tmp_path)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("how", ["terminated", "killed"])
+async def test_node_restarts_in_a_pause_and_what_it_ran_runs_on(s: Adopting, how: str) -> None:
+    """The same container or start of the unit, the same epoch, no gap; then it steps down as ever."""
+    node, last = await s.paused()
+    began, keeper = system.now(), node.keeper_pid
+    if how == "terminated":
+        node.terminate()
+        assert node.wait() == 0
+    else:
+        node.kill()
+    await asyncio.sleep(AWAY_SECONDS)
+    node.start()
+    assert await s.nodes.wait_for_active("wiki") == node.node
+    status = node.status()["apps"][0]
+    assert (status["epoch"], status["program"]["restarts"], node.keeper_pid) == (last.epoch, 0, keeper)
+    await s.client.resume("wiki")
+    await asyncio.sleep(TTL)  # the end of the pause moves nothing either
+    assert {(tick.epoch, tick.run) for tick in s.ticks(began)} == {(last.epoch, last.run)}
+    gap = s.longest_gap(began)
+    print(f"longest gap between words of the program: {1000 * gap:.0f} ms")
+    assert gap < GAP_SECONDS
+    assert s.engine.running() == [last.run]
+    done = await s.client.step_down("wiki")
+    assert done.active != node.node
+    await s.taken_over(node, last)
+    await s.nodes.wait_for_standbys("wiki", 1)
+
+
+async def test_adopted_program_ends_after_the_pause_and_is_started_again(s: Adopting) -> None:
+    """The next life follows what it has taken up: its end is seen, and it restarts in place."""
+    node, last = await s.paused()
+    node.kill()
+    node.start()
+    await s.nodes.wait_for_active("wiki")
+    await s.client.resume("wiki")
+    s.engine.crash(last.run)
+    await s.until(lambda: s.ticks()[-1].run != last.run, "it is not started again")
+    assert s.ticks()[-1].epoch == last.epoch
+    assert await s.nodes.wait_for_active("wiki") == node.node
+    assert s.engine.running() == [s.ticks()[-1].run]
+
+
+async def test_program_ends_while_its_node_is_away(s: Adopting) -> None:
+    """It is not started before the pause is over; then on the same node."""
+    node, last = await s.paused()
+    node.kill()
+    s.engine.crash(last.run)
+    node.start()
+    reason = "its program has ended while the node was away"
+    await s.until(lambda: reason in node.get("/status")[1].decode(), "it is not told")
+    assert s.engine.running() == []
+    await s.client.resume("wiki")
+    await s.until(lambda: s.ticks()[-1].run != last.run, "it is not started again")
+    assert s.ticks()[-1].epoch == last.epoch
+    assert await s.nodes.wait_for_active("wiki") == node.node
+
+
+async def test_resumed_while_the_node_is_away(s: Adopting) -> None:
+    """The keeper ends what it has kept, then another node takes over; the first comes back as a standby."""
+    node, last = await s.paused()
+    node.kill()
+    resumed = system.now()
+    await s.client.resume("wiki")
+    await s.taken_over(node, last)
+    assert max(tick.at for tick in s.ticks() if tick.run == last.run) >= resumed
+    assert note.read(node.data_dir) is None
+    node.start()
+    await s.nodes.wait_for_standbys("wiki", 1)
+    s.check_apart(last)
+
+
+async def test_keeper_alone_in_a_pause_is_killed(s: Adopting) -> None:
+    """Its warden ends what runs, well before the session does; nobody takes over before the resume."""
+    node, last = await s.paused()
+    node.kill()
+    kept = note.read(node.data_dir)
+    assert kept is not None
+    await s.until(lambda: (node.data_dir / note.SOCKET).exists(), "the keeper is not alone yet")
+    killed = system.now()
+    os.kill(kept.pid, signal.SIGKILL)
+    await s.until(lambda: not s.engine.running(), "the warden does not end it")
+    last_word = s.ticks()[-1].at
+    print(f"said its last {1000 * (last_word - killed):.0f} ms after the keeper's end")
+    assert last_word - killed < TTL / 2
+    await asyncio.sleep(2 * TTL)
+    assert s.engine.running() == []
+    node.start()  # with a note of a keeper that is dead
+    await s.nodes.wait_for_standbys("wiki", 2)
+    assert s.engine.running() == []
+    await s.client.resume("wiki")
+    await s.nodes.wait_for_active("wiki")
+    await s.until(lambda: s.ticks()[-1].epoch > last.epoch, "no later program runs")
+    s.check_apart(last)
+
+
+@pytest.mark.parametrize("warden", [True, False])
+async def test_node_and_keeper_killed_in_a_pause_then_started(s: Adopting, warden: bool) -> None:
+    """Nothing of the old life runs on, or twice: its warden ends it, or else the next life does."""
+    node, last = await s.paused()
+    second = warden_of(node.keeper_pid)
+    if not warden:
+        os.kill(second, signal.SIGSTOP)
+    node.kill_both()
+    if not warden:
+        assert s.engine.running() == [last.run]
+        os.kill(second, signal.SIGKILL)
+    node.start()
+    await s.nodes.wait_for_standbys("wiki", 2)
+    assert s.engine.running() == []
+    over = s.ticks()[-1]
+    assert over.run == last.run
+    await s.client.resume("wiki")
+    await s.nodes.wait_for_active("wiki")
+    await s.until(lambda: s.ticks()[-1].epoch > last.epoch, "no later program runs")
+    s.check_apart(last)
+
+
+def warden_of(keeper: int) -> int:
+    """The warden of that keeper, a child of any of its threads."""
+    threads = Path(f"/proc/{keeper}/task").iterdir()
+    children = [pid for thread in threads for pid in (thread / "children").read_text().split()]
+    (found,) = (int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() == NAME)
+    return found
