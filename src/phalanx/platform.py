@@ -29,7 +29,7 @@ from phalanx.config import (
     SQLite,
     Timings,
     VirtualIP,
-    between_databases,
+    between_apps,
     build_app,
     build_platform,
 )
@@ -141,7 +141,7 @@ class Platform:
             raise ConfigError("apps", config.name, "this app is declared already", "choose another name")
         if self._node is not None:
             raise ConfigError("apps", config.name, "the platform runs already", "declare apps before")
-        for error in between_databases([*(app.config for app in self._apps.values()), config]):
+        for error in between_apps([*(app.config for app in self._apps.values()), config]):
             raise error
         backend = None
         if config.backend is not None:

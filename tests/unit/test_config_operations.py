@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from phalanx import Platform
 from phalanx.config import ActivePassive, Docker, Restart, Systemd, VirtualIP, build_app, build_platform
 from phalanx.errors import ConfigError
 
@@ -61,3 +62,38 @@ def test_fence_in_all_its_forms() -> None:
         fence = build_platform("prod", environ={}, node="n1", data_dir="/data", fence=form).fence
         assert fence is not None
         assert fence.command == ("ipmi-off", "{node}")
+
+
+SHARED: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
+    ({"vip": "10.0.0.9/24"}, {"vip": ["10.0.0.8/24", "10.0.0.9/32"]}, "apps.blog.vip", "address"),
+    ({"backend": Systemd("w.service")}, {"backend": Systemd("w.service")}, "apps.blog.backend.unit", "unit"),
+    (
+        {"backend": Docker(container="w")},
+        {"backend": Docker(container="w")},
+        "apps.blog.backend.container",
+        "container",
+    ),
+]
+
+
+@pytest.mark.parametrize(("wiki", "blog", "key", "thing"), SHARED)
+def test_g1_what_is_there_once_on_a_host_belongs_to_one_app(
+    wiki: dict[str, Any], blog: dict[str, Any], key: str, thing: str
+) -> None:
+    """Two apps with one address, unit or container would end each other's: the second one is refused."""
+    platform = Platform("test", node="n1", nats="nats://127.0.0.1:4222")
+    platform.app("wiki", **wiki)
+    with pytest.raises(ConfigError) as caught:
+        platform.app("blog", **blog)
+    assert caught.value.key == key
+    assert f"app 'wiki' has the same {thing}" in str(caught.value)
+
+
+def test_apps_may_share_an_image_and_an_instance_is_a_unit_of_its_own() -> None:
+    """What is made anew for each start, or differs in its instance, is not shared."""
+    platform = Platform("test", node="n1", nats="nats://127.0.0.1:4222")
+    platform.app("a", backend=Docker(image="wiki"), vip="10.0.0.8/24")
+    platform.app("b", backend=Docker(image="wiki"), vip="10.0.0.9/24")
+    platform.app("c", backend=Systemd("wiki@c.service"))
+    platform.app("d", backend=Systemd("wiki@d.service"))
+    assert len(platform.apps) == 4

@@ -5,11 +5,11 @@
 ``toml`` files; ``reference`` writes docs/configuration.md.
 """
 
+from phalanx.config.app_relations import between_apps
 from phalanx.config.apps import ActivePassive, AppConfig, HookTimeouts, Restart
 from phalanx.config.backends import Backend, Docker, Limits, Process, Systemd
 from phalanx.config.build import build_app, build_platform
 from phalanx.config.checks import Check, CheckSettings, CommandCheck, FunctionCheck, HttpCheck, TcpCheck
-from phalanx.config.database_relations import between_databases
 from phalanx.config.databases import SQLite
 from phalanx.config.node import EmbeddedNats, Fence, HttpServer, Logging, NatsOptions, PlatformConfig, Timings
 from phalanx.config.redact import redacted
@@ -43,7 +43,7 @@ __all__ = [
     "TcpCheck",
     "Timings",
     "VirtualIP",
-    "between_databases",
+    "between_apps",
     "build_app",
     "build_platform",
     "check_toml",

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
+from phalanx.config.app_relations import between_apps
 from phalanx.config.apps import AppConfig
 from phalanx.config.build import read_platform
-from phalanx.config.database_relations import between_databases
 from phalanx.config.node import PlatformConfig
 from phalanx.config.reader import SECTIONS, Reader
 from phalanx.config.rules import kind_of
@@ -68,7 +68,7 @@ def _read(
             )
         elif (app := reader.app(name, cast("dict[str, object]", table))) is not None:
             apps.append(app)
-    reader.errors += between_databases(apps)
+    reader.errors += between_apps(apps)
     return platform, apps, reader.errors
 
 
