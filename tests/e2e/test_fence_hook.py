@@ -6,14 +6,23 @@ import asyncio
 import socket
 from pathlib import Path
 
+import msgspec
 from tests.e2e.cli import Cli
 
-from phalanx import NatsOptions, system
+from phalanx import Fence, NatsOptions, system
+from phalanx.bus.connection import NatsBus
+from phalanx.bus.provision import bucket_config, create_stream
 from phalanx.client import PlatformClient
-from phalanx.observe.audit import AuditEntry
+from phalanx.coord.fencer import Fencer
+from phalanx.coord.membership import PlatformState
+from phalanx.names import Names
+from phalanx.observe.audit import AuditEntry, AuditLog
+from phalanx.observe.journal import Journal
+from phalanx.observe.metrics import Metrics
 from phalanx.testing.nats import NatsServer
 from phalanx.testing.nodes import NodeProcess
 from phalanx.testing.stage import Stage, since_now, stage
+from phalanx.types import Member, SessionId
 
 FAILS = "echo no answer from the board >&2; exit 1"
 
@@ -239,3 +248,29 @@ async def test_by_hand_the_command_of_the_file_runs_and_is_noted(
         assert "node n1 is not fenced: the command exited with code 1: no answer" in error
         assert "no member of this platform" in await cli.refused("fence", "n9", "--confirm-off")
         assert "no fence command is declared" in await cli.refused("fence", "n1")
+
+
+async def test_g1_member_that_the_watch_has_from_before_that_session_proves_nothing(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """The watch of who fences still has the dead node's last life but one: the command runs all the same."""
+    hook, names = Hook(tmp_path), Names("test")
+    fence = Fence(f"/bin/sh {tmp_path}/fence.sh {hook.arguments}".split(), retries=0)
+    before, died = SessionId.new("n1"), SessionId.new("n1")
+    bus = await NatsBus.connect(NatsOptions(urls=tuple(nats_server.urls)), name="test", ping_interval=1.0)
+    try:
+        await create_stream(bus, bucket_config(names, names.platform_bucket, None, history=1, replicas=1))
+        state = PlatformState(bus, names)  # not started: its watch is as late as can be
+        state.members["n1"] = Member("n1", before, 0.0, "1", "old-host")
+        subject = names.key_subject(names.platform_bucket, names.member_key("n1"))
+        await bus.write(subject, msgspec.json.encode(Member("n1", died, 1.0, "1", "host-1")))
+        audit = AuditLog(names, "n2", tmp_path / "audit")
+        journal = Journal(audit, Metrics("test", "n2", "1"))
+        fencer = Fencer(fence, bus, names, "n2", state, journal)
+        await fencer.fence("wiki", 7, (before,))
+        assert hook.calls() == []
+        await fencer.fence("wiki", 7, (died,))
+        assert [words for _, words in hook.calls()] == ["n1 host-1"]
+        audit.close()
+    finally:
+        await bus.close()

@@ -24,7 +24,7 @@ from phalanx.names import Names
 from phalanx.observe.journal import Journal
 from phalanx.ports import Bus
 from phalanx.probes import CheckFailed, run_program
-from phalanx.types import FenceNote, SessionId
+from phalanx.types import FenceNote, Member, SessionId
 
 log = logging.getLogger("phalanx.fence")
 
@@ -88,10 +88,13 @@ class Fencer:
                 await self._fence_one(app, epoch, session)
 
     async def _fence_one(self, app: str, epoch: int, session: SessionId) -> None:
-        if why := await self._needless(app, session):
+        # From the stream's leader: what the watch has may be of before this session, and prove nothing. One
+        # is in the member key before it can lead, so that another one there is a later one.
+        found = await self._state.read(self._names.member_key(session.node), Member)
+        member = found[0] if found is not None else None
+        if why := await self._needless(app, session, member):
             log.info("app %s: session %s needs no fencing: %s", app, session, why)
             return
-        member = self._state.members.get(session.node)
         host = member.host if member is not None and member.host else session.node
         began = system.now()
         reason = f"node {session.node} on host {host} did not end its session itself"
@@ -118,11 +121,10 @@ class Fencer:
             session=str(session),
         )
 
-    async def _needless(self, app: str, session: SessionId) -> str:
-        """Why *session* needs no fencing; empty if it does."""
+    async def _needless(self, app: str, session: SessionId, member: Member | None) -> str:
+        """Why *session* needs no fencing; empty if it does. *member*: its node's, as it is now."""
         if session.node == self._node:
             return "it was of this very node, whose keeper has ended what it left"
-        member = self._state.members.get(session.node)
         if member is not None and member.session != session:
             return f"its node has begun session {member.session.nonce} since, and ended what it left"
         for key in (self._names.fenced_key(session.node), self._names.fenced_key(session.node, app)):
