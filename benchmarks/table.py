@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from benchmarks import (
+    backend_unit,
     backends,
     failover,
     footprint,
@@ -200,6 +201,14 @@ BENCHMARKS = (
         unit="ms",
         bar=50,
         measure=backends.process,
+        runs=20,
+    ),
+    Benchmark(
+        name="backend.overhead.unit",
+        work="the same of a systemd unit, against systemctl start",
+        unit="ms",
+        bar=150,
+        measure=backend_unit.unit,
         runs=20,
     ),
     Benchmark(
