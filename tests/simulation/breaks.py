@@ -5,13 +5,15 @@ They live here and not in ``src``: each replaces one decision by a wrong one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
 
+from phalanx.decide.election import choose_successor
+from phalanx.decide.pause import Cause, ends_section
 from phalanx.decide.session import Holder, Observer, StreamList, Tombstone
 from phalanx.decide.timing import Timing
-from phalanx.types import SessionId
+from phalanx.types import Candidate, SessionId
 
 BREAKS = {
     "keeper-deadline-from-reply": "the keeper counts a renewal from its reply, not from its sending",
@@ -21,6 +23,10 @@ BREAKS = {
     "release-before-kill": "the keeper ends the session first and kills then",
     "single-list-switch": "a session stream is replaced without the joint list",
     "expiry-from-first-stream": "a session counts as over as soon as one of its keys is a tombstone",
+    "taken-in-a-pause": "a free leader key is taken although the app is paused",
+    "paused-past-the-session": "in a pause a section outlives its session, as it outlives a failure",
+    "no-failover-takes-over": "a node with no_failover takes a free leader key without being named",
+    "successor-by-name": "the successor that a release names is chosen by name, whatever its priority",
     "node-ignores-deadline": "neither node nor keeper ends a section when its session runs out",
 }
 """Name → what is wrong with it."""
@@ -76,6 +82,20 @@ class Rules(msgspec.Struct, frozen=True):
     def no_cas(self) -> bool:
         """Tombstones without compare-and-set."""
         return self.broken == "tombstone-without-cas"
+
+    def session_ends_section(self, *, paused: bool) -> bool:
+        """Whether a section ends because its session does."""
+        return ends_section(
+            Cause.FAILED if self.broken == "paused-past-the-session" else Cause.SESSION_ENDS, paused=paused
+        )
+
+    def choose(
+        self, me: SessionId, candidates: Iterable[Candidate], is_over: Callable[[SessionId], bool]
+    ) -> str | None:
+        """Whom a release names."""
+        if self.broken == "successor-by-name":
+            candidates = [msgspec.structs.replace(candidate, priority=0) for candidate in candidates]
+        return choose_successor(me, candidates, is_over)
 
     def holder(self, session: SessionId, streams: StreamList, timing: Timing) -> Holder:
         """The holder to drive."""

@@ -145,6 +145,60 @@ def slow_end(world: World) -> Undo:
     return _nothing
 
 
+def section_fails(world: World) -> Undo:
+    """A program or a check of the active section fails."""
+    if world.active:
+        node = world.active[-1].node
+        node.run(node.fail)
+    return _nothing
+
+
+def app_paused(world: World) -> Undo:
+    """An operator pauses the app, and resumes it."""
+    nats, over = world.nats, False
+    if nats.bucket.pause[1]:
+        return _nothing
+    nats.operator(lambda: nats.set_pause(True), lambda: not over)
+
+    def undo() -> None:
+        nonlocal over
+        over = True
+        if not nats.bucket.pause[1]:
+            return
+        if not world.active:
+            world.count("pauses that ended while nobody was active")
+        nats.operator(lambda: nats.set_pause(False))
+        ready = any(h.node.settled_since() > 2.5 and not h.no_failover for h in world.hosts if h.node)
+        calm = world.faults_active == 1 and world.calm_for > 3.0 and world.now >= nats.bucket.ready_at + 1.5
+        if calm and ready:
+            world.after(1.0, _must_be_led, world, world.disturbances)
+
+    return undo
+
+
+def _must_be_led(world: World, since: int) -> None:
+    if world.disturbances == since:
+        if not world.active:
+            world.fail("G9", "nobody is active 1 s after a pause has ended, with nothing else wrong")
+        world.count("resumptions checked")
+
+
+def nomination(world: World) -> Undo:
+    """An operator names a successor; two times of three the active node is asked to hand over then."""
+    rng, nats = world.rng, world.nats
+    names = [host.name for host in world.hosts if not world.active or host is not world.active[-1].node.host]
+    name = rng.choice(names)
+    nats.operator(lambda: nats.nominate(name))
+    world.count("nominations")
+    if rng.random() < 0.67:
+        world.after(rng.choice((0.01, 0.3)), _ask_to_step_down, world)
+    return _nothing
+
+
+def _ask_to_step_down(world: World) -> None:
+    stepdown(world)
+
+
 def stepdown(world: World) -> Undo:
     """An operator hands the app over."""
     if world.active:
@@ -169,6 +223,7 @@ def _expect_hand_over(world: World, node: Node) -> None:
         and bool(others)
         and all(n.settled_since() > 2.5 for n in (node, *others))
         and node.end_takes < 0.5
+        and not nats.bucket.pause[1]
     )
     if calm and section is not None:
         world.after(node.end_takes / 0.95 + 0.3, _must_be_handed_over, world, section, world.disturbances)
@@ -178,11 +233,26 @@ def _must_be_handed_over(world: World, old: Section, since: int) -> None:
     if world.disturbances != since:
         return
     successor, now = old.successor, world.active
+    wanted = _wanted_successor(world, old)
+    if wanted is None:
+        return
     if successor is None:
         world.fail("G10", f"{old.node.name} named no successor although the others were healthy")
+    if successor != wanted:
+        world.fail("G10", f"{old.node.name} named {successor} although {wanted} was preferred")
     if not now or now[-1].epoch <= old.epoch or now[-1].node.host.name != successor:
         world.fail("G10", f"{old.node.name} named {successor}, who is not active soon after")
     world.count("G10 checked")
+
+
+def _wanted_successor(world: World, old: Section) -> str | None:
+    """Whom it had to name, all being well: an operator's nominee, else the one of highest priority."""
+    now = world.nats.bucket.nomination[1]
+    others = [host for host in world.hosts if host is not old.node.host]
+    if now.epoch == old.epoch and any(host.name == now.node for host in others):
+        return now.node
+    offering = [host for host in others if not host.no_failover]
+    return min(offering, key=lambda host: (-host.priority, host.name)).name if offering else None
 
 
 def sigterm(world: World) -> Undo:
@@ -349,7 +419,8 @@ def replies_slow_then_isolated(world: World) -> Undo:
     undos: list[Undo] = [undo_slow]
 
     def cut() -> None:
-        undos.append(_cut(world, world.nats.link, [(index, s) for s in range(3)]))
+        if undos:  # else it is over already
+            undos.append(_cut(world, world.nats.link, [(index, s) for s in range(3)]))
 
     world.after(world.rng.uniform(0.6, 2.0), cut)
 
@@ -423,6 +494,9 @@ FAULTS: dict[Callable[[World], Undo], float] = {
     both_stopped: 2,
     loop_blocked: 2,
     slow_end: 1.5,
+    section_fails: 1.5,
+    app_paused: 5,
+    nomination: 2.5,
     stepdown: 3,
     sigterm: 2,
     connection_kicked: 2,
@@ -456,6 +530,9 @@ class Plan:
         self._undos: dict[int, Undo] = {}
         self._disturbed_at = -9.0
         rng: Random = world.rng
+        if chaos_until > 6.5 and rng.random() < 0.06:
+            self._pause_in_peace(chaos_from, chaos_until)
+            return
         kinds, weights = list(FAULTS), list(FAULTS.values())
         for number in range(rng.choice((1, 2, 3, 3, 4, 5, 6))):
             fault = rng.choices(kinds, weights)[0]
@@ -464,6 +541,16 @@ class Plan:
             world.at(at, self._begin, number, fault)
             if at + lasts < chaos_until:
                 world.at(at + lasts, self._end, number, fault.__name__)
+
+    def _pause_in_peace(self, chaos_from: float, chaos_until: float) -> None:
+        """A pause in which one thing happens, and long nothing: what must be so after it can be checked."""
+        world, rng = self.world, self.world.rng
+        at = rng.uniform(chaos_from, chaos_until - 5.2)
+        world.at(at, self._begin, 0, app_paused)
+        fault = rng.choice((node_killed, section_fails, sigterm, connection_kicked))
+        world.at(at + 0.3, self._begin, 1, fault)
+        world.at(at + 0.4, self._end, 1, fault.__name__)
+        world.at(at + 4.0, self._end, 0, app_paused.__name__)
 
     def _begin(self, number: int, fault: Callable[[World], Undo]) -> None:
         world = self.world
@@ -477,9 +564,10 @@ class Plan:
     def _end(self, number: int, name: str) -> None:
         undo = self._undos.pop(number, None)
         if undo is not None:
-            self.world.disturbances += 1
-            self._disturbed_at = self.world.now
-            self.world.log("FAULT", f"{name} is over")
+            world = self.world
+            world.disturbances += 1
+            world.calm_for, self._disturbed_at = world.now - self._disturbed_at, world.now
+            world.log("FAULT", f"{name} is over")
             undo()
             self.world.faults_active -= 1
 

@@ -28,6 +28,9 @@ class Host:
         self.offset = world.rng.uniform(0, 1e6)
         self.node: Node | None = None
         self.keeper: Keeper | None = None
+        self.priority = world.rng.choice((0, 0, 0, 1, 5))
+        self.no_failover = index > 0 and world.rng.random() < 0.2
+        """Never of the first one: somebody has to lead when nobody is named."""
         self.lives = 0
         self.up = True
         self.starting = False

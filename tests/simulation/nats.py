@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from phalanx.decide.session import SessionBody, StreamList
-from phalanx.types import Candidate, LeaderRecord, SessionId
+from phalanx.types import Candidate, LeaderRecord, Nomination, SessionId
 
 if TYPE_CHECKING:
     from .host import Process
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
 
 UNANSWERED: Any = "unanswered"
 REFUSED: Any = "refused"
+
+Pausing = tuple[int, bool]
+"""The revision of the app's pause key, and whether it is paused."""
+
+Nominating = tuple[int, Nomination]
+"""The revision of the nomination key, and what it says."""
+
+NOT_NOMINATED: Nominating = (0, Nomination(0, ""))
 
 
 class SessionStream:
@@ -55,13 +63,27 @@ class SessionStream:
 class Bucket:
     """What a majority of servers holds: leader key, offers, the list of session streams."""
 
-    __slots__ = ("history", "offers", "on_server", "ready_at", "seq", "streams")
+    __slots__ = (
+        "history",
+        "named",
+        "nomination",
+        "offers",
+        "on_server",
+        "pause",
+        "ready_at",
+        "seq",
+        "streams",
+    )
 
     def __init__(self, streams: StreamList) -> None:
         self.seq = 0
         self.history = [LeaderRecord(0)]
         self.offers: dict[str, Candidate] = {}
         self.streams = streams
+        self.pause: Pausing = (0, False)
+        self.nomination = NOT_NOMINATED
+        self.named: set[Nomination] = set()
+        """All that operators ever wrote."""
         self.on_server = 0
         self.ready_at = 0.0
 
@@ -121,6 +143,16 @@ class Nats:
             self.servers[server].up
             and sum(1 for other in self.servers if other.up and self.route[server][other.index]) >= 2
         )
+
+    def operator(self, operation: Callable[[], Any], wanted: Callable[[], bool] = lambda: True) -> None:
+        """Somebody at a keyboard wants this done in the bucket, and tries until it is or is not *wanted*."""
+        world, bucket = self.world, self.bucket
+        if not wanted():
+            return
+        if self._has_majority(bucket.on_server) and world.now >= bucket.ready_at:
+            operation()
+        else:
+            world.after(0.1, self.operator, operation, wanted)
 
     def changed(self) -> None:
         """A server or a link changed: the bucket may need another leader; connections may break."""
@@ -223,14 +255,18 @@ class Nats:
 
     # --- operations on the bucket
 
-    def lead(self, session: SessionId | None, successor: str | None, expect: int) -> Any:
-        """Compare-and-set of the leader key."""
+    def lead(
+        self, session: SessionId | None, successor: str | None, expect: int, pause: Pausing = (0, False)
+    ) -> Any:
+        """Compare-and-set of the leader key. *pause*: what its sender knew of one when it sent this."""
         world, bucket = self.world, self.bucket
         if bucket.leader.revision != expect:
             return REFUSED
         if self.spurious and world.rng.random() < self.spurious:
             world.count("spurious refusals")
             return REFUSED
+        if session is not None:
+            world.take(session, bucket, pause)
         bucket.seq += 1
         record = LeaderRecord(bucket.seq, session, successor)
         bucket.history.append(record)
@@ -244,6 +280,24 @@ class Nats:
         self.bucket.offers[candidate.session.node] = candidate
         self._publish("bucket", self.bucket.on_server, "on_bucket", "offer", candidate, 0)
         return self.bucket.seq
+
+    def set_pause(self, paused: bool) -> None:
+        """An operator pauses or resumes the app."""
+        bucket = self.bucket
+        bucket.seq += 1
+        bucket.pause = (bucket.seq, paused)
+        self.world.log("nats", "the app is paused" if paused else "the app is resumed")
+        self._publish("bucket", bucket.on_server, "on_bucket", "pause", bucket.pause, 0)
+
+    def nominate(self, node: str) -> None:
+        """An operator says who shall follow the reign that there is now."""
+        bucket = self.bucket
+        nomination = Nomination(bucket.leader.revision, node, "operator")
+        bucket.seq += 1
+        bucket.nomination = (bucket.seq, nomination)
+        bucket.named.add(nomination)
+        self.world.log("nats", f"{node} is to follow {bucket.leader.revision}")
+        self._publish("bucket", bucket.on_server, "on_bucket", "nomination", bucket.nomination, 0)
 
     def fenced(self, epoch: int) -> Any:
         """A write that the server takes only while the leader key is at *epoch*."""
@@ -265,10 +319,12 @@ class Nats:
         return self.bucket.seq
 
     def bucket_state(self) -> Any:
-        """Leader key, offers and stream list, maybe from a replica that is a write behind."""
+        """What the bucket holds; the leader key maybe from a replica that is a write behind."""
         history = self.bucket.history
         stale = len(history) > 1 and self.world.rng.random() < 0.1
-        return (history[-2 if stale else -1], tuple(self.bucket.offers.values()), self.bucket.streams)
+        bucket = self.bucket
+        leader = history[-2 if stale else -1]
+        return (leader, tuple(bucket.offers.values()), bucket.streams, bucket.pause, bucket.nomination)
 
     # --- watches
 

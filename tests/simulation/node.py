@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from phalanx.decide import election
 from phalanx.decide.keeper import Phase, next_phase_at, phase
+from phalanx.decide.pause import Cause, ends_section
 from phalanx.decide.session import SessionBody, StreamList, Tombstone
 from phalanx.types import Candidate, LeaderRecord, SessionId
 
 from .host import PIPE, Host, Keeper, Process
-from .nats import REFUSED, UNANSWERED
+from .nats import NOT_NOMINATED, REFUSED, UNANSWERED, Pausing
 from .world import Section
 
 RPC_TIMEOUT = 1.0
 RETRY = 0.1
+SESSION_TIMEOUT = 4.0
+"""After which a node tries it with a new session."""
+
+_revision = operator.itemgetter(0)
 
 
 class Node(Process):
@@ -37,13 +43,18 @@ class Node(Process):
         self.vacant_since = host.clock()
         self.candidates: dict[str, Candidate] = {}
         self.not_before = float("-inf")
+        self.pause: Pausing = (0, False)
+        self.nomination = NOT_NOMINATED
         self.reign: int | None = None
+        self.last_reign = 0
         self.section: Section | None = None
         self.end_takes = 0.05
         self.successor: str | None = None
         self.stopping = False
         self._unreleased: tuple[int, str | None] | None = None
         self._deposed = False
+        self._held = ""
+        self._has_read_bucket = False
         self._busy = False
         self._verify = False
         self._asked: dict[str, bool] = {}
@@ -66,6 +77,11 @@ class Node(Process):
     def keeper_runs(self) -> bool:
         """Whether its keeper could kill it at this moment."""
         return self.keeper is not None and self.keeper.alive and not self.keeper.stopped
+
+    @property
+    def paused(self) -> bool:
+        """As far as this node was told."""
+        return self.pause[1]
 
     def session_valid(self) -> bool:
         """As far as this node was told."""
@@ -113,6 +129,12 @@ class Node(Process):
         self.keeper = self.host.keeper = Keeper(self, self.session, streams)
         self.keeper.connect()
         self.world.after(PIPE, self.keeper.run, self.keeper.step)
+        self.timer(SESSION_TIMEOUT, self._no_session)
+
+    def _no_session(self) -> None:
+        if not self.established:
+            self.world.count("sessions given up before they were there")
+            self.die("no session in time")
 
     def on_established(self) -> None:
         """The session is there: look whether the list of streams is still the one it was made under."""
@@ -131,7 +153,8 @@ class Node(Process):
             self.step()
 
     def _offer(self) -> None:
-        offer = Candidate(self.session, not self.stopping, 0)
+        host = self.host
+        offer = Candidate(self.session, not self.stopping, host.priority, no_failover=host.no_failover)
         self.nats.call(self, None, lambda: self.nats.offer(offer), RPC_TIMEOUT, self._offered)
 
     def _offered(self, result: Any) -> None:
@@ -196,6 +219,9 @@ class Node(Process):
             self._watch_deadline(now)
             if not self.alive:
                 return
+            section = self.section
+            if section and now >= self.valid_until:
+                self.world.fail("G1", f"{self.name} goes on in a section although its session has run out")
         if self.observer is None:
             return
         self._bury(now)
@@ -204,12 +230,13 @@ class Node(Process):
         self._elect(now)
 
     def _watch_deadline(self, now: float) -> None:
-        if self.world.rules.broken == "node-ignores-deadline":
+        rules = self.world.rules
+        if rules.broken == "node-ignores-deadline" or not rules.session_ends_section(paused=self.paused):
             return
         match phase(now, self.valid_until, self.timing):
             case Phase.WORK:
                 away = self._disconnected_at
-                if away is not None and now - away > self.timing.ttl:
+                if away is not None and now - away > self.timing.ttl and not self.paused:
                     self.end("this node's own connection is gone")
             case Phase.STAND_DOWN:
                 self.world.count("stand-downs before the deadline")
@@ -291,6 +318,10 @@ class Node(Process):
             self._learn(value)
         elif what == "offer":
             self.candidates[value.session.node] = value
+        elif what == "pause":
+            self._learn_pause(value)
+        elif what == "nomination":
+            self.nomination = max(self.nomination, value, key=_revision)
         else:
             self._use_streams(value)
         self.step()
@@ -345,8 +376,11 @@ class Node(Process):
             self.timer(0.1, self._catch_up, "bucket")
             return
         again = self._asked.pop("bucket")
-        leader, offers, streams = state
+        leader, offers, streams, pause, nomination = state
         self._learn(leader)
+        self._learn_pause(pause)
+        self.nomination = max(self.nomination, nomination, key=_revision)
+        self._has_read_bucket = True
         for offer in offers:
             self.candidates.setdefault(offer.session.node, offer)
         self._use_streams(streams)
@@ -475,7 +509,7 @@ class Node(Process):
         return self.observer.is_over(holder)
 
     def _elect(self, now: float) -> None:
-        if self._busy or self.conn is None:
+        if self._busy or self.conn is None or not self._has_read_bucket:
             return
         if self._verify and self.reign is not None:
             self._busy = True
@@ -494,12 +528,17 @@ class Node(Process):
             candidates=tuple(self.candidates.values()),
             not_before=self.not_before,
             leading=self.reign,
+            ended=self.last_reign,
+            no_failover=self.host.no_failover and self.world.rules.broken != "no-failover-takes-over",
+            nomination=self.nomination[1],
+            paused=self.paused and self.world.rules.broken != "taken-in-a-pause",
         )
         match election.next_action(view, now, self.observer.is_over):
             case election.Acquire(expected):
                 self._busy = True
+                knew = self.pause
                 self.nats.call(
-                    self, None, lambda: self.nats.lead(self.session, None, expected), RPC_TIMEOUT,
+                    self, None, lambda: self.nats.lead(self.session, None, expected, knew), RPC_TIMEOUT,
                     self._acquired, expected,
                 )  # fmt: skip
             case election.Begin(epoch):
@@ -550,7 +589,7 @@ class Node(Process):
     def _begin(self, epoch: int) -> None:
         if self.reign is not None or not self.session_valid():
             return
-        self.reign, self._deposed, self.successor = epoch, False, None
+        self.reign, self._deposed, self.successor, self._held = epoch, False, None, ""
         self.section = section = Section(self, epoch)
         self.world.log(self.name, f"reigns at epoch {epoch}")
         keeper = self.keeper
@@ -597,6 +636,7 @@ class Node(Process):
         self.world.end_section(section, "gracefully")
         keeper, epoch = self.keeper, section.epoch
         self.section = self.reign = None
+        self.last_reign = max(self.last_reign, epoch)
         if keeper is not None:
             self.world.after(PIPE, keeper.run, keeper.on_unregister, section)
         if not self._deposed:
@@ -655,12 +695,43 @@ class Node(Process):
 
     def hand_over(self) -> None:
         """An operator's stepdown: the successor is named while the old section is still active."""
-        if self.section is not None and self.section.state == "active":
+        if self.section is not None and self.section.state == "active" and not self.paused:
             self.world.count("stepdowns")
             self.end("stepdown", self._choose())
 
+    def fail(self) -> None:
+        """Its program, or a check: in a pause that is only reported."""
+        if self.section is None or self.section.state == "ending":
+            return
+        if ends_section(Cause.FAILED, paused=self.paused):
+            self.world.count("sections that failed")
+            self.end("it fails")
+        else:
+            self._held = "it failed in a pause"
+            self.world.count("failures held in a pause")
+
+    def _learn_pause(self, pause: Pausing) -> None:
+        if pause[0] <= self.pause[0]:
+            return
+        before, self.pause = self.paused, pause
+        if before and not self.paused:
+            self.vacant_since = max(self.vacant_since, self.host.clock())
+            if self._held:
+                self.end(self._held)
+                self._held = ""
+
     def _choose(self) -> str | None:
-        return election.choose_successor(self.session, self.candidates.values(), self.observer.is_over)
+        nomination = self.nomination[1]
+        offer = self.candidates.get(nomination.node)
+        if (
+            nomination.epoch == self.leader.revision
+            and offer is not None
+            and offer.eligible
+            and offer.session != self.session
+            and not self.observer.is_over(offer.session)
+        ):
+            return nomination.node
+        return self.world.rules.choose(self.session, self.candidates.values(), self.observer.is_over)
 
     def terminate(self) -> None:
         """SIGTERM: hand over, end the session, exit."""

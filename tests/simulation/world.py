@@ -9,13 +9,13 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from phalanx.decide.timing import Timing
-from phalanx.types import SessionId
+from phalanx.types import Nomination, SessionId
 
 from .breaks import Rules
 
 if TYPE_CHECKING:
     from .host import Host
-    from .nats import Nats
+    from .nats import Bucket, Nats, Pausing
     from .node import Node
 
 
@@ -56,7 +56,7 @@ class World:
         """How many faults have begun or ended so far: lets a check see that nothing happened between."""
         self.faults_active = 0
         self.calm_for = 0.0
-        """How long nothing had happened when the latest fault began."""
+        """How long nothing had happened when the latest fault began or ended."""
         self.active: list[Section] = []
         self.last_epoch = 0
         self.last_fenced = 0
@@ -153,6 +153,27 @@ class World:
         """A holder considers itself valid right now."""
         if session in self.over_at:
             self.fail("session", f"the holder of {session} considers it valid though it is over")
+
+    def take(self, session: SessionId, bucket: Bucket, knew: Pausing) -> None:
+        """*session* becomes the leader: it knew of no pause in force, and may lead unasked or was named.
+
+        *knew*: of the pause, when it sent this. Who does not hear of a pause acts by what it knew last.
+        """
+        if bucket.pause[1]:
+            if knew == bucket.pause:
+                self.fail("pause", f"{session} takes the leader key in a pause that it knows of")
+            self.count("leader key taken in a pause by who had not heard of it")
+        host = self.host_of(session)
+        if host.no_failover:
+            leader = bucket.leader
+            nominated = Nomination(leader.revision, host.name, "operator") in bucket.named
+            if not nominated and (leader.session is not None or leader.successor != host.name):
+                self.fail("no_failover", f"{session} leads although nobody has named it")
+            self.count("led by a named node without failover")
+
+    def host_of(self, session: SessionId) -> Host:
+        """Where it lives."""
+        return next(host for host in self.hosts if host.name == session.node)
 
     def fenced_write(self, epoch: int, key_revision: int, accepted: bool) -> None:
         """G2 at the server: what it accepts is of the present epoch, and epochs never go back."""
