@@ -32,3 +32,17 @@ def test_errors_of_databases_are_caught_without_loading_what_raises_them() -> No
         "import sqlite3; assert issubclass(phalanx.StaleConnection, sqlite3.OperationalError)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=20)
+
+
+@pytest.mark.parametrize("module", ["phalanx.platform", "phalanx.keeper.__main__", "phalanx.cli.main"])
+def test_node_and_keeper_do_not_import_what_only_some_apps_need(module: str) -> None:
+    """They start sooner and stay smaller; whoever needs one of these imports it, also after us."""
+    heavy = {"aiohttp", "aiodocker", "dbus_fast", "pyroute2"}
+    code = (
+        f"import sys, {module}\n"
+        f"print(sorted({heavy!r} & sys.modules.keys()))\n"
+        "import aiohttp, nats.aio.transport\n"
+        "assert aiohttp.ClientSession\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
