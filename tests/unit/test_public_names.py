@@ -44,5 +44,7 @@ def test_node_and_keeper_do_not_import_what_only_some_apps_need(module: str) -> 
         "import aiohttp, nats.aio.transport\n"
         "assert aiohttp.ClientSession\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.strip() == "[]"
