@@ -87,6 +87,17 @@ def test_address_outlives_its_lifetime_while_the_session_is_valid(lab: NetLab, h
     assert not one.events("lost")
 
 
+def test_address_is_not_put_there_after_the_session(lab: NetLab, hold: Hold) -> None:
+    """A node that stood still while it was about to take it: another one may have it by now."""
+    one = hold(0)
+    one.must("session -1")
+    assert "the session is over" in one.do("acquire 1")["error"]
+    assert not {VIP, VIP6} & set(lab[0].addresses())
+    assert len(one.events("unregistered")) == 2
+    one.must("session 60")
+    one.must("acquire 2")
+
+
 def test_held_quietly(lab: NetLab, hold: Hold) -> None:
     """The kernel hears of it four times a lifetime, not more: what changes is only looked at."""
     one = hold(0)

@@ -103,7 +103,7 @@ class Held:
         if self._link.mac:
             self._open_segment()
             await self._probe()
-        self._created = await self._in_thread("acquire", partial(self._put, self._lifetime() or 1))
+        self._created = await self._in_thread("acquire", self._put)
         # From now on a keeper that acts late cannot take a newer section's for this one.
         details = {**self._resource.details, "created": str(self._created)}
         self._resource = msgspec.structs.replace(self._resource, details=details)
@@ -162,8 +162,12 @@ class Held:
                 return self._claim
         return None
 
-    def _put(self, lifetime: int) -> int:
-        """Put it there; when that was, by the kernel's clock. Blocks; raises OSError."""
+    def _put(self) -> int:
+        """Put it there; when that was, by the kernel's clock. Blocks; raises OSError, also when the session
+        is over: another node may have it by now."""
+        # Asked here and not by who calls: between the two this process may have stood still.
+        if not (lifetime := self._lifetime()):
+            raise OSError(errno.ETIME, "the session is over")
         kernel.put(self._link.index, self._address, lifetime, self._label)
         found = self._find()
         if found is None or found.permanent:
@@ -226,9 +230,7 @@ class Held:
             # What has changed is looked at, and not prolonged, which would be a change again.
             is_due = system.now() >= due
             try:
-                found = await self._in_thread(
-                    "keep", partial(self._confirm, self._lifetime() if is_due else 0)
-                )
+                found = await self._in_thread("keep", partial(self._confirm, prolongs=is_due))
             except AddressError as error:
                 log.error("%s", error)
                 await asyncio.sleep(_ASK_AGAIN_SECONDS)
@@ -244,10 +246,12 @@ class Held:
             due = min(due, self._no_carrier_since + CARRIER_PATIENCE_SECONDS)
         return max(0.01, due - system.now())
 
-    def _confirm(self, lifetime: int) -> _Confirmed:
+    def _confirm(self, *, prolongs: bool) -> _Confirmed:
         """Blocks; raises OSError."""
         link, present = kernel.link(self._link.index), self._find()
-        if present is not None and lifetime and present.created == self._created:
+        is_here = present is not None and present.created == self._created
+        # The lifetime last of all: this process may have stood still before.
+        if prolongs and is_here and (lifetime := self._lifetime()):
             kernel.put(self._link.index, self._address, lifetime, self._label)
         return _Confirmed(link, present)
 
