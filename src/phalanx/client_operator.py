@@ -235,8 +235,8 @@ class OperatorClient:
             except SwitchoverRefused:
                 raise
             except StepDownFailed as error:
-                if not isinstance(error.__cause__, BusTimeout):
-                    raise
+                if not isinstance(error.__cause__, BusTimeout | BusUnavailable):
+                    raise  # it has answered
             else:
                 ended, reply = "at once", answer
         done = await self._followed(plan.app, plan.leader, plan.epoch, reply, ended, began, deadline)

@@ -112,6 +112,8 @@ class Planned:
     ) -> None:
         self._bus, self._names, self._state = bus, names, state
         self._apps, self._journal = apps, journal
+        self._taking: dict[str, tuple[PlannedSwitchover, int]] = {}
+        """Of which it is not known yet whether this node has them."""
         self._changed = asyncio.Event()
         self._background = Background(log)
         state.on_switchovers(self._changed.set)
@@ -127,27 +129,33 @@ class Planned:
             await self._background.close()
 
     def _next_look(self) -> float | None:
-        moments = [planned.at for planned, _ in self._state.switchovers.values()]
+        moments = [planned.at for planned, _ in (*self._state.switchovers.values(), *self._taking.values())]
         if not moments:
             return None
         ahead = min(moments) - system.wall()
         # What is due and not taken belongs to another node, or to nobody yet: this one may become active.
         return min(_LOOK_SECONDS, ahead) if ahead > 0 else 1.0
 
+    def _is_due(self, name: str, planned: PlannedSwitchover) -> bool:
+        return name in self._apps and self._apps[name].is_active and planned.at <= system.wall()
+
     async def _look(self) -> None:
-        for name, (planned, revision) in list(self._state.switchovers.items()):
-            app = self._apps.get(name)
-            if app is None or not app.is_active or planned.at > system.wall():
-                continue
+        due = {name: each for name, each in self._state.switchovers.items() if self._is_due(name, each[0])}
+        for name, (planned, revision) in {**due, **self._taking}.items():
+            self._taking[name] = planned, revision
             try:
                 mine = await self._state.take_switchover(name, revision)
             except BusError as error:
                 log.warning("app %s: taking up a planned switchover: %s", name, error)
                 continue
+            del self._taking[name]
             # Forgotten here at once, not only when the watch tells of it: it is carried out at most once.
-            self._state.switchovers.pop(name, None)
+            if self._state.switchovers.get(name, (planned, 0))[1] == revision:
+                del self._state.switchovers[name]
             if mine:
-                self._background.spawn(self._carry_out(app, planned), f"planned switchover of {name}")
+                self._background.spawn(
+                    self._carry_out(self._apps[name], planned), f"planned switchover of {name}"
+                )
 
     async def _carry_out(self, app: App, planned: PlannedSwitchover) -> None:
         late = system.wall() - planned.at

@@ -8,10 +8,14 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.e2e.cli import CLI, Cli
 from tests.e2e.wal import eventually
 
+from phalanx import NatsOptions
+from phalanx.client import PlatformClient
+from phalanx.control import FailoverRequest, StepDownReply
 from phalanx.testing.nats import NatsServer
 from phalanx.testing.stage import Stage, since_now, stage
 
@@ -128,7 +132,36 @@ async def test_three_nodes_switchover_with_a_database_loses_nothing(with_databas
     assert (await with_database.json("db", "diverged", "wiki"))["files"] == []
 
 
+async def test_three_nodes_switchover_to_a_node_whose_replica_is_silent_is_refused(
+    tmp_path: Path, nats_server: NatsServer
+) -> None:
+    """A frozen host's session still lives, so it is a candidate still; nothing is changed."""
+    for node in ("n1", "n2", "n3"):
+        (tmp_path / node).mkdir()
+    database = str(tmp_path / "{node}" / "wiki.db")
+    with stage(tmp_path, nats_server, ttl=60.0, database=database) as running:
+        platform = Platform(nats_server.url(), tmp_path, running)
+        active = await running.settled()
+        target = platform.others(active)[0]
+        running.nodes[target].freeze(keeper=True)
+        said = await platform.refused("switchover", "wiki", "--to", target, code=1)
+        assert f"refused: {target} does not say how its replica is; choose another node" in said
+        assert running.nodes.actives("wiki") == [active]
+
+
 # --- failover
+
+
+async def test_g2_failover_request_for_an_earlier_epoch_ends_nothing(platform: Platform) -> None:
+    """A node that was frozen may get it late, when it leads again."""
+    active = await platform.running.settled()
+    epoch = (await platform.app())["epoch"]
+    async with PlatformClient("test", NatsOptions(urls=tuple(platform.running.nats.urls))) as client:
+        subject = client.names.control_subject("wiki", "failover")
+        request = msgspec.json.encode(FailoverRequest(epoch - 1, None, "late"))
+        answer = await client.bus.request(subject, request, timeout=10.0)
+        assert "not active" in msgspec.json.decode(answer.data, type=StepDownReply).error
+    assert ((await platform.app())["active"], (await platform.app())["epoch"]) == (active, epoch)
 
 
 async def test_three_nodes_failover_of_a_node_that_answers_ends_it_at_once(platform: Platform) -> None:

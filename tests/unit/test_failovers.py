@@ -28,6 +28,7 @@ def entry(time: float, node: str, name: str, epoch: int = 0, **more: Any) -> Aud
 
 
 FIRST = [
+    entry(9.0, "n1", "node.session-lost", reason="another life of it"),
     entry(10.0, "n1", "app.leader-acquired", 3, duration_seconds=0.1, details={"how": ""}),
     entry(10.2, "n1", "app.active", 3, duration_seconds=0.2, details={"checks": "0"}),
 ]
@@ -96,6 +97,7 @@ def test_a_hand_over_begins_when_it_was_asked_for_and_may_fail() -> None:
         "handing-over", "standing-down", "step stop-backend", "released", "release seen", "key taken",
         "activation-failed",
     ]  # fmt: skip
+    assert found.steps[0].offset_seconds == 0
     assert found.steps[3].duration_seconds is None
     assert (found.outcome, found.by, found.named) == ("failed", "ops", True)
     assert (found.activation_seconds, found.healthy_seconds, found.total_seconds) == (None, None, None)

@@ -16,7 +16,16 @@ from phalanx.client_operator import FailoverPlan, Loss, Switched
 from phalanx.errors import ConfigError
 from phalanx.observe.failovers import Failover
 
-failover = App(name="failover", help="Force an app to another node; or show what happened in failovers.")
+failover = App(
+    name="failover",
+    help="""Force an app to another node, or show how apps changed hands (`failover show`).
+
+    For when the active node is ill or does not answer. It says what would be lost and asks. A node that
+    answers ends at once, without grace; of one that does not the end of its session is waited for: also by
+    force no two nodes are ever active. Exit code 1 when the answer was no or nobody took over, 2 for an
+    unknown app or a node that cannot take over, and without a terminal and `--yes`.
+    """,
+)
 
 _WHERE = Where()
 
@@ -35,13 +44,7 @@ def force(
     where: Where = _WHERE,
     json: Annotated[bool, Parameter(help="As JSON.")] = False,
 ) -> int:
-    """Have another node run an app although the active one is ill or does not answer.
-
-    It says what would be lost and asks. If the active node answers it ends at once, without grace; if not,
-    nobody takes over before its session is over: also by force no two nodes are ever active. Exit code 1 when
-    the answer was no or nobody took over, 2 for an unknown app or a node that cannot take over, and without
-    a terminal and `--yes`.
-    """
+    """Have another node run an app although the active one is ill or does not answer."""
     check_wait(wait)
     if not (yes or sys.stdin.isatty()):
         raise ConfigError("--yes", None, "a failover by force has to be confirmed", "give --yes")

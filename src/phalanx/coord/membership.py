@@ -23,6 +23,9 @@ log = logging.getLogger("phalanx.membership")
 
 T = TypeVar("T")
 
+NONCE_HEADER = "Phalanx-Nonce"
+"""By which a node tells its own removal of a planned switchover from another's."""
+
 CREATE_TRIES = 50
 CREATE_RETRY_SECONDS = 0.1
 
@@ -54,6 +57,7 @@ class PlatformState:
     def __init__(self, bus: Bus, names: Names) -> None:
         self._bus, self._names = bus, names
         self._stream = names.bucket_stream(names.platform_bucket)
+        self._nonce = secrets.token_hex(8)
         self.members: dict[str, Member] = {}
         self.apps: dict[str, AppRegistration] = {}
         self.switchovers: dict[str, tuple[PlannedSwitchover, int]] = {}
@@ -105,15 +109,20 @@ class PlatformState:
         self._on_switchovers.append(callback)
 
     async def take_switchover(self, app: str, revision: int) -> bool:
-        """Remove a planned hand-over, to carry it out: False if it was called off or is somebody else's."""
+        """Remove a planned hand-over, to carry it out: False if it was called off or is somebody else's.
+
+        Raises BusError; then ask again, also when it has vanished meanwhile: that may have been this node.
+        """
+        subject = self._subject(self._names.switchover_key(app))
+        headers = {"KV-Operation": "DEL", NONCE_HEADER: self._nonce}
         try:
-            await self._bus.write(
-                self._subject(self._names.switchover_key(app)),
-                expect=revision,
-                headers={"KV-Operation": "DEL"},
-            )
+            await self._bus.write(subject, expect=revision, headers=headers)
         except WrongRevision:
-            return False
+            # Perhaps by our own attempt, whose answer was lost; and a refusal alone proves nothing.
+            found = await self._bus.read(self._stream, subject)
+            if found is not None and found.revision == revision:
+                raise
+            return found is not None and found.removed and found.headers.get(NONCE_HEADER) == self._nonce
         return True
 
     def _subject(self, key: str) -> str:
