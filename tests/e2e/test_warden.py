@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from phalanx import NatsOptions, system
 from phalanx.client import PlatformClient
+from phalanx.keeper import warden
 from phalanx.keeper.fencing import Registry
 from phalanx.keeper.warden import NAME, Warden, take_lock
 from phalanx.testing.nats import NatsServer
@@ -275,3 +277,22 @@ def test_registered_file_of_another_boot_is_nobodys_business(tmp_path: Path) -> 
     saved = json.loads((tmp_path / "registered.json").read_bytes())
     (tmp_path / "registered.json").write_text(json.dumps({**saved, "boot_id": "another"}))
     assert Registry(tmp_path).left_over() == []
+
+
+async def test_keeper_of_another_node_that_has_got_the_old_pid_is_not_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old keeper is dead, its warden still busy: whoever has the pid in the lock file by now lives on."""
+    monkeypatch.setattr(warden, "LOCK_PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(warden, "LOCK_WAIT_SECONDS", 0.3)
+    command = [sys.executable, "-c", "import time; time.sleep(60)", "phalanx.keeper"]
+    busy = system.lock_file(tmp_path / "warden.lock")  # by this process, as if it were that warden
+    with subprocess.Popen(command) as other:  # noqa: ASYNC220 - returns at once
+        try:
+            (tmp_path / "warden.lock").write_text(f"{other.pid}\n")
+            with pytest.raises(TimeoutError, match=f"locked by process {other.pid}"):
+                await warden.take_lock(tmp_path)
+            assert other.poll() is None
+        finally:
+            busy.release()
+            other.kill()

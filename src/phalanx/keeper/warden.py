@@ -164,9 +164,22 @@ async def take_lock(state_dir: Path) -> system.FileLock | None:
 def _kill_old_keeper(path: Path) -> None:
     with contextlib.suppress(OSError, ValueError):
         pid = int(path.read_text())
-        if pid != os.getpid() and "phalanx.keeper" in system.command_line(pid):
+        # Who wrote its pid may be dead, its warden at work, and the pid by now that of another node's keeper.
+        if pid != os.getpid() and "phalanx.keeper" in system.command_line(pid) and _has_open(pid, path):
             log.warning("killing the keeper of an earlier life, process %d, which does not end", pid)
             os.kill(pid, signal.SIGKILL)
+
+
+def _has_open(pid: int, path: Path) -> bool:
+    """Raises OSError if it cannot be seen, or is gone. True where nobody can tell (macOS)."""
+    if not system.LINUX:
+        return True
+    wanted, folder = path.stat(), Path(f"/proc/{pid}/fd")
+    for name in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            if os.path.samestat((folder / name).stat(), wanted):
+                return True
+    return False
 
 
 # --- the warden's own process
