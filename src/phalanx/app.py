@@ -22,7 +22,15 @@ from phalanx.coord.session import Session
 from phalanx.decide.activation import STEP_ASIDE_SECONDS, Failures
 from phalanx.decide.pause import Cause, ends_section, pause_of
 from phalanx.decide.restart import FailOver, RestartIn
-from phalanx.errors import FenceFailed, HookFailed, NotActive, Paused, StartError
+from phalanx.errors import (
+    AddressError,
+    BackendError,
+    FenceFailed,
+    HookFailed,
+    NotActive,
+    Paused,
+    StartError,
+)
 from phalanx.hooks import Hooks
 from phalanx.names import Names
 from phalanx.observe.health import HealthMonitor
@@ -260,10 +268,23 @@ class App:
 
         Raises BackendError, AddressError (step ``prepare``).
         """
-        if self._backend is not None:
-            await self._backend.prepare(self.name)
-        if self._addresses is not None:
-            await self._addresses.check()
+        for problem in await self.problems():
+            raise problem
+
+    async def problems(self) -> list[BackendError | AddressError]:
+        """What :meth:`check` would raise, all of it."""
+        found: list[BackendError | AddressError] = []
+        try:
+            if self._backend is not None:
+                await self._backend.prepare(self.name)
+        except BackendError as error:
+            found.append(error)
+        try:
+            if self._addresses is not None:
+                await self._addresses.check()
+        except AddressError as error:
+            found.append(error)
+        return found
 
     # --- what is so
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import pty
+import signal
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -14,6 +17,7 @@ from tests.e2e.cli import CLI, Cli
 from tests.e2e.wal import eventually
 
 from phalanx import NatsOptions
+from phalanx.cli import exits
 from phalanx.client import PlatformClient
 from phalanx.control import FailoverRequest, StepDownReply
 from phalanx.testing.nats import NatsServer
@@ -191,6 +195,31 @@ async def test_three_nodes_failover_on_a_terminal_asks_and_takes_no_for_an_answe
     assert f"fencing: {active} answers" in out.decode()
     assert "fail wiki over to n" in out.decode()
     assert "nothing was changed" in out.decode()
+    assert platform.running.nodes.actives("wiki") == [active]
+
+
+async def test_three_nodes_failover_ends_at_once_at_ctrl_c_instead_of_an_answer(platform: Platform) -> None:
+    """It does not wait for the answer that will never come; nothing was changed."""
+    active = await platform.running.settled()
+    ours, theirs = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *CLI, "failover", "wiki", env=platform.environment, stdin=theirs, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stderr is not None
+        async with asyncio.timeout(30):
+            await process.stderr.readuntil(b"[y/N] ")
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(5):
+            _, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        os.close(ours)
+        os.close(theirs)
+    assert process.returncode == exits.INTERRUPTED
+    assert b"Traceback" not in err
     assert platform.running.nodes.actives("wiki") == [active]
 
 

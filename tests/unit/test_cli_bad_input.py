@@ -147,3 +147,40 @@ def test_config_check_lists_all_errors(folder: Path, capsys: pytest.CaptureFixtu
     told = json.loads(capsys.readouterr().out)
     assert {error["key"] for error in told["errors"]} == {"platform.name", "timings.ttl", "http.prot"}
     assert told["ok"] is False
+
+
+LACKING = """\
+[platform]
+name = "prod"
+[apps.wiki]
+pattern = "active-passive"
+vip = { address = "203.0.113.9/24", interface = "phx-none" }
+[apps.wiki.backend]
+type = "process"
+command = "/no/such/wiki"
+[apps.shop]
+pattern = "active-passive"
+[apps.shop.backend]
+type = "docker"
+image = "shop:1"
+socket = "no-such.sock"
+"""
+
+
+def test_config_check_says_what_this_host_lacks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A program, an interface and an engine that are missing: all of it, not only the first; or, for another
+    host, none of it."""
+    text = LACKING.replace("no-such.sock", str(folder / "no-such.sock"))
+    (folder / "phalanx.toml").write_text(text)
+    assert main.run(["config", "check"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("error: ") for line in lines)
+    assert len(lines) == 3
+    assert "/no/such/wiki does not exist" in lines[0]
+    assert "203.0.113.9/24" in lines[1]  # no such interface; or, for a user, no right to have addresses
+    assert "no Docker Engine" in lines[2]
+    assert main.run(["config", "check", "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)["errors"]
+    assert [error["key"] for error in told] == ["apps.wiki.backend", "apps.wiki.vip", "apps.shop.backend"]
+    assert all(error["remedy"] for error in told)
+    assert main.run(["config", "check", "--other-host"]) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from phalanx.cli import exits, main, output, views
 from phalanx.cli.audit import moment
 from phalanx.cli.findings import Finding, Level, ok, run_checks
 from phalanx.cli.nats_checks import judge_clocks, judge_writes
+from phalanx.cli.switchover import moment_ahead
 from phalanx.client import NodeView
 from phalanx.errors import (
     BusError,
@@ -247,3 +249,20 @@ def test_documentation_has_every_command_and_exit_code() -> None:
     for kind in (views.PlatformView, views.NodeRow, views.AppView, views.AppOnNode, Finding):
         for field in kind.__struct_fields__:
             assert f"`{field}`" in text, (kind, field)
+
+
+@pytest.mark.parametrize(
+    ("text", "at"), [("13:37", 1_774_784_220), ("2026-03-29T13:37+01:00", 1_774_787_820)]
+)
+def test_time_of_a_switchover_on_the_day_the_clocks_change(
+    text: str, at: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A time of today is by the clock on the wall then, not by the offset that holds when it is planned."""
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+    time.tzset()
+    try:
+        before_the_change = datetime(2026, 3, 29, 0, 30).timestamp()
+        assert moment_ahead(text, before_the_change) == at
+    finally:
+        monkeypatch.undo()
+        time.tzset()

@@ -51,32 +51,27 @@ def force(
     platform, nats = where.find()
     client = PlatformClient(platform, nats, timeout=where.timeout)
     try:
-        done = asyncio.run(_force(client, app, to, reason, wait, ask=not yes, json=json))
+        plan = asyncio.run(_plan(client, app, to))
+        for line in described(plan):
+            output.note(line) if json or not yes else output.say(line)
+        # Outside of any event loop, or Ctrl-C would wait for a thread that waits for the answer.
+        if not yes and not _confirmed(f"fail {app} over to {plan.target}?"):
+            output.note("nothing was changed")
+            return exits.NO
+        done = asyncio.run(_force(client, plan, reason, wait))
     except ConfigError as error:
         raise by_option(error) from None
-    if done is None:
-        output.note("nothing was changed")
-        return exits.NO
     show(done, json=json)
     return exits.OK
 
 
-async def _force(
-    client: PlatformClient,
-    app: str,
-    to: str | None,
-    reason: str,
-    wait: float,
-    *,
-    ask: bool,
-    json: bool,
-) -> Switched | None:
+async def _plan(client: PlatformClient, app: str, to: str | None) -> FailoverPlan:
     async with client:
-        plan = await client.operator.failover_plan(app, to)
-        for line in described(plan):
-            output.note(line) if json or ask else output.say(line)
-        if ask and not await asyncio.to_thread(_confirmed, f"fail {app} over to {plan.target}?"):
-            return None
+        return await client.operator.failover_plan(app, to)
+
+
+async def _force(client: PlatformClient, plan: FailoverPlan, reason: str, wait: float) -> Switched:
+    async with client:
         return await client.operator.failover(plan, reason=reason, timeout=wait)
 
 

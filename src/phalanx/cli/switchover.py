@@ -141,7 +141,7 @@ def moment_ahead(text: str, now: float) -> float:
     try:
         if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?", text):
             hour, minute, *rest = (int(part) for part in text.split(":"))
-            today = datetime.fromtimestamp(now).astimezone()
+            today = datetime.fromtimestamp(now)  # without an offset: that of now may not be that of then
             found = today.replace(hour=hour, minute=minute, second=rest[0] if rest else 0, microsecond=0)
             moment = found.timestamp()
         else:
