@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 from benchmarks import (
+    adopting,
     backend_unit,
     backends,
     failover,
@@ -218,6 +219,15 @@ BENCHMARKS = (
         bar=300,
         measure=backends.container,
         runs=20,
+    ),
+    Benchmark(
+        name="backend.adopt",
+        work="the node restarts in a pause: requests to its container that fail, asked every 3 ms",
+        unit="count",
+        bar=0,
+        max_bar=0,
+        measure=adopting.adopt,
+        runs=10,
     ),
     Benchmark(
         name="vip.crash",

@@ -21,7 +21,7 @@ from phalanx.backends.container import Container, how_ended
 from phalanx.backends.engine import State
 from phalanx.errors import BackendError
 from phalanx.keeper import containers as keeper
-from phalanx.ports import Backend, SectionContext
+from phalanx.ports import Backend, Running, SectionContext
 from phalanx.testing import docker_images
 from phalanx.testing.dockerd import DockerDaemon
 from phalanx.testing.nats import NatsServer, Ports
@@ -443,6 +443,47 @@ async def test_end_is_noticed_while_the_engine_is_gone(own_host: Host) -> None:
         assert "ended" in await running.ended
     await running.stop("it ended")
     assert not host.resources
+
+
+async def adopted(host: Host) -> tuple[Resource, asyncio.Task[Running | None]]:
+    """A container whose node has gone, its engine too; and the next life, which is about to adopt it."""
+    dies = await host.backend().start(host.section())
+    assert isinstance(dies, Container)
+    (resource,) = host.resources.values()
+    await dies.let_go()
+    await asyncio.to_thread(host.dockerd.kill)
+    adopting = asyncio.create_task(host.backend().adopt(host.section(), resource))
+    await asyncio.sleep(0.7)
+    assert not adopting.done()
+    return resource, adopting
+
+
+async def test_container_is_adopted_once_its_engine_is_back(own_host: Host) -> None:
+    """Both were restarted in the same pause: the container runs on through it."""
+    resource, adopting = await adopted(own_host)
+    (process, *_) = containers.find(resource.id)
+    await asyncio.to_thread(own_host.dockerd.start)
+    async with asyncio.timeout(20):
+        running = await adopting
+    assert running is not None
+    assert process.alive()
+    assert own_host.running() == {resource.id}
+    await running.stop("over")
+    assert not own_host.all()
+    assert not own_host.resources
+
+
+async def test_g1_adoption_that_is_cancelled_leaves_nothing_running(own_host: Host) -> None:
+    """The section takes it for one that left nothing: its processes end at once, it once the engine says so."""
+    resource, adopting = await adopted(own_host)
+    adopting.cancel()
+    await until(lambda: not containers.find(resource.id))
+    await asyncio.to_thread(own_host.dockerd.start)
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(20):
+            await adopting
+    assert not own_host.all()
+    assert not own_host.resources
 
 
 # --- whole nodes

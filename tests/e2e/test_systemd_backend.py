@@ -219,6 +219,24 @@ async def test_stop_by_somebody_else_is_noticed() -> None:
     assert nothing_is_left()
 
 
+@pytest.mark.parametrize("command", ["restart", "stop"])
+async def test_g1_what_cannot_be_adopted_is_ended(command: str) -> None:
+    """Somebody restarted it while its node was away, or it takes its time to stop: none of it is left."""
+    ignores = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up'); time.sleep(1000)"
+    write_unit(UNIT, script(ignores) if command == "stop" else SLEEPS)
+    await backend().start(section())
+    (resource,) = REGISTERED.values()
+    if command == "stop":
+        await until(lambda: "up" in systemctl("status", UNIT, check=False))
+    systemctl(command, "--no-block" if command == "stop" else "--quiet", UNIT)
+    await until(lambda: state() == ("deactivating" if command == "stop" else "active"))
+    assert await backend().adopt(section(), resource) is None
+    assert state() in ("inactive", "failed")
+    assert cgroup.processes(resource.details["cgroup"]) == set()
+    assert not units.permit_path(UNIT).exists()
+    REGISTERED.clear()
+
+
 async def test_two_apps_with_one_unit_do_not_share_it() -> None:
     """The second is refused, and the first goes on."""
     write_unit(UNIT, SLEEPS)

@@ -102,11 +102,36 @@ class Container:
         await self._follow(0.0 if self._target.remove else asked)
         log.info("app %s: started container %.12s", self._app, self.id, extra={"app": self._app})
 
-    async def adopt(self) -> None:
-        """Take up what runs already. Raises BackendError; then it runs on, see :meth:`let_go`."""
+    async def adopt(self) -> bool:
+        """Take up what runs already. False, an error or a cancellation: only after nothing of it runs."""
         self._start_sent = True
-        await self._follow(system.wall())
-        log.info("app %s: took up container %.12s", self._app, self.id, extra={"app": self._app})
+        try:
+            runs = await self._runs_on()
+            if runs:
+                await self._follow(system.wall())
+                log.info("app %s: took up container %.12s", self._app, self.id, extra={"app": self._app})
+            else:
+                await self.kill()  # what is left of it
+        except BaseException:
+            await child.finish(asyncio.create_task(self.abandon(), name=f"{self._app} backend, giving up"))
+            raise
+        return runs
+
+    async def _runs_on(self) -> bool:
+        """Whether it runs; an engine that is away may come back. Raises BackendError."""
+        deadline = system.now() + LOST_SECONDS
+        while True:
+            try:
+                found = await self._engine.inspect(self.id)
+                return found is not None and found.state.runs
+            except EngineError as error:
+                if system.now() > deadline:
+                    problem = (
+                        f"the Docker Engine does not tell the state of container {self.id[:12]}: {error}"
+                    )
+                    raise BackendError(self._app, "start", problem, "look at the Docker Engine") from error
+                log.warning("app %s: container %.12s is not taken up yet: %s", self._app, self.id, error)
+            await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _follow(self, output_since: float) -> None:
         """Take note of what runs, tell the keeper, and watch it from now on. Raises BackendError.

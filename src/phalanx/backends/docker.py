@@ -149,20 +149,7 @@ class DockerBackend:
         engine = Engine(target.socket)
         name = resource.details.get("name", "")
         run = self._hold(engine, section, target.id, name, remove=target.remove)
-        try:
-            found = await engine.inspect(target.id)
-            if found is not None and found.state.runs:
-                await run.adopt()
-                return run
-        except EngineError as error:
-            await run.let_go()
-            problem = f"the Docker Engine does not tell the state of container {target.id[:12]}: {error}"
-            raise BackendError(section.app, "start", problem, "look at the Docker Engine") from error
-        except BaseException:
-            await run.let_go()
-            raise
-        await run.kill()  # what is left of it
-        return None
+        return run if await run.adopt() else None
 
     async def logs(self, app: str, lines: int = 100) -> list[str]:
         """See ``ports.Backend.logs``: of its present container, else what this life of the node has seen."""

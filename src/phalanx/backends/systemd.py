@@ -29,6 +29,8 @@ from phalanx.types import Resource
 
 log = logging.getLogger("phalanx.backend")
 
+_RETRY_SECONDS = 0.5
+
 
 class SystemdBackend:
     """Implements ``ports.Backend`` for :class:`phalanx.config.Systemd`."""
@@ -86,6 +88,17 @@ class SystemdBackend:
 
     async def adopt(self, section: SectionContext, resource: Resource) -> Running | None:
         """See ``ports.Backend.adopt``: the very start that its permit tells of, not a later one."""
+        try:
+            run = await self._take_up(section, resource)
+        except BaseException:
+            await child.finish(asyncio.create_task(_end_for_certain(resource), name=f"{section.app} backend"))
+            raise
+        if run is None:
+            await child.finish(asyncio.create_task(_end_for_certain(resource), name=f"{section.app} backend"))
+        return run
+
+    async def _take_up(self, section: SectionContext, resource: Resource) -> UnitRun | None:
+        """The start that *resource* is, if it still runs. Raises BackendError."""
         app, manager = section.app, Manager()
         try:
             async with self._failures(app, "start"):
@@ -102,7 +115,11 @@ class SystemdBackend:
                     return None
                 taken = _resource(section, unit, service.control_group, resource.id)
                 run = UnitRun(self._config, section, manager, path, (unit, service), taken)
-                await run.take_up()
+                try:
+                    await run.take_up()
+                except BaseException:
+                    await child.finish(asyncio.create_task(run.abandon(), name=f"{app} backend, giving up"))
+                    raise
                 return run
         except BaseException:
             await manager.close()
@@ -197,6 +214,22 @@ def _resource(section: SectionContext, unit: Unit, group: str, resource_id: str 
     marker = resource_id or f"{section.app}.{section.epoch}.{secrets.token_hex(8)}"
     details = {"unit": unit.id, "cgroup": group}
     return Resource("unit", marker, section.app, section.epoch, details=details, adoptable=True)
+
+
+async def _end_for_certain(resource: Resource) -> None:
+    """Return when nothing of what *resource* names runs, as the keeper would have it."""
+    unit, group = resource.details["unit"], resource.details["cgroup"]
+    while True:
+        try:
+            report = await child.in_thread(partial(units.kill, unit, group, KILL_DEADLINE_SECONDS))
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        else:
+            if report.is_gone:
+                return
+            problem = report.problem
+        log.critical("app %s: left-over %s does not end: %s; trying on", resource.app, unit, problem)
+        await asyncio.sleep(_RETRY_SECONDS)
 
 
 def _refuse_strangers(app: str, unit: Unit) -> None:
