@@ -102,9 +102,12 @@ class Container:
         await self._follow(0.0 if self._target.remove else asked)
         log.info("app %s: started container %.12s", self._app, self.id, extra={"app": self._app})
 
-    async def adopt(self) -> bool:
-        """Take up what runs already. False, an error or a cancellation: only after nothing of it runs."""
-        self._start_sent = True
+    async def adopt(self, known: containers.Target) -> bool:
+        """Take up what runs already. False, an error or a cancellation: only after nothing of it runs.
+
+        *known*: with its first process, by which it can be ended without the engine.
+        """
+        self._target, self._start_sent = known, True
         try:
             runs = await self._runs_on()
             if runs:

@@ -149,7 +149,7 @@ class DockerBackend:
         engine = Engine(target.socket)
         name = resource.details.get("name", "")
         run = self._hold(engine, section, target.id, name, remove=target.remove)
-        return run if await run.adopt() else None
+        return run if await run.adopt(target) else None
 
     async def logs(self, app: str, lines: int = 100) -> list[str]:
         """See ``ports.Backend.logs``: of its present container, else what this life of the node has seen."""
