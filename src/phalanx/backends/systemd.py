@@ -91,10 +91,14 @@ class SystemdBackend:
         try:
             run = await self._take_up(section, resource)
         except BaseException:
-            await child.finish(asyncio.create_task(_end_for_certain(resource), name=f"{section.app} backend"))
+            await child.finish(
+                asyncio.create_task(_end_for_certain(resource), name=f"{section.app} backend, giving up")
+            )
             raise
         if run is None:
-            await child.finish(asyncio.create_task(_end_for_certain(resource), name=f"{section.app} backend"))
+            await child.finish(
+                asyncio.create_task(_end_for_certain(resource), name=f"{section.app} backend, giving up")
+            )
         return run
 
     async def _take_up(self, section: SectionContext, resource: Resource) -> UnitRun | None:
