@@ -395,6 +395,22 @@ async def test_engine_that_hangs_does_not_keep_it_alive(own_host: Host) -> None:
     await until(lambda: not host.all())
 
 
+async def test_engine_that_hangs_does_not_cost_a_program_its_grace(own_host: Host, tmp_path: Path) -> None:
+    """dockerd is frozen: stop() gives the program its stop signal, and the time to put things in order."""
+    host = own_host
+    command = ["sh", "-c", "trap 'echo bye > /out/bye; exit 0' TERM; > /out/up; while :; do sleep 0.05; done"]
+    running = await host.backend(command=command, volumes=[f"{tmp_path}:/out"]).start(host.section())
+    await until((tmp_path / "up").exists)
+    host.dockerd.freeze()
+    try:
+        await running.stop("a test")
+        assert (tmp_path / "bye").read_text() == "bye\n"
+        assert not host.resources
+    finally:
+        host.dockerd.thaw()
+    await host.backend().fence("wiki")
+
+
 async def test_engine_that_hangs_before_the_start_is_known_keeps_the_app_held(own_host: Host) -> None:
     """G1: whether a container will run is not known while its start is under way: never "gone"."""
     host = own_host

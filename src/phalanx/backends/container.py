@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -354,7 +355,8 @@ class Container:
             try:
                 await self._engine.signal(self.id, name)
             except EngineError as error:
-                if not self._exited.is_set() and error.status != 409:  # 409: it does not run
+                is_over = self._exited.is_set() or error.status == 409  # it does not run
+                if not is_over and not (error.status == 0 and self._signal_process(name)):
                     log.warning("app %s: its container got no %s: %s", self._app, name, error)
                     return
         if not await wait_at_most(self._exited, self._config.stop_timeout):
@@ -367,6 +369,20 @@ class Container:
                 self._config.stop_timeout,
                 hint,
             )
+
+    def _signal_process(self, name: str) -> bool:
+        """Send its first process a signal without the engine, which is silent; False if that can't be."""
+        first = system.ProcessRef(self._target.pid, self._target.start_time)
+        number = int(name) if name.isdecimal() else getattr(signal, name, None)
+        if not self._target.pid or number is None or not first.alive():
+            return False
+        with contextlib.suppress(OSError):
+            os.kill(first.pid, number)
+            log.warning(
+                "app %s: the Docker Engine is silent; its container got %s all the same", self._app, name
+            )
+            return True
+        return False
 
     async def kill(self) -> None:
         """See ``ports.Running.kill``. A cancellation is raised only after the end."""

@@ -90,7 +90,8 @@ async def check(config: Docker, app: str, ours: Mapping[str, str]) -> None:
             await engine.version()
         except EngineError as error:
             problem = f"the Docker Engine at {config.socket} does not answer: {error}"
-            raise BackendError(app, "prepare", problem, "start it: systemctl start docker") from error
+            remedy = "see why, and start it anew: systemctl status docker, systemctl restart docker"
+            raise BackendError(app, "prepare", problem, remedy) from error
         try:
             await _check_container(engine, config, app, ours)
         except EngineError as error:
