@@ -27,6 +27,11 @@ BREAKS = {
     "paused-past-the-session": "in a pause a section outlives its session, as it outlives a failure",
     "no-failover-takes-over": "a node with no_failover takes a free leader key without being named",
     "successor-by-name": "the successor that a release names is chosen by name, whatever its priority",
+    "started-before-registered": "a program is started without the keeper knowing of it",
+    "released-while-its-program-runs": "the keeper ends the session while what it has killed still dies",
+    "warden-sleeps": "the warden does nothing when node and keeper have died",
+    "left-overs-ignored": "a keeper begins without ending what an earlier life has left",
+    "address-not-probed": "an address is taken although another host answers for it",
     "node-ignores-deadline": "neither node nor keeper ends a section when its session runs out",
 }
 """Name → what is wrong with it."""

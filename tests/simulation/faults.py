@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .host import Host, Process
 from .node import Node
+from .things import Thing
 from .world import Section
 
 if TYPE_CHECKING:
@@ -76,8 +77,33 @@ def keeper_killed(world: World) -> Undo:
 def both_killed(world: World) -> Undo:
     """SIGKILL of both at once."""
     host = victim(world)
-    _kill(host.keeper)
+    _kill_both(host)
+    return _nothing
+
+
+def _kill_both(host: Host) -> None:
+    keeper, world = host.keeper, host.world
+    _kill(keeper)
     _kill(host.node)
+    warden = keeper.warden if keeper is not None else None
+    if warden is not None and warden.alive and not warden.stopped:
+        world.after(0.5, _must_be_gone, world, warden, list(host.registered), world.disturbances)
+
+
+def _must_be_gone(world: World, warden: Process, things: list[Thing], since: int) -> None:
+    if world.disturbances == since:
+        if any(thing.present for thing in things):
+            world.fail("warden", f"something of {warden.host.name} runs 0.5 s after both were killed")
+        world.count("wardens checked")
+
+
+def warden_killed(world: World) -> Undo:
+    """SIGKILL of a warden; half of the time of node and keeper too, before there is another one."""
+    host = victim(world)
+    if host.keeper is not None:
+        _kill(host.keeper.warden)
+    if world.rng.random() < 0.5:
+        world.after(world.rng.choice((0.0, 0.5)), _kill_both, host)
     return _nothing
 
 
@@ -85,6 +111,9 @@ def host_died(world: World) -> Undo:
     """Power loss of a machine, with its NATS server if it has one."""
     host = victim(world)
     host.up = False
+    host.power_off()
+    if host.keeper is not None:
+        _kill(host.keeper.warden, "host")
     _kill(host.keeper, "host")
     _kill(host.node, "host")
     back = server_down(world, host.index, lose=world.rng.random() < 0.5) if host.index < 3 else _nothing
@@ -124,6 +153,8 @@ def both_stopped(world: World) -> Undo:
     """The whole machine stands still, but for its clock. Whoever wakes first is random."""
     host = victim(world)
     both: list[Process | None] = [host.node, host.keeper]
+    if host.keeper is not None and world.rng.random() < 0.5:
+        both.append(host.keeper.warden)
     world.rng.shuffle(both)
     return _stopped(both)
 
@@ -171,15 +202,15 @@ def app_paused(world: World) -> Undo:
         ready = any(h.node.settled_since() > 2.5 and not h.no_failover for h in world.hosts if h.node)
         calm = world.faults_active == 1 and world.calm_for > 3.0 and world.now >= nats.bucket.ready_at + 1.5
         if calm and ready:
-            world.after(1.0, _must_be_led, world, world.disturbances)
+            world.after(2.5, _must_be_led, world, world.disturbances, world.last_epoch)
 
     return undo
 
 
-def _must_be_led(world: World, since: int) -> None:
+def _must_be_led(world: World, since: int, before: int) -> None:
     if world.disturbances == since:
-        if not world.active:
-            world.fail("G9", "nobody is active 1 s after a pause has ended, with nothing else wrong")
+        if not world.active and world.last_epoch == before:
+            world.fail("G9", "nobody is active 2.5 s after a pause has ended, with nothing else wrong")
         world.count("resumptions checked")
 
 
@@ -226,13 +257,20 @@ def _expect_hand_over(world: World, node: Node) -> None:
         and not nats.bucket.pause[1]
     )
     if calm and section is not None:
-        world.after(node.end_takes / 0.95 + 0.3, _must_be_handed_over, world, section, world.disturbances)
+        world.after(
+            (node.end_takes + section.stop_takes) / 0.95 + 0.4,
+            _must_be_handed_over,
+            world,
+            section,
+            world.disturbances,
+        )
 
 
 def _must_be_handed_over(world: World, old: Section, since: int) -> None:
     if world.disturbances != since:
         return
-    successor, now = old.successor, world.active
+    successor = old.successor
+    following = next((section for section in world.begun if section.epoch > old.epoch), None)
     wanted = _wanted_successor(world, old)
     if wanted is None:
         return
@@ -240,7 +278,7 @@ def _must_be_handed_over(world: World, old: Section, since: int) -> None:
         world.fail("G10", f"{old.node.name} named no successor although the others were healthy")
     if successor != wanted:
         world.fail("G10", f"{old.node.name} named {successor} although {wanted} was preferred")
-    if not now or now[-1].epoch <= old.epoch or now[-1].node.host.name != successor:
+    if following is None or following.node.host.name != successor:
         world.fail("G10", f"{old.node.name} named {successor}, who is not active soon after")
     world.count("G10 checked")
 
@@ -487,7 +525,8 @@ def streams_replaced(world: World) -> Undo:
 FAULTS: dict[Callable[[World], Undo], float] = {
     node_killed: 3,
     keeper_killed: 2,
-    both_killed: 2,
+    both_killed: 3,
+    warden_killed: 3,
     host_died: 2,
     node_stopped: 3,
     keeper_stopped: 3,
@@ -585,7 +624,8 @@ class Plan:
         nats.changed()
         for host in world.hosts:
             host.up = True
-            for process in (host.keeper, host.node):
+            warden = host.keeper.warden if host.keeper is not None else None
+            for process in (warden, host.keeper, host.node):
                 if process is not None and process.alive:
                     if isinstance(process, Node):
                         process.watch_lag = process.watch_drop = 0.0

@@ -14,6 +14,7 @@ from .world import Section, World
 
 if TYPE_CHECKING:
     from .node import Node
+    from .things import Lock, Thing, Warden
 
 PIPE = 0.0003
 """Seconds between the two ends of the socket pair."""
@@ -31,6 +32,12 @@ class Host:
         self.priority = world.rng.choice((0, 0, 0, 1, 5))
         self.no_failover = index > 0 and world.rng.random() < 0.2
         """Never of the first one: somebody has to lead when nobody is named."""
+        from .things import Lock
+
+        self.registered: list[Thing] = []
+        """What ``registered.json`` names, and what is left of it."""
+        self.things: list[Thing] = []
+        self.lock: Lock = Lock()
         self.lives = 0
         self.up = True
         self.starting = False
@@ -38,6 +45,12 @@ class Host:
     def clock(self) -> float:
         """What CLOCK_BOOTTIME shows."""
         return self.offset + self.rate * self.world.now
+
+    def power_off(self) -> None:
+        """Nothing of it runs any more, and the boot id of the file is not that of the next boot."""
+        for thing in self.things:
+            thing.vanish("power loss")
+        self.registered.clear()
 
     def start_soon(self, longest: float = 0.8) -> None:
         """A supervisor starts the node again, with a new session."""
@@ -167,7 +180,10 @@ class Keeper(Process):
         self.registered: list[Section] = []
         self.timeout = max(0.2, min(1.0, timing.ttl / 5))
         self.established = False
-        self.ending = False
+        self.ending = self.begun = False
+        self.warden: Warden | None = None
+        self.vouched = False
+        """It has seen that nothing is left of what was registered."""
         self._told = float("-inf")
         self._next_tick = 0.0
         self._wake_at = float("inf")
@@ -189,7 +205,11 @@ class Keeper(Process):
 
     def step(self) -> None:
         """One round of ``Keeper._hold``."""
+        if not self.begun:
+            return
         if self.ending:
+            if not self.vouched:
+                self._renew_meanwhile()
             return
         holder, now, timing = self.holder, self.host.clock(), self.timing
         if now >= self._next_tick:
@@ -259,7 +279,7 @@ class Keeper(Process):
         )  # fmt: skip
 
     def _renewed(self, result: Any, stream: str, sent_at: float) -> None:
-        if self.ending:
+        if self.vouched:
             return
         if result is UNANSWERED:
             self.holder.on_unanswered(stream)
@@ -297,9 +317,31 @@ class Keeper(Process):
         self.ending = True
         if self.world.rules.broken == "release-before-kill" and kill:
             self.timer(0.2, self._kill, reason)
-        elif kill:
+            self._all_gone()
+            return
+        if kill:
             self._kill(reason)
+        if self.world.rules.broken == "released-while-its-program-runs":
+            self._all_gone()
+            return
+        from .things import Ending
+
+        Ending(list(self.host.registered), self, self._all_gone).step()
+
+    def _renew_meanwhile(self) -> None:
+        # What does not die yet must not run without a session, if it can be held.
+        now = self.host.clock()
+        if now >= self._next_tick:
+            self._tick(now)
+            self._next_tick = now + self.timing.renew_every
+            self._wake(self._next_tick, now)
+
+    def _all_gone(self) -> None:
+        self.vouched = True
         self.registered.clear()
+        self.host.registered.clear()
+        if self.warden is not None:
+            self.warden.alive = False
         self._release_until = self.host.clock() + 2 * self.timing.ttl
         self._buried: set[str] = set()
         self._revisions = {n: self.holder.revisions().get(n, 0) for n in self.holder.streams.all_streams}
@@ -382,6 +424,36 @@ class Keeper(Process):
         if section in self.registered:
             self.registered.remove(section)
 
+    def start_warden(self) -> None:
+        """Beside it from before it begins, and again when it has died."""
+        from .things import Warden
+
+        self.warden = Warden(self)
+
+    def begin(self) -> None:
+        """Nothing of an earlier life is left."""
+        self.host.registered.clear()
+        self.begun = True
+        if self._gone is not None:
+            self.vouched = True
+            self.die("its node has ended")
+            return
+        self.watchdog.on_beat(self.host.clock())
+        self.connect()
+        self.step()
+
+    def on_register_thing(self, thing: Thing) -> None:
+        """The same, of a program or an address: in a file too."""
+        self.on_beat()
+        if not self.ending:
+            self.host.registered.append(thing)
+            self._say("on_thing_registered", thing)
+
+    def on_unregister_thing(self, thing: Thing) -> None:
+        """It has ended."""
+        if thing in self.host.registered:
+            self.host.registered.remove(thing)
+
     def on_release(self) -> None:
         """The node wants the session ended."""
         self._release_asked = True
@@ -406,6 +478,9 @@ class Keeper(Process):
         self.step()
 
     def on_death(self, how: str) -> None:
-        """The node sees its channel close."""
+        """The node and the warden see their channels close."""
+        warden = self.warden
+        if warden is not None and not self.vouched:
+            self.world.after(self.world.rng.uniform(0.0005, 0.003), warden.run, warden.on_keeper_died)
         if self.node.alive and self.node.keeper is self:
             self.world.after(PIPE, self.node.run, self.node.on_keeper_gone)

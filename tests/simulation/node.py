@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -13,10 +14,14 @@ from phalanx.types import Candidate, LeaderRecord, SessionId
 
 from .host import PIPE, Host, Keeper, Process
 from .nats import NOT_NOMINATED, REFUSED, UNANSWERED, Pausing
+from .things import ADDRESS, PROGRAM, Thing, end_by_node
 from .world import Section
 
 RPC_TIMEOUT = 1.0
 RETRY = 0.1
+PROBE_TIMEOUT = 0.05
+STOP_TIMEOUT = 0.4
+"""A program that has not ended by then is killed."""
 SESSION_TIMEOUT = 4.0
 """After which a node tries it with a new session."""
 
@@ -48,6 +53,7 @@ class Node(Process):
         self.reign: int | None = None
         self.last_reign = 0
         self.section: Section | None = None
+        self.section_things: list[Thing] = []
         self.end_takes = 0.05
         self.successor: str | None = None
         self.stopping = False
@@ -123,12 +129,8 @@ class Node(Process):
         for name in streams.all_streams:
             self.ask(name, interrupted=True)
         self.ask("bucket", interrupted=True)
-        old = self.host.keeper
-        if old is not None and old.alive and not old.ending:
-            old.die("an earlier life's keeper")  # a lock on the state folder in real life
-        self.keeper = self.host.keeper = Keeper(self, self.session, streams)
-        self.keeper.connect()
-        self.world.after(PIPE, self.keeper.run, self.keeper.step)
+        self.keeper = keeper = self.host.keeper = Keeper(self, self.session, streams)
+        self.world.after(PIPE, keeper.run, self.host.lock.take, keeper, self.world.now)
         self.timer(SESSION_TIMEOUT, self._no_session)
 
     def _no_session(self) -> None:
@@ -182,7 +184,12 @@ class Node(Process):
             self.ended = True
             if self.section is not None and self.section.state != "starting":
                 self.world.count("nodes that fenced themselves")
-            self.die(why)
+            self._fence(why)
+
+    def _fence(self, why: str) -> None:
+        things = self.section_things if self.section is not None else []
+        self.die(why)
+        end_by_node(things)
 
     # --- the regular look
 
@@ -243,7 +250,7 @@ class Node(Process):
                 self.end("the session runs out")
             case Phase.FENCE | Phase.OVER:
                 self.world.count("nodes that fenced themselves")
-                self.die("its fence budget begins")
+                self._fence("its fence budget begins")
 
     # --- sessions
 
@@ -591,6 +598,7 @@ class Node(Process):
             return
         self.reign, self._deposed, self.successor, self._held = epoch, False, None, ""
         self.section = section = Section(self, epoch)
+        self.section_things = []
         self.world.log(self.name, f"reigns at epoch {epoch}")
         keeper = self.keeper
         if keeper is not None:
@@ -608,6 +616,108 @@ class Node(Process):
             return
         self.world.start_section(section)
         self._write_fenced(section.epoch)
+        self._register_thing(Thing(section, ADDRESS))
+
+    # --- its address and its program
+
+    def _register_thing(self, thing: Thing) -> None:
+        self.host.things = [other for other in self.host.things if other.present] + [thing]
+        self.section_things.append(thing)
+        if thing.kind == PROGRAM and self.world.rules.broken == "started-before-registered":
+            self.on_thing_registered(thing)
+        elif self.keeper is not None:
+            self.world.after(PIPE, self.keeper.run, self.keeper.on_register_thing, thing)
+
+    def on_thing_registered(self, thing: Thing) -> None:
+        """From now on it would be killed: start it, unless the section ends already."""
+        section = thing.section
+        if not self._goes_on(section):
+            return
+        if thing.kind == ADDRESS:
+            self._probe(thing, self.host.clock())
+            return
+        thing.appear()
+        section.stop_takes = self.world.rng.choice((0.005, 0.02, 0.02, 0.1, 0.1, 0.2, STOP_TIMEOUT))
+        takes = self.world.rng.choice((0.01, 0.01, 0.05, 0.2, 1.0))
+        self.timer(takes, self._started, thing, self.world.rng.random() < 0.04)
+
+    def _goes_on(self, section: Section) -> bool:
+        return section is self.section and section.state == "active" and self.session_valid()
+
+    def _probe(self, thing: Thing, since: float) -> None:
+        if not self._goes_on(thing.section):
+            return
+        taken = self.world.address_elsewhere(self.host)
+        if taken and self.world.rules.broken != "address-not-probed":
+            self.world.count("addresses that somebody else still answered for")
+            if self.host.clock() - since > math.ceil(self.timing.ttl) + 1.5:
+                self.world.fail("address", f"{self.name} still finds it elsewhere after its lifetime")
+            self.timer(0.1, self._probe, thing, since)
+        else:
+            self.timer(PROBE_TIMEOUT, self._put, thing)
+
+    def _put(self, thing: Thing) -> None:
+        if self._goes_on(thing.section):
+            thing.appear()
+            self._prolong(thing)
+            self._register_thing(Thing(thing.section, PROGRAM))
+
+    def _prolong(self, thing: Thing) -> None:
+        left = self.valid_until - self.host.clock()
+        if thing.present and not thing.dying and thing.section is self.section:
+            if left > 0:
+                thing.prolong(math.ceil(min(self.timing.ttl, left)))
+            self.timer(self.timing.ttl / 4, self._prolong, thing)
+
+    def address_lost(self, section: Section) -> None:
+        """The kernel has removed it."""
+        if section is self.section and section.state == "active":
+            self.end("its address is gone")
+
+    def _started(self, thing: Thing, fails: bool) -> None:
+        if thing.section is not self.section:
+            return
+        if fails:
+            thing.vanish("its start has failed")
+            self.world.count("starts of a program that failed")
+            self.end("its program cannot be started")
+        elif thing.present:
+            thing.section.serving = True
+
+    def _stop_program(self, section: Section) -> None:
+        """Gracefully: after that it is killed, if it does not end."""
+        if section is not self.section:
+            return
+        running = [thing for thing in self.section_things if thing.present and thing.kind == PROGRAM]
+        if not running:
+            self._stopped(section)
+        elif section.stop_takes < STOP_TIMEOUT:
+            self.timer(section.stop_takes, self._stopped, section)
+        else:
+            self.world.count("programs that had to be killed")
+            self.timer(STOP_TIMEOUT, self._kill_program, section)
+
+    def _kill_program(self, section: Section) -> None:
+        if section is not self.section:
+            return
+        running = [thing for thing in self.section_things if thing.present and thing.kind == PROGRAM]
+        for thing in running:
+            thing.kill()
+        if running:
+            self.timer(0.01, self._kill_program, section)
+        else:
+            self._stopped(section)
+
+    def _stopped(self, section: Section) -> None:
+        if section is not self.section:
+            return
+        for kind in (PROGRAM, ADDRESS):
+            for thing in self.section_things:
+                if thing.kind == kind:
+                    thing.vanish("ended")
+                    if self.keeper is not None:
+                        self.world.after(PIPE, self.keeper.run, self.keeper.on_unregister_thing, thing)
+        self._over(section)
 
     def _write_fenced(self, epoch: int) -> None:
         """A leader's write; and now and then one whose epoch is long gone."""
@@ -628,7 +738,7 @@ class Node(Process):
             self._over(section)
             return
         section.state = "ending"
-        self.timer(self.end_takes, self._over, section)
+        self.timer(self.end_takes, self._stop_program, section)
 
     def _over(self, section: Section) -> None:
         if section is not self.section:

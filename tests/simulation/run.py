@@ -50,10 +50,12 @@ def _drive(world: World) -> None:
     healed = world.now
 
     def recovered() -> bool:
-        return any(section.node.alive and section.state == "active" for section in world.active)
+        return any(s.node.alive and s.state == "active" and s.serving for s in world.active)
 
     if not world.run(healed + HEAL_BOUND, recovered):
-        world.fail("G9", f"nobody is active {HEAL_BOUND} s after everything was healed")
+        world.fail("G9", f"nobody serves {HEAL_BOUND} s after everything was healed")
+    if not world.run(world.now + 5.0, world.nothing_left):
+        world.fail("G1", "something of an ended section is left 5 s after all is well")
     world.count("recoveries checked")
     for host in world.hosts:
         if host.node is not None and host.node.alive:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .host import Host
     from .nats import Bucket, Nats, Pausing
     from .node import Node
+    from .things import Thing
 
 
 class Violation(Exception):
@@ -34,6 +35,9 @@ class Section:
     node: Node
     epoch: int
     state: str = "starting"
+    serving: bool = False
+    """Its address is here, and its program has started."""
+    stop_takes: float = 0.0
     began: float = -1.0
     successor: str | None = None
     """Whom its node named, before it ended."""
@@ -59,6 +63,8 @@ class World:
         """How long nothing had happened when the latest fault began or ended."""
         self.active: list[Section] = []
         self.last_epoch = 0
+        self.begun: list[Section] = []
+        """All sections, whether or not they still go on: some programs do not start."""
         self.last_fenced = 0
         self.over_at: dict[SessionId, float] = {}
         self.digest = 0
@@ -122,14 +128,42 @@ class World:
                 "excused: loop blocked and no keeper" if other.node.blocked else "excused: both were stopped"
             )
             other.excused = True
+        self._check_programs(section, begins)
         if section.epoch <= self.last_epoch:
             self.fail("G2", f"epoch {section.epoch} begins after epoch {self.last_epoch}")
         if self.last_epoch:
             self.count("leader changes")
         self.last_epoch = section.epoch
+        self.begun.append(section)
         section.state, section.began = "active", self.now
         self.active.append(section)
         self.log(node.name, f"ACTIVE at epoch {section.epoch}")
+
+    def _check_programs(self, section: Section, begins: str) -> None:
+        for host in self.hosts:
+            for thing in host.things:
+                if thing.present and thing.kind == "program" and thing.section is not section:
+                    where = f"{begins} while the program of {thing.section.epoch} runs on {host.name}"
+                    if thing.is_guarded or host is section.node.host:
+                        self.fail("G1", where)
+                    self.count("excused: a program that nobody could end")
+
+    def address_elsewhere(self, host: Host) -> bool:
+        """Whether another host answers for the address."""
+        return any(t.present and t.kind == "address" for h in self.hosts if h is not host for t in h.things)
+
+    def thing_appears(self, thing: Thing) -> None:
+        """An address is on one host at a time; a program has none of an older epoch beside it."""
+        if thing.kind == "address":
+            if self.address_elsewhere(thing.host):
+                self.fail("address", f"{thing.host.name} takes the address while another host has it")
+        else:
+            self._check_programs(thing.section, f"the program of epoch {thing.section.epoch} starts")
+
+    def nothing_left(self) -> bool:
+        """Whether nothing of an ended section is on any host."""
+        now = self.active[-1] if self.active else None
+        return not any(t.present and t.section is not now for host in self.hosts for t in host.things)
 
     def end_section(self, section: Section, how: str) -> None:
         """Nothing of it runs any more."""
