@@ -227,9 +227,9 @@ class Keeper:
     ) -> None:
         """The node has ended, or is to: end what cannot outlive it, and go on with the rest."""
         log.warning("node %s: %s, in a pause; what can runs on", start.session.node, why.reason)
-        left = kept(registry.resources, self._keep.apps)
-        ending = [resource for resource in registry.resources if resource not in left]
-        await self._end_resources(start, renewer, registry, ending, kill_node=why.kill_node)
+        await self._end_unkept(start, renewer, registry, kill_node=why.kill_node)
+        # Again: a node that woke up only now may have begun something between that look and its death.
+        await self._end_unkept(start, renewer, registry, kill_node=False)
         watchdog.on_away(system.now())
         self._gone = None
         self._door = away.Door(start.session, self._on_visit)
@@ -247,6 +247,13 @@ class Keeper:
             # Its end of the channel closes with it; until then it is none of our business.
             self._channel, self._transport = None, None
         self._let_go_of_node()
+
+    async def _end_unkept(
+        self, start: wire.Start, renewer: Renewer, registry: fencing.Registry, *, kill_node: bool
+    ) -> None:
+        left = kept(registry.resources, self._keep.apps)
+        ending = [resource for resource in registry.resources if resource not in left]
+        await self._end_resources(start, renewer, registry, ending, kill_node=kill_node)
 
     async def _while_away(
         self, start: wire.Start, renewer: Renewer, registry: fencing.Registry, watchdog: Watchdog
