@@ -174,9 +174,9 @@ async def test_node_starts_in_a_pause(
     """It reads the pause before it takes part in any election."""
     with stage(tmp_path, nats_server, count=1) as s:
         await s.settled()
-        await client.pause("wiki")
         s.nodes["n1"].terminate()
         s.nodes["n1"].wait()
+        await client.pause("wiki")  # only now: else it would leave its session, and go on with that
         started = system.now()
         s.nodes["n1"].start()
         await s.nodes.wait_for_standbys("wiki", 1)
