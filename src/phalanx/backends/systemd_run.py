@@ -159,6 +159,11 @@ class UnitRun:
                 self._stale.set()
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
+            except Exception:  # of the library: without this task no end would ever be seen
+                log.exception("app %s: the state of %s cannot be read", self._app, self._name)
+                self._stale.set()
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
             told = False
             self._read = number
             self._look_for_end()

@@ -1,0 +1,62 @@
+"""A started systemd unit, without a systemd: what happens when it can't be asked."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from phalanx import config, units
+from phalanx.backends.systemd_manager import Service, Unit
+from phalanx.backends.systemd_run import UnitRun
+from phalanx.ports import SectionContext
+from phalanx.types import Resource
+
+UNIT = Unit(
+    "wiki.service", "loaded", ("", ""), "active", "running", "static",
+    True, True, False, (0, "/"), [], 1, b"\1" * 16,
+)  # fmt: skip
+SERVICE = Service("simple", "no", ([], []), False, "system.slice", "/wiki", [], "success", 0, 0, 1)
+
+
+class Manager:
+    """Answers after its library has failed once."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def watch(self, *_: object) -> None:
+        """Nobody tells of changes."""
+
+    async def read(self, path: str) -> tuple[Unit, Service]:
+        """See ``Manager.read``."""
+        self.asked += 1
+        if self.asked == 1:
+            raise ValueError("a message that makes no sense")
+        return UNIT, SERVICE
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+async def test_a_failure_of_the_bus_library_does_not_end_following(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is logged, and the unit is read again: else its end would never be seen."""
+    monkeypatch.setattr(units, "PERMITS", tmp_path)
+
+    async def register(resource: Resource) -> None:
+        pass
+
+    section = SectionContext("prod", "n1", "wiki", 7, register, lambda one: None)
+    resource = Resource("unit", "wiki.7.x", "wiki", 7, details={"unit": UNIT.id, "cgroup": "/wiki"})
+    manager = cast("Any", Manager())
+    run = UnitRun(config.Systemd(unit=UNIT.id), section, manager, "/wiki", (UNIT, SERVICE), resource)
+    async with asyncio.timeout(5):
+        await run.take_up()
+    assert manager.asked == 2
+    assert "cannot be read" in caplog.text
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
