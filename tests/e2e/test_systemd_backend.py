@@ -14,6 +14,7 @@ from tests.systemd_units import command_line, remove_unit, systemctl, try_system
 
 from phalanx import cgroup, config, system, units
 from phalanx.backends import make_backend
+from phalanx.backends.systemd_run import UnitRun
 from phalanx.errors import BackendError
 from phalanx.keeper.fencing import kill_resources
 from phalanx.ports import Backend, Running, SectionContext
@@ -219,13 +220,21 @@ async def test_stop_by_somebody_else_is_noticed() -> None:
     assert nothing_is_left()
 
 
+async def left_running(line: str) -> Resource:
+    """What a node that ended in a pause has left, for the next one to adopt."""
+    write_unit(UNIT, line)
+    dies = await backend().start(section())
+    assert isinstance(dies, UnitRun)
+    await dies._let_go()
+    (resource,) = REGISTERED.values()
+    return resource
+
+
 @pytest.mark.parametrize("command", ["restart", "stop"])
 async def test_g1_what_cannot_be_adopted_is_ended(command: str) -> None:
     """Somebody restarted it while its node was away, or it takes its time to stop: none of it is left."""
     ignores = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up'); time.sleep(1000)"
-    write_unit(UNIT, script(ignores) if command == "stop" else SLEEPS)
-    await backend().start(section())
-    (resource,) = REGISTERED.values()
+    resource = await left_running(script(ignores) if command == "stop" else SLEEPS)
     if command == "stop":
         await until(lambda: "up" in systemctl("status", UNIT, check=False))
     systemctl(command, "--no-block" if command == "stop" else "--quiet", UNIT)
@@ -235,6 +244,35 @@ async def test_g1_what_cannot_be_adopted_is_ended(command: str) -> None:
     assert cgroup.processes(resource.details["cgroup"]) == set()
     assert not units.permit_path(UNIT).exists()
     REGISTERED.clear()
+
+
+async def test_unit_is_adopted_once_the_bus_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D-Bus restarts at the same time as the node: the same start of the unit runs on."""
+    resource = await left_running(SLEEPS)
+    invocation = systemctl("show", "-P", "InvocationID", UNIT)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/no/such/socket")
+        adopting = asyncio.create_task(backend().adopt(section(), resource))
+        await asyncio.sleep(0.7)
+        assert not adopting.done()
+    async with asyncio.timeout(10):
+        running = await adopting
+    assert running is not None
+    assert systemctl("show", "-P", "InvocationID", UNIT) == invocation
+    await running.stop("over")
+    assert nothing_is_left()
+
+
+async def test_g1_adoption_that_is_cancelled_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The section takes it for one that left nothing, so it ends the unit, even without D-Bus."""
+    resource = await left_running(SLEEPS)
+    monkeypatch.setenv("DBUS_SYSTEM_BUS_ADDRESS", "unix:path=/no/such/socket")
+    adopting = asyncio.create_task(backend().adopt(section(), resource))
+    await asyncio.sleep(0.2)
+    adopting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await adopting
+    assert nothing_is_left()
 
 
 async def test_two_apps_with_one_unit_do_not_share_it() -> None:

@@ -17,7 +17,7 @@ import secrets
 from collections.abc import AsyncGenerator
 from functools import partial
 
-from phalanx import child, units
+from phalanx import child, system, units
 from phalanx.backends import systemd_unit
 from phalanx.backends.journal import read_journal
 from phalanx.backends.systemd_manager import RELOAD_SECONDS, Manager, ManagerError, Service, Unit
@@ -28,6 +28,9 @@ from phalanx.ports import Running, SectionContext
 from phalanx.types import Resource
 
 log = logging.getLogger("phalanx.backend")
+
+LOST_SECONDS = 30.0
+"""A unit that is to be taken up is given up when systemd has not told of it for that long."""
 
 _RETRY_SECONDS = 0.5
 
@@ -94,6 +97,7 @@ class SystemdBackend:
             await child.finish(
                 asyncio.create_task(_end_for_certain(resource), name=f"{section.app} backend, giving up")
             )
+            section.unregister(resource.id)
             raise
         if run is None:
             await child.finish(
@@ -106,8 +110,7 @@ class SystemdBackend:
         app, manager = section.app, Manager()
         try:
             async with self._failures(app, "start"):
-                path = await manager.load(self._config.unit)
-                unit, service = await manager.read(path)
+                path, unit, service = await self._read_patiently(manager, app)
                 permit = await child.in_thread(partial(units.read_permit, unit.id))
                 if (
                     resource.details.get("unit") != unit.id
@@ -128,6 +131,19 @@ class SystemdBackend:
         except BaseException:
             await manager.close()
             raise
+
+    async def _read_patiently(self, manager: Manager, app: str) -> tuple[str, Unit, Service]:
+        """Its state; a bus that is away may come back, and the unit runs on. Raises ManagerError."""
+        deadline = system.now() + LOST_SECONDS
+        while True:
+            try:
+                path = await manager.load(self._config.unit)
+                return path, *await manager.read(path)
+            except ManagerError as error:
+                if system.now() > deadline:
+                    raise
+                log.warning("app %s: %s is not taken up yet: %s", app, self._config.unit, error)
+            await asyncio.sleep(_RETRY_SECONDS)
 
     async def logs(self, app: str, lines: int = 100) -> list[str]:
         """See ``ports.Backend.logs``: from the journal, of all starts of the unit."""
