@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pytest
 from tests.systemd_units import command_line, remove_unit, systemctl, write_unit
@@ -329,3 +330,60 @@ def warden_of(keeper: int) -> int:
     children = [pid for thread in threads for pid in (thread / "children").read_text().split()]
     (found,) = (int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() == NAME)
     return found
+
+
+async def until(condition: Callable[[], Any], problem: str, seconds: float = 20.0) -> Any:
+    """Wait until it is true: its value."""
+    deadline = system.now() + seconds
+    while not (value := await asyncio.to_thread(condition)):
+        assert system.now() < deadline, problem
+        await asyncio.sleep(0.05)
+    return value
+
+
+def node_took_up(service: str) -> bool:
+    """Whether the service's log says that its node goes on with what ran."""
+    command = ["journalctl", "--output=cat", "--no-pager", f"--unit={service}"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+    return "adopted unit" in said
+
+
+@pytest.mark.in_systemd
+async def test_service_of_the_node_is_restarted_in_a_pause(nats_server: NatsServer, tmp_path: Path) -> None:
+    """``systemctl restart phalanx``, its unit as documented: keeper and program outlive the node."""
+    engine, service = SystemdEngine(), f"phalanx-{tmp_path.name}.service"
+    toml, state_dir = tmp_path / "n1.toml", tmp_path / "data"
+    toml.write_text(
+        '[platform]\nname = "test"\nnode = "n1"\n[apps.wiki]\npattern = "active-passive"\n'
+        f"[apps.wiki.backend]\n{engine.declare('n1', ['/bin/sh', '-c', TICKS, str(tmp_path)], tmp_path)}"
+    )
+    environment = {
+        "PHALANX_DATA": state_dir, "PHALANX_NATS": nats_server.url(), "PYTHONPATH": os.environ["PYTHONPATH"],
+        "PATH": os.environ["PATH"],
+    }  # fmt: skip
+    write_unit(
+        service,
+        "Type=notify",
+        f"ExecStart={command_line([sys.executable, '-m', 'phalanx.cli.main', 'run', str(toml)])}",
+        "KillMode=process",
+        "Delegate=yes",
+        *(f"Environment={name}={value}" for name, value in environment.items()),
+    )
+    try:
+        async with PlatformClient("test", NatsOptions(urls=tuple(nats_server.urls))) as client:
+            await asyncio.to_thread(systemctl, "start", service)
+            await until(engine.running, "the unit does not run")
+            await client.pause("wiki")
+            kept = await until(lambda: note.read(state_dir), "the keeper does not know of the pause")
+            before, node = engine.running(), systemctl("show", "-P", "MainPID", service)
+            await asyncio.to_thread(systemctl, "restart", service)
+            assert systemctl("show", "-P", "MainPID", service) != node
+            await until(lambda: node_took_up(service), "it has not taken up what ran")
+            assert engine.running() == before
+            assert kept.lives
+            await client.resume("wiki")
+            await asyncio.to_thread(systemctl, "stop", service)
+            assert engine.running() == []
+    finally:
+        remove_unit(service)
+        engine.close()
