@@ -277,7 +277,16 @@ class Node:
         )
         self._own(stack, self._repair.run(), "session stream repair")
         if self.config.fence is not None:
-            self.fencer = Fencer(self.config.fence, self.bus, self.names, self.node, self.state, self.journal)
+            self.fencer = Fencer(
+                self.config.fence,
+                self.bus,
+                self.names,
+                self.node,
+                self.state,
+                self.journal,
+                self.register,
+                self.unregister,
+            )
         databases = [name for name, app in self.apps.items() if app.config.database is not None]
         self._steering = Steering(self.bus, self.names, self._local_server, self.journal, databases)
         self._own(stack, self._steering.run(self._active_apps), "steering")

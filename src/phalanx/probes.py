@@ -211,16 +211,19 @@ async def _command(check: CommandCheck) -> str:
     return await run_program(check.command, lambda _: None)
 
 
-async def run_program(command: Sequence[str], on_line: Callable[[str], None]) -> str:
+async def run_program(command: Sequence[str], on_line: Callable[[str], None], *, marker: str = "") -> str:
     """Run *command* to its end; the last line that it wrote, or how it ended. *on_line* gets each line.
 
-    When this is cancelled, it and what is left of its process group is killed. Raises CheckFailed unless it
+    When this is cancelled, it and what is left of its process group is killed. *marker*: by which the keeper
+    can find it and its children; then the kernel ends it with this process, too. Raises CheckFailed unless it
     ends with 0.
     """
     programs: list[child.Child] = []
 
     async def start() -> None:
-        popen = await child.in_thread(lambda: child.spawn(command, env=child.environment()))
+        env = child.environment() | ({system.MARKER_ENV: marker} if marker else {})
+        whole = (*child.dies_with_node(), *command) if marker else command
+        popen = await child.in_thread(lambda: child.spawn(whole, env=env))
         programs.append(child.Child(popen, on_line))
 
     try:

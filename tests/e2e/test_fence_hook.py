@@ -22,7 +22,7 @@ from phalanx.observe.metrics import Metrics
 from phalanx.testing.nats import NatsServer
 from phalanx.testing.nodes import NodeProcess
 from phalanx.testing.stage import Stage, since_now, stage
-from phalanx.types import Member, SessionId
+from phalanx.types import Member, Resource, SessionId
 
 FAILS = "echo no answer from the board >&2; exit 1"
 
@@ -49,6 +49,10 @@ class Hook:
         """When it was called (seconds since boot) and with which arguments."""
         lines = self.calls_path.read_text().splitlines() if self.calls_path.exists() else []
         return [(float(at), words) for at, words in (line.split(" ", 1) for line in lines)]
+
+
+async def registered(resource: Resource) -> None:
+    """A keeper that takes note of nothing."""
 
 
 async def audited(nats: NatsServer, *actions: str, count: int = 1) -> list[AuditEntry]:
@@ -202,12 +206,13 @@ async def test_leader_that_dies_while_it_fences_leaves_both_to_the_next(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:
     """n1 dead, its successor dies in the middle of the command: the third fences both before it starts."""
-    hook = Hook(tmp_path, "sleep 1000")
+    pids = tmp_path / "pids"
+    hook = Hook(tmp_path, f"sleep 1000 & echo $$ $! > {pids}; wait")
     with stage(tmp_path, nats_server, count=3, ttl=1.0, fence=hook.declared(timeout=60.0)) as s:
         first = await s.settled()
         killed = since_now()
         s.nodes[first].kill_both()
-        await until_called(s, hook)
+        await s.nodes.wait_until(lambda: pids.exists() and pids.read_text().strip(), 15, "not called")
 
         def found() -> str:
             return next((n.node for n in s.nodes if n.is_running and activating(n)), "")
@@ -215,10 +220,21 @@ async def test_leader_that_dies_while_it_fences_leaves_both_to_the_next(
         second = await s.nodes.wait_until(found, 5, "nobody")
         hook.does("exit 0")
         s.nodes[second].kill_both()
+        await s.nodes.wait_until(
+            lambda: not any(map(runs, pids.read_text().split())), 5, "it outlives its node"
+        )
         began = await s.next_active(killed)
         assert began.node not in (first, second)
         assert {words.split()[0] for at, words in hook.calls() if at <= began.at} == {first, second}
         s.check()
+
+
+def runs(pid: str) -> bool:
+    """Whether the process runs: a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def activating(node: NodeProcess) -> bool:
@@ -266,7 +282,7 @@ async def test_g1_member_that_the_watch_has_from_before_that_session_proves_noth
         await bus.write(subject, msgspec.json.encode(Member("n1", died, 1.0, "1", "host-1")))
         audit = AuditLog(names, "n2", tmp_path / "audit")
         journal = Journal(audit, Metrics("test", "n2", "1"))
-        fencer = Fencer(fence, bus, names, "n2", state, journal)
+        fencer = Fencer(fence, bus, names, "n2", state, journal, registered, lambda _: None)
         await fencer.fence("wiki", 7, (before,))
         assert hook.calls() == []
         await fencer.fence("wiki", 7, (died,))

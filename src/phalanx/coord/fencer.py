@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Generator
+import secrets
+from collections.abc import Awaitable, Callable, Generator
 
 import msgspec
 
@@ -24,7 +25,7 @@ from phalanx.names import Names
 from phalanx.observe.journal import Journal
 from phalanx.ports import Bus
 from phalanx.probes import CheckFailed, run_program
-from phalanx.types import FenceNote, Member, SessionId
+from phalanx.types import FenceNote, Member, Resource, SessionId
 
 log = logging.getLogger("phalanx.fence")
 
@@ -46,8 +47,10 @@ def command_for(fence: Fence, node: str, host: str, app: str) -> tuple[str, ...]
     return tuple(filled)
 
 
-async def run_fence_command(fence: Fence, node: str, host: str, app: str) -> str:
+async def run_fence_command(fence: Fence, node: str, host: str, app: str, *, marker: str = "") -> str:
     """Run the command until it succeeds once; what it said last. Its output goes into the log.
+
+    *marker*: the id under which the keeper knows it, empty if there is none.
 
     Each run is killed, with all that it has started, after ``fence.timeout``, and when this is cancelled.
     Raises FenceFailed after ``fence.retries`` further runs.
@@ -58,7 +61,9 @@ async def run_fence_command(fence: Fence, node: str, host: str, app: str) -> str
             await asyncio.sleep(float(fence.delay))
         try:
             async with asyncio.timeout(float(fence.timeout)):
-                return await run_program(command, lambda line: log.info("fencing node %s: %s", node, line))
+                return await run_program(
+                    command, lambda line: log.info("fencing node %s: %s", node, line), marker=marker
+                )
         except TimeoutError:
             last = f"the command did not end within {fence.timeout:g} s"
         except CheckFailed as error:
@@ -71,8 +76,17 @@ class Fencer:
     """One node's fencing of others."""
 
     def __init__(
-        self, config: Fence, bus: Bus, names: Names, node: str, state: PlatformState, journal: Journal
+        self,
+        config: Fence,
+        bus: Bus,
+        names: Names,
+        node: str,
+        state: PlatformState,
+        journal: Journal,
+        register: Callable[[Resource], Awaitable[None]],
+        unregister: Callable[[str], None],
     ) -> None:
+        self._register, self._unregister = register, unregister
         self._config, self._bus, self._names, self._node = config, bus, names, node
         self._state, self._journal = state, journal
         self._turns: dict[SessionId, asyncio.Lock] = {}
@@ -100,7 +114,7 @@ class Fencer:
         reason = f"node {session.node} on host {host} did not end its session itself"
         self._tell(app, epoch, session, "fencing", reason)
         try:
-            how = await self._command_or_word(app, session, host)
+            how = await self._known_to_keeper(app, epoch, session, host)
         except FenceFailed as error:
             self._tell(app, epoch, session, "fence-failed", str(error), system.now() - began)
             raise
@@ -133,9 +147,19 @@ class Fencer:
                 return f"it is off, by {found[0].by}"
         return ""
 
-    async def _command_or_word(self, app: str, session: SessionId, host: str) -> str:
+    async def _known_to_keeper(self, app: str, epoch: int, session: SessionId, host: str) -> str:
+        """It must not outlive this node: it could shoot a host that leads again by then."""
+        marker = f"fence.{session.node}.{secrets.token_hex(8)}"
+        await self._register(Resource("process", marker, app, epoch))
+        try:
+            return await self._command_or_word(app, session, host, marker)
+        finally:
+            self._unregister(marker)
+
+    async def _command_or_word(self, app: str, session: SessionId, host: str, marker: str) -> str:
         """Run the command; but an operator's word ends it. How it is known then."""
-        running = asyncio.create_task(run_fence_command(self._config, session.node, host, app))
+        command = run_fence_command(self._config, session.node, host, app, marker=marker)
+        running = asyncio.create_task(command)
         confirmed = asyncio.create_task(self._confirmed(session))
         try:
             await asyncio.wait({running, confirmed}, return_when=asyncio.FIRST_COMPLETED)
