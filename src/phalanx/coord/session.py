@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from phalanx import system
+from phalanx import child, system
 from phalanx.aio import wait_at_most
 from phalanx.config import Logging, NatsOptions
 from phalanx.decide.session import StreamList
@@ -261,6 +261,9 @@ class Session:
             # Still trying to write tombstones without NATS. It has nothing to fence any more.
             process.kill()
             process.wait()
+            return
+        if process.returncode:
+            log.error("session %s: its keeper %s", self.id, child.how_ended(process.returncode))
 
     # --- what the keeper says
 
