@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from phalanx import system
-from phalanx.keeper.fencing import Registry
+from phalanx.keeper.fencing import LeftOversUnknown, Registry
 from phalanx.testing.nats import NatsServer
 from phalanx.testing.nodes import NodeProcess
 from phalanx.testing.stage import stage
@@ -53,6 +53,35 @@ def test_what_runs_stays_registered_when_its_group_cannot_be_noted(tmp_path: Pat
     assert registry.left_over() == [LASTING]
     registry.remove(LASTING.id)
     assert registry.resources == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"boot_id": 7}'])
+def test_damaged_list_of_this_boot_lets_nothing_begin(tmp_path: Path, content: bytes) -> None:
+    """G1: what is left may run, so its node may not begin; after a loss of power nothing of it runs."""
+    path = tmp_path / "registered.json"
+    path.write_bytes(content)
+    with pytest.raises(LeftOversUnknown, match="then remove the file"):
+        Registry(tmp_path).left_over()
+    before_boot = system.wall() - system.now() - 60
+    os.utime(path, (before_boot, before_boot))
+    assert Registry(tmp_path).left_over() == []
+
+
+async def test_node_with_a_damaged_list_begins_once_it_is_removed(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """The node says what to do and has no session meanwhile; then it starts by itself."""
+    with stage(tmp_path, nats_server, count=1, ttl=1.0) as s:
+        await s.settled()
+        node = s.nodes["n1"]
+        node.kill_both()
+        path = node.data_dir / "registered.json"
+        path.write_bytes(b"{")
+        node.start()
+        await s.nodes.wait_until(lambda: "then remove the file" in node.log(), 20, "it does not say so")
+        path.unlink()
+        await s.nodes.wait_for_active("wiki")
+        s.check()
 
 
 async def test_full_disk_moves_the_app_and_kills_no_node(nats_server: NatsServer, tmp_path: Path) -> None:

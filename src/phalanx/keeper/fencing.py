@@ -23,6 +23,9 @@ from phalanx.types import Resource
 log = logging.getLogger("phalanx.keeper")
 
 KILL_DEADLINE_SECONDS = 2.0
+BOOT_SLACK_SECONDS = 2.0
+"""A file that is so much older than the boot, by the wall clock, is of an earlier one."""
+
 ADDRESSES_WAIT_SECONDS = 0.2
 """How long addresses wait for the end of the programs behind them."""
 
@@ -33,6 +36,16 @@ _FIND_SECONDS = 0.25
 class _File(msgspec.Struct):
     boot_id: str
     resources: list[Resource]
+
+
+class LeftOversUnknown(Exception):
+    """What an earlier life of the node has left running cannot be known."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        super().__init__(
+            f"{path} {problem}, so what an earlier life of this node has left is unknown; see that nothing "
+            "of its apps runs on this host, then remove the file"
+        )
 
 
 class Registry:
@@ -92,15 +105,26 @@ class Registry:
         temporary.replace(self._path)
 
     def left_over(self) -> list[Resource]:
-        """What an earlier life of this node on this boot had registered and not removed."""
+        """What an earlier life of this node on this boot had registered and not removed.
+
+        Raises LeftOversUnknown: then something may run of which nobody knows, and nothing may begin here.
+        """
         try:
             saved = msgspec.json.decode(self._path.read_bytes(), type=_File)
-        except FileNotFoundError:
-            return []
-        except (msgspec.DecodeError, json.JSONDecodeError, OSError) as error:
-            log.error("%s is unreadable (%s): left-overs can't be known", self._path, error)
-            return []
+        except (FileNotFoundError, IsADirectoryError):
+            return []  # a folder: no keeper has ever written anything there
+        except (msgspec.DecodeError, json.JSONDecodeError) as error:
+            if self._is_of_an_earlier_boot():
+                log.warning("%s is damaged (%s), by a loss of power: nothing of it runs", self._path, error)
+                return []
+            raise LeftOversUnknown(self._path, f"is damaged ({error})") from error
+        except OSError as error:
+            raise LeftOversUnknown(self._path, f"cannot be read ({error.strerror})") from error
         return saved.resources if saved.boot_id == system.boot_id() else []
+
+    def _is_of_an_earlier_boot(self) -> bool:
+        booted_at = system.wall() - system.now()
+        return self._path.stat().st_mtime < booted_at - BOOT_SLACK_SECONDS
 
 
 Known = dict[str, list[system.ProcessRef]]

@@ -137,7 +137,13 @@ class Keeper:
             self._say(wire.Lost(f"what an earlier life of this node has left is not gone: {error}"))
             return
         self._registry = fencing.Registry(state_dir)
-        while not await fencing.kill_resources(self._registry.left_over()):
+        try:
+            left = self._registry.left_over()
+        except fencing.LeftOversUnknown as error:
+            log.critical("%s", error)
+            self._say(wire.Lost(str(error)))
+            return
+        while not await fencing.kill_resources(left):
             self._say(wire.Lost("left-overs of an earlier life do not die"))
             await asyncio.sleep(1)
         self._instruct_warden(state_dir)

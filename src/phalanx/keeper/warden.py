@@ -228,7 +228,11 @@ def _keeper_died(received: bytes) -> None:
         return  # it died before it had registered anything
     state_dir = Path(json.loads(received)["state_dir"])
     began = system.now()
-    left = fencing.Registry(state_dir).left_over()
+    try:
+        left = fencing.Registry(state_dir).left_over()
+    except fencing.LeftOversUnknown as error:
+        log.critical("the keeper died: %s", error)
+        return
     log.error("the keeper died: killing what it has kept: %s", ", ".join(r.id for r in left) or "nothing")
     if asyncio.run(_kill(left, began + GIVE_UP_SECONDS)):
         log.warning("all of it is gone after %.0f ms", 1000 * (system.now() - began))
