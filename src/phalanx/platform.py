@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,6 +38,7 @@ from phalanx.decide.backoff import Backoff
 from phalanx.ending import EXIT_FAILED, Ending, leave
 from phalanx.errors import AddressError, BackendError, ConfigError, PhalanxError, StartError
 from phalanx.hooks import CANCEL_SECONDS
+from phalanx.left_overs import end_left_overs
 from phalanx.net import make_addresses
 from phalanx.node import Node
 from phalanx.observe.logs import configure_logging
@@ -172,6 +174,7 @@ class Platform:
         """Start this node; returns once it takes part. Raises StartError, ConfigError; then nothing runs."""
         if self._running is not None:
             raise StartError("this platform runs already", "make another Platform for another node")
+        await end_left_overs(Path(str(self.config.data_dir)))
         if not self._checked:
             await self.check()
         self._checked = False

@@ -81,6 +81,23 @@ async def test_g1_node_and_keeper_killed_at_once_a_daemonised_child_is_gone_with
         await s.nodes.wait_for_active("wiki", other_than=active)
 
 
+async def test_g1_all_three_killed_while_nats_is_away_the_next_life_ends_what_is_left_all_the_same(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """Nobody is left to end a daemonised child; a node that cannot reach NATS does it before all else."""
+    program, pids = forking(tmp_path)
+    with stage(tmp_path, nats_server, count=1, ttl=1.0, backend=program, hooks=False) as s:
+        node = s.nodes[await s.settled()]
+        victims = await s.nodes.wait_until(lambda: processes(pids), 10, "no programs")
+        nats_server.kill(0)
+        for warden in wardens_of(node):
+            os.kill(warden, signal.SIGKILL)
+        node.kill_both()
+        assert any(one.alive() for one in victims)
+        node.start()
+        await s.nodes.wait_until(lambda: not any(v.alive() for v in victims), 5.0, "they go on")
+
+
 async def test_node_that_is_started_again_at_once_loses_nothing_of_its_new_life(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:

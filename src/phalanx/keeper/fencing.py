@@ -22,6 +22,9 @@ from phalanx.types import Resource
 
 log = logging.getLogger("phalanx.keeper")
 
+REGISTERED = "registered.json"
+"""What is registered, in a file of the node's data directory."""
+
 KILL_DEADLINE_SECONDS = 2.0
 BOOT_SLACK_SECONDS = 2.0
 """A file that is so much older than the boot, by the wall clock, is of an earlier one."""
@@ -52,7 +55,7 @@ class Registry:
     """The registered resources, in memory and in ``<state_dir>/registered.json``."""
 
     def __init__(self, state_dir: Path) -> None:
-        self._path = state_dir / "registered.json"
+        self._path = state_dir / REGISTERED
         self._resources: dict[str, Resource] = {}
 
     def __len__(self) -> int:
