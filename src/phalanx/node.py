@@ -617,9 +617,10 @@ class Node:
         elif session.established.is_set() and await self._leave(session):
             self.journal.node("left-in-pause", reason=self.stop_reason, apps=", ".join(sorted(self._kept)))
         elif session.established.is_set():
+            # While others may have to fence it, its member key says on which host.
             if not await session.release(self.stop_reason or "starting over"):
                 log.warning("session %s: nobody confirmed its end; it expires", session.id)
-            if self._member is not None and self._stopping.is_set() and self.bus.is_connected:
+            elif self._member is not None and self._stopping.is_set() and self.bus.is_connected:
                 await self.state.remove_member(self.node, self._member)
         await session.close()
         self._earlier_renewals += session.renewals
