@@ -101,6 +101,7 @@ class Election:
         self._eligible, self._not_before = False, float("-inf")
         self._reign: Reign | None = None
         self._ended = self._failures = 0
+        self._complaints: dict[str, int] = {}
         self._highest = highest
         self._unreleased: tuple[int, LeaderBody] | None = None
         self._releasing = asyncio.Lock()
@@ -309,10 +310,11 @@ class Election:
             return 0.0 if self.leader.revision == expected else None
         except BusError as error:
             self._failures += 1
-            log.warning("app %s: taking the leader key: %s", self._app, error)
+            self._complain("taking the leader key", error)
             await self._read_leader()
             return RETRIES.delay(self._failures)
         self._failures = 0
+        self._complaints.clear()
         vacant_for = started - self._vacant_since
         self._learn(_record(revision, body))
         if self.leader.revision == revision:
@@ -389,7 +391,7 @@ class Election:
             self._unreleased = None
             return True
         except BusError as error:
-            log.warning("app %s: releasing epoch %d: %s", self._app, epoch, error)
+            self._complain(f"releasing epoch {epoch}", error)
             return False
         self._unreleased = None
         self._learn(_record(revision, body))
@@ -406,18 +408,25 @@ class Election:
         try:
             await self._bus.write(subject, _encode(offer), timeout=1.0)
         except BusError as error:
-            log.warning("app %s: publishing the candidacy: %s", self._app, error)
+            self._complain("publishing the candidacy", error)
             return False
         self._offered = offer
         return True
+
+    def _complain(self, what: str, error: BusError) -> None:
+        """It is tried again and again while NATS has no leader: told once, then ever more rarely."""
+        self._complaints[what] = count = self._complaints.get(what, 0) + 1
+        level = logging.WARNING if count & (count - 1) == 0 else logging.DEBUG
+        log.log(level, "app %s: %s: %s%s", self._app, what, error, f" (try {count})" if count > 1 else "")
 
     async def _read_leader(self) -> bool:
         """Learn the leader key from the stream's leader. False if it did not answer."""
         try:
             record = await self._bus.read(self._stream, self._leader_subject, timeout=VERIFY_TIMEOUT_SECONDS)
         except BusError as error:
-            log.warning("app %s: reading the leader key: %s", self._app, error)
+            self._complain("reading the leader key", error)
             return False
+        self._complaints.clear()  # NATS is well again
         await self._learn_from_leader(record)
         return True
 
