@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -222,7 +223,7 @@ class Manager:
         try:
             await bus.connect()
         except Exception as error:  # of a bus that ends meanwhile it may be anything
-            raise ManagerError(_DISCONNECTED, f"{type(error).__name__}: {error}") from error
+            raise ManagerError(_DISCONNECTED, _words(error)) from error
         bus.add_message_handler(self._on_message)
         self._was_connected = True
         self._lost = asyncio.ensure_future(bus.wait_for_disconnect())
@@ -280,7 +281,7 @@ async def _call(
     try:
         reply = cast("Message | None", await bus.call(message))
     except (OSError, EOFError, AttributeError) as error:  # AttributeError: it was closed just now
-        raise ManagerError(_DISCONNECTED, f"{type(error).__name__}: {error}") from error
+        raise ManagerError(_DISCONNECTED, _words(error)) from error
     if reply is None:  # dbus-fast: the connection was ended by this side
         raise ManagerError(_DISCONNECTED, "disconnected")
     if reply.message_type is MessageType.ERROR:
@@ -289,3 +290,10 @@ async def _call(
             return []
         raise ManagerError(name, str(reply.body[0]) if reply.body else name)
     return list(reply.body)
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS", "/run/dbus/system_bus_socket")
+        return f"{error.strerror.lower()}: {address}"
+    return f"{type(error).__name__}: {error}"
