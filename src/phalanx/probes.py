@@ -237,8 +237,10 @@ async def run_program(command: Sequence[str], on_line: Callable[[str], None], *,
         for one in programs:
             # What it left in the background goes with it. Not yet reaped, so the group is still its own.
             one.signal_group(signal.SIGKILL)
-            await child.finish(asyncio.create_task(one.exited.wait()))
-            one.reap()
+            try:
+                await child.finish(asyncio.create_task(one.exited.wait()))
+            finally:
+                one.reap()  # also when this is cancelled a second time
     last_line = program.output.last_line
     if program.code != 0:
         raise CheckFailed(f"{program.how}: {last_line}" if last_line else program.how)

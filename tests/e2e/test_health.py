@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from phalanx import config, system
 from phalanx.config import Check, CommandCheck, FunctionCheck, HttpCheck, TcpCheck
 from phalanx.observe.health import CheckFailed, HealthMonitor, run_check
-from phalanx.probes import Probe
+from phalanx.probes import Probe, run_program
 from phalanx.types import Health
 
 
@@ -509,3 +510,27 @@ async def no_descriptors_leak() -> AsyncIterator[None]:
     with contextlib.suppress(TimeoutError):
         await until(lambda: len(os.listdir("/proc/self/fd")) <= before, 2)
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+async def test_command_that_is_cancelled_twice_leaves_no_process_unreaped() -> None:
+    """By its own deadline and by whoever waits for it: a Popen that nobody reaped would say so here."""
+    running = asyncio.create_task(run_program(("sleep", "100"), lambda _: None))
+    await until(_children)
+    found = _children()
+    running.cancel()
+    await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    del running
+    gc.collect()
+    assert not set(_children()) & set(found)
+
+
+def _children() -> list[str]:
+    """This process's children, zombies included."""
+    return [
+        pid
+        for thread in Path("/proc/self/task").iterdir()
+        for pid in (thread / "children").read_text().split()
+    ]

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from phalanx import config, units
@@ -58,5 +59,52 @@ async def test_a_failure_of_the_bus_library_does_not_end_following(
         await run.take_up()
     assert manager.asked == 2
     assert "cannot be read" in caplog.text
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+
+
+class Hasty:
+    """Tells of the end of a job before the unit's state shows what came of it."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._tell: Any = None
+
+    async def watch(self, name: str, path: str, stale: object, on_result: object) -> None:
+        """Remember whom to tell."""
+        self._tell = on_result
+
+    async def call(self, member: str, *_: object) -> list[str]:
+        """A job is made of a start."""
+        return ["/job/5"] if member == "StartUnit" else []
+
+    async def read(self, path: str) -> tuple[Unit, Service]:
+        """The first answer is older than the job's end, which is told at the same moment."""
+        self.asked += 1
+        if self.asked == 1:
+            self._tell("/job/5", "done")
+            return msgspec.structs.replace(UNIT, job=(5, "/job/5")), SERVICE
+        return msgspec.structs.replace(UNIT, invocation_id=b"\2" * 16), SERVICE
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+async def test_job_that_is_over_before_its_unit_was_read_again_has_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its state is asked for once more, rather than taken for a start that came to nothing."""
+    monkeypatch.setattr(units, "PERMITS", tmp_path)
+
+    async def register(resource: Resource) -> None:
+        pass
+
+    section = SectionContext("prod", "n1", "wiki", 7, register, lambda one: None)
+    resource = Resource("unit", "wiki.7.x", "wiki", 7, details={"unit": UNIT.id, "cgroup": "/wiki"})
+    manager = cast("Any", Hasty())
+    run = UnitRun(config.Systemd(unit=UNIT.id), section, manager, "/wiki", (UNIT, SERVICE), resource)
+    async with asyncio.timeout(5):
+        await run.start()
+    assert manager.asked == 2
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()

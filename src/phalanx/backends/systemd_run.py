@@ -77,6 +77,8 @@ class UnitRun:
                 (self._job,) = await self._manager.call("StartUnit", "ss", [self._name, "replace"])
                 await self._refresh()
                 await self._until(lambda: self._unit.invocation not in ("", before) or self._is_start_over())
+                if self._unit.invocation in ("", before):
+                    await self._refresh()  # what is known of it may be older than the end of its job
         except ManagerError as error:
             raise systemd_unit.failed(self._app, "start", self._name, error) from error
         except TimeoutError:
