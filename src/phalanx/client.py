@@ -457,26 +457,12 @@ class PlatformClient:
                 break
             except WrongRevision:
                 continue  # somebody else did the same, or the opposite
-        await self._audit_pause(key, pause, action)
+        details = {} if action == "paused" else {"paused_by": pause.by}
+        await self._audit(action, key, pause.reason, details)
         if action != "paused":
             return PauseDone(app=key, pause=pause, changed=True)
         unaware, unkept = await self._aware(key)
         return PauseDone(app=key, pause=pause, changed=True, unaware=unaware, unkept=unkept)
-
-    async def _audit_pause(self, app: str, pause: Pause, action: str) -> None:
-        by = caller()
-        entry = AuditEntry(
-            id=f"{action}-{secrets.token_hex(8)}",
-            time=round(system.wall(), 6),
-            node=by,
-            category="app" if app else "platform",
-            action=action,
-            app=app,
-            reason=pause.reason,
-            details={"by": by} if action == "paused" else {"by": by, "paused_by": pause.by},
-        )
-        subject = self.names.audit_subject(entry.category, entry.action)
-        await self.bus.write(subject, msgspec.json.encode(entry), headers={"Nats-Msg-Id": entry.id})
 
     async def _aware(self, app: str) -> tuple[tuple[str, ...], tuple[tuple[str, str, str], ...]]:
         """See PauseDone: ``unaware``, ``unkept``."""

@@ -20,6 +20,7 @@ from typing import Any
 from phalanx import child, containers, system
 from phalanx.aio import wait_at_most
 from phalanx.backends import container_output, readiness
+from phalanx.backends.abandoning import until_gone
 from phalanx.backends.engine import Engine, EngineError, Inspection, State
 from phalanx.config import Docker
 from phalanx.errors import BackendError
@@ -35,7 +36,6 @@ LOST_SECONDS = 30.0
 _EXIT_CODE_SECONDS = 1.0
 """How long the engine may take to tell the exit code of a process whose end the kernel has told."""
 _LAST_OUTPUT_SECONDS = 0.5
-_RETRY_SECONDS = 0.5
 
 
 class Container:
@@ -437,19 +437,18 @@ class Container:
 
     async def abandon(self) -> None:
         """End what a failed start has left, however long that takes. What never ran need not be gone."""
-        while True:
-            try:
-                await self.kill()
-                return
-            except BackendError as error:
-                if not self._start_sent:
-                    log.error("%s; it never ran, and is removed at the next start", error)
-                    self._on_gone(self.id)
-                    self._section.unregister(self.id)
-                    await self._close()
-                    return
-                log.critical("%s; trying on", error, extra={"app": self._app})
-            await asyncio.sleep(_RETRY_SECONDS)
+        await until_gone(self._app, self._kill_what_ran)
+
+    async def _kill_what_ran(self) -> None:
+        try:
+            await self.kill()
+        except BackendError as error:
+            if self._start_sent:
+                raise
+            log.error("%s; it never ran, and is removed at the next start", error)
+            self._on_gone(self.id)
+            self._section.unregister(self.id)
+            await self._close()
 
 
 # --- words

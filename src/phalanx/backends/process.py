@@ -25,6 +25,7 @@ import msgspec
 
 from phalanx import cgroup_v2, child, system
 from phalanx.backends import gate, limits, readiness
+from phalanx.backends.abandoning import until_gone
 from phalanx.backends.launch import Launch, prepare, spawn_failed
 from phalanx.config import Check, Process
 from phalanx.errors import BackendError
@@ -38,7 +39,6 @@ LINES_KEPT = 1000
 """How many of the last lines of its programs a backend knows (of 4 KiB at most, ``child.MAX_LINE_BYTES``)."""
 
 _GROUP_POLL_SECONDS = 0.03
-_RETRY_SECONDS = 0.5
 
 
 class ProcessBackend:
@@ -254,13 +254,7 @@ class _Run:
         """Kill what a failed start has left, until all of it is gone."""
         if self._gate is not None:
             self._gate.close()
-        while True:
-            try:
-                await self.kill()
-                return
-            except BackendError as error:
-                log.critical("%s; trying on", error, extra={"app": self._app})
-            await asyncio.sleep(_RETRY_SECONDS)
+        await until_gone(self._app, self.kill)
 
     # --- end
 

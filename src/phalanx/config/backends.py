@@ -19,6 +19,28 @@ from phalanx.config.checks import Check
 from phalanx.config.declaration import Declaration
 from phalanx.config.rules import About
 
+# --- what every kind of backend has, each in its own place among its fields
+
+
+def _stop_timeout(meaning: str) -> About:
+    return About(
+        meaning,
+        rules.Duration(0, 3600),
+        trade_off="A planned hand-over may take this long. A session that runs out does not wait for it.",
+    )
+
+
+def _ready(without: str) -> About:
+    return About(
+        "The app is active only once this check is healthy.", rules.Nested("a check"), default=without
+    )
+
+
+_READY_TIMEOUT = About(
+    "Not ready after this long: the activation has failed, and another node is tried.",
+    rules.Duration(0.05, 3600),
+)
+
 
 class Limits(Declaration, frozen=True, kw_only=True):
     """What a process may use at most. A limit that this host cannot enforce is refused at start.
@@ -87,28 +109,10 @@ class Process(_Program, frozen=True, kw_only=True, tag="process", tag_field="typ
     ] = Limits()
     stop_signal: Annotated[str, About("Asks the program to end.", texts.Signal())] = "TERM"
     stop_timeout: Annotated[
-        Seconds,
-        About(
-            "From the signal until SIGKILL of the whole process group.",
-            rules.Duration(0, 3600),
-            trade_off="A planned hand-over may take this long. A session that runs out does not wait for it.",
-        ),
+        Seconds, _stop_timeout("From the signal until SIGKILL of the whole process group.")
     ] = default(10.0)
-    ready: Annotated[
-        Check | None,
-        About(
-            "The app is active only once this check is healthy.",
-            rules.Nested("a check"),
-            default="none: active as soon as the program runs",
-        ),
-    ] = None
-    ready_timeout: Annotated[
-        Seconds,
-        About(
-            "Not ready after this long: the activation has failed, and another node is tried.",
-            rules.Duration(0.05, 3600),
-        ),
-    ] = default(30.0)
+    ready: Annotated[Check | None, _ready("none: active as soon as the program runs")] = None
+    ready_timeout: Annotated[Seconds, _READY_TIMEOUT] = default(30.0)
 
 
 class _Unit(Declaration, frozen=True):
@@ -129,28 +133,10 @@ class Systemd(_Unit, frozen=True, kw_only=True, tag="systemd", tag_field="type")
     """
 
     stop_timeout: Annotated[
-        Seconds,
-        About(
-            "From the stop job until SIGKILL of everything in the unit's control group.",
-            rules.Duration(0, 3600),
-            trade_off="A planned hand-over may take this long. A session that runs out does not wait for it.",
-        ),
+        Seconds, _stop_timeout("From the stop job until SIGKILL of everything in the unit's control group.")
     ] = default(10.0)
-    ready: Annotated[
-        Check | None,
-        About(
-            "The app is active only once this check is healthy.",
-            rules.Nested("a check"),
-            default="none: active as soon as systemd says so",
-        ),
-    ] = None
-    ready_timeout: Annotated[
-        Seconds,
-        About(
-            "Not ready after this long: the activation has failed, and another node is tried.",
-            rules.Duration(0.05, 3600),
-        ),
-    ] = default(30.0)
+    ready: Annotated[Check | None, _ready("none: active as soon as systemd says so")] = None
+    ready_timeout: Annotated[Seconds, _READY_TIMEOUT] = default(30.0)
 
 
 class Docker(Declaration, frozen=True, kw_only=True, tag="docker", tag_field="type"):
@@ -215,29 +201,9 @@ class Docker(Declaration, frozen=True, kw_only=True, tag="docker", tag_field="ty
         str,
         About("Asks the container to end.", texts.Signal(empty=True), default="the image's own, else `TERM`"),
     ] = ""
-    stop_timeout: Annotated[
-        Seconds,
-        About(
-            "From the signal until SIGKILL.",
-            rules.Duration(0, 3600),
-            trade_off="A planned hand-over may take this long. A session that runs out does not wait for it.",
-        ),
-    ] = default(10.0)
-    ready: Annotated[
-        Check | None,
-        About(
-            "The app is active only once this check is healthy.",
-            rules.Nested("a check"),
-            default="the image's HEALTHCHECK, else as soon as it runs",
-        ),
-    ] = None
-    ready_timeout: Annotated[
-        Seconds,
-        About(
-            "Not ready after this long: the activation has failed, and another node is tried.",
-            rules.Duration(0.05, 3600),
-        ),
-    ] = default(30.0)
+    stop_timeout: Annotated[Seconds, _stop_timeout("From the signal until SIGKILL.")] = default(10.0)
+    ready: Annotated[Check | None, _ready("the image's HEALTHCHECK, else as soon as it runs")] = None
+    ready_timeout: Annotated[Seconds, _READY_TIMEOUT] = default(30.0)
     socket: Annotated[
         PathText, About("Socket of the Docker Engine.", texts.File(), default="`/var/run/docker.sock`")
     ] = default("/var/run/docker.sock")

@@ -243,10 +243,7 @@ class Keeper:
             await self._door.open(Path(start.state_dir))
         except OSError as error:
             log.error("node %s: its next life cannot reach this keeper: %s", start.session.node, error)
-        apps, others = set(self._keep.apps), set(self._keep.others)
-        names, bus = Names(start.platform), renewer.bus
-        looking = away.look_after(bus, names, start.session, apps, others, self._on_resumed)
-        self._looking = asyncio.create_task(looking, name="keeper alone")
+        self._look_anew(start, renewer)
         if self._leave is not None:
             self._say(wire.Left())
             self._leave = None
@@ -292,6 +289,7 @@ class Keeper:
         return ""
 
     def _look_anew(self, start: wire.Start, renewer: Renewer) -> None:
+        """Look after what was left, as ``_keep`` has it by now."""
         if self._looking is not None:
             self._looking.cancel()
         looking = away.look_after(
