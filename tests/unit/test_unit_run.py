@@ -12,6 +12,7 @@ import pytest
 from phalanx import config, units
 from phalanx.backends.systemd_manager import Service, Unit
 from phalanx.backends.systemd_run import UnitRun
+from phalanx.errors import BackendError
 from phalanx.ports import SectionContext
 from phalanx.types import Resource
 
@@ -106,5 +107,31 @@ async def test_job_that_is_over_before_its_unit_was_read_again_has_started_it(
     async with asyncio.timeout(5):
         await run.start()
     assert manager.asked == 2
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+
+
+async def test_unit_that_systemd_does_not_tell_of_is_not_taken_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A systemd that fell silent holds no activation up for ever: it fails by ready_timeout."""
+    monkeypatch.setattr(units, "PERMITS", tmp_path)
+
+    async def register(resource: Resource) -> None:
+        pass
+
+    class Silent(Manager):
+        async def read(self, path: str) -> tuple[Unit, Service]:
+            """It never answers."""
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    section = SectionContext("prod", "n1", "wiki", 7, register, lambda one: None)
+    resource = Resource("unit", "wiki.7.x", "wiki", 7, details={"unit": UNIT.id, "cgroup": "/wiki"})
+    declared = config.Systemd(unit=UNIT.id, ready_timeout=0.1)
+    run = UnitRun(declared, section, cast("Any", Silent()), "/wiki", (UNIT, SERVICE), resource)
+    with pytest.raises(BackendError, match="did not tell of wiki"):
+        async with asyncio.timeout(5):
+            await run.take_up()
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()

@@ -13,6 +13,7 @@ import msgspec
 
 from phalanx import cgroup, child, units
 from phalanx.backends import readiness, systemd_unit
+from phalanx.backends.abandoning import until_gone
 from phalanx.backends.journal import read_journal
 from phalanx.backends.systemd_manager import Manager, ManagerError, Service, Unit
 from phalanx.config import Systemd
@@ -121,8 +122,13 @@ class UnitRun:
         self._invocation = self._unit.invocation
         await self._section.register(self._resource)
         await self._permit()
-        await self._follow()
-        await self._refresh()
+        try:
+            async with asyncio.timeout(self._config.ready_timeout):
+                await self._follow()
+                await self._refresh()
+        except TimeoutError:
+            problem = f"systemd did not tell of {self._name} within {self._config.ready_timeout:g} s"
+            raise BackendError(self._app, "start", problem, "look at systemd: systemctl status") from None
         log.info("app %s: adopted unit %s", self._app, self._name, extra={"app": self._app})
 
     async def _permit(self) -> None:
@@ -299,13 +305,7 @@ class UnitRun:
 
     async def abandon(self) -> None:
         """Kill what a failed start has left, until all of it is gone."""
-        while True:
-            try:
-                await self.kill()
-                return
-            except BackendError as error:
-                log.critical("%s; trying on", error, extra={"app": self._app})
-            await asyncio.sleep(_RETRY_SECONDS)
+        await until_gone(self._app, self.kill)
 
     async def _end(self, step: str) -> None:
         self._asked_to_end = True
