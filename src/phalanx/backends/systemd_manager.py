@@ -295,5 +295,5 @@ async def _call(
 def _words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         address = os.environ.get("DBUS_SYSTEM_BUS_ADDRESS", "/run/dbus/system_bus_socket")
-        return f"{error.strerror.lower()}: {address}"
+        return f"{error.strerror}: {address}"
     return f"{type(error).__name__}: {error}"
