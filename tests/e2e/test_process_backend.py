@@ -20,7 +20,7 @@ import msgspec
 import pytest
 
 from phalanx import cgroup_v2, child, config, system
-from phalanx.backends import ProcessBackend, gate, process
+from phalanx.backends import ProcessBackend, abandoning, gate, process
 from phalanx.errors import BackendError, SessionLost
 from phalanx.keeper.fencing import kill_resources
 from phalanx.ports import Running, SectionContext
@@ -800,7 +800,7 @@ async def test_failed_start_ends_only_when_all_is_gone(
         return real(*arguments, **options)  # pyright: ignore
 
     monkeypatch.setattr(process.system, "kill_marked", kill)
-    monkeypatch.setattr(process, "_RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(abandoning, "RETRY_SECONDS", 0.02)
 
     async def refuse() -> None:
         raise SessionLost("n1.ab", "gone")

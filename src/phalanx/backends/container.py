@@ -207,26 +207,16 @@ class Container:
             await self._until_ready(self._wait_healthy())
 
     async def _until_ready(self, passing: Coroutine[Any, Any, None]) -> None:
-        ready, exited = asyncio.create_task(passing), asyncio.create_task(self._exited.wait())
-        try:
-            await asyncio.wait(
-                {ready, exited}, timeout=self._config.ready_timeout, return_when=asyncio.FIRST_COMPLETED
-            )
-            passed = ready.done()
-        finally:
-            for task in (ready, exited):
-                task.cancel()
-            outcome = (await asyncio.gather(ready, exited, return_exceptions=True))[0]
-        # A check may pass because of somebody else on that port, the very reason why the program ended.
+        outcome = await readiness.wait(self._app, passing, self._exited.wait(), self._config.ready_timeout)
         if self._exited.is_set():
             await self._last_output()
             how = self._ended.result() if self._ended.done() else "ended"
             said = self._output.last_line[:300]
             problem = f"the program {how} before it was ready" + (f": {said}" if said else "")
             raise BackendError(self._app, "ready", problem, "its output is in the log")
-        if isinstance(outcome, BackendError):
-            raise outcome
-        if not passed:
+        if outcome.error is not None:
+            raise outcome.error
+        if not outcome.passed:
             problem = f"not ready within {self._config.ready_timeout:g} s: {self._last_seen}"
             remedy = "correct the ready check, or raise ready_timeout"
             raise BackendError(self._app, "ready", problem, remedy)

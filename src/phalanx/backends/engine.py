@@ -187,10 +187,6 @@ class Engine:
         """Send its first process a signal, by its whole name."""
         await _ask(self._docker.containers.container(container).kill(signal=name))
 
-    async def remove(self, container: str) -> None:
-        """Kill it if it runs, and remove it with its anonymous volumes."""
-        await _ask(self._docker.containers.container(container).delete(force=True, v=True), CREATE_SECONDS)
-
     # --- following
 
     async def wait(self, container: str) -> int:

@@ -229,24 +229,17 @@ class _Run:
             nonlocal last
             last = detail
 
-        ready = asyncio.create_task(readiness.poll(check, failed))
-        exited = asyncio.create_task(program.exited.wait())
-        try:
-            await asyncio.wait(
-                {ready, exited}, timeout=self._config.ready_timeout, return_when=asyncio.FIRST_COMPLETED
-            )
-            passed = ready.done()
-        finally:
-            for task in (ready, exited):
-                task.cancel()
-            await asyncio.gather(ready, exited, return_exceptions=True)
-        # A check may pass because of somebody else on that port, the very reason why the program ended.
+        outcome = await readiness.wait(
+            self._app, readiness.poll(check, failed), program.exited.wait(), self._config.ready_timeout
+        )
         if program.look():
             program.output.drain()
             said = program.output.last_line[:300]
             problem = f"the program {program.how} before it was ready" + (f": {said}" if said else "")
             raise BackendError(self._app, "ready", problem, "its output is in the log")
-        if not passed:
+        if outcome.error is not None:
+            raise outcome.error
+        if not outcome.passed:
             problem = f"not ready within {self._config.ready_timeout:g} s: {last}"
             raise BackendError(self._app, "ready", problem, "correct the ready check, or raise ready_timeout")
 

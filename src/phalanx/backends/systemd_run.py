@@ -219,23 +219,14 @@ class UnitRun:
             if self._config.ready is not None:
                 await readiness.poll(self._config.ready, seen.append)
 
-        serving = asyncio.create_task(serve(), name=f"{self._app} backend, ready?")
-        failing = asyncio.create_task(self._until(self._fails), name=f"{self._app} backend, failed?")
-        try:
-            await asyncio.wait(
-                {serving, failing},
-                timeout=self._config.ready_timeout,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            is_ready = serving.done()
-        finally:
-            for task in (serving, failing):
-                task.cancel()
-            await asyncio.gather(serving, failing, return_exceptions=True)
-        # A check may pass because of somebody else on that port, the very reason why the unit ended.
+        outcome = await readiness.wait(
+            self._app, serve(), self._until(self._fails), self._config.ready_timeout
+        )
         if self._fails():
             raise BackendError(self._app, "ready", await self._failure(), f"see: {self._journal_command}")
-        if not is_ready:
+        if outcome.error is not None:
+            raise outcome.error
+        if not outcome.passed:
             problem = f"not ready within {self._config.ready_timeout:g} s: {seen[-1]}"
             raise BackendError(self._app, "ready", problem, "correct the ready check, or raise ready_timeout")
 
