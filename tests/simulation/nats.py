@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 UNANSWERED: Any = "unanswered"
 REFUSED: Any = "refused"
 
+RPC_TIMEOUT = 1.0
+RETRY = 0.1
+"""Between a node's attempts at something."""
+
 Pausing = tuple[int, bool]
 """The revision of the app's pause key, and whether it is paused."""
 
@@ -344,12 +348,12 @@ class Nats:
             key = (node.life, channel)
             before = self._watch_after.get(key, 0.0)
             if mine <= at and before < at:
-                together.append(node.watched)
+                together.append(node.watches.watched)
                 self._watch_after[key] = at
             else:
                 mine = max(mine, before + 1e-6)
                 self._watch_after[key] = mine
-                world.at(mine, node.watched, node.conn, channel, handler, args)
+                world.at(mine, node.watches.watched, node.conn, channel, handler, args)
         if together:
             world.at(at, _deliver, together, channel, handler, args)
 

@@ -13,9 +13,9 @@ from phalanx.decide.session import StreamList
 from phalanx.decide.timing import Timing
 
 from .breaks import Rules
-from .faults import Plan
 from .host import Host
 from .nats import Nats
+from .plan import Plan
 from .world import Outcome, Violation, World
 
 HEAL_BOUND = 14.0
@@ -59,14 +59,14 @@ def _drive(world: World) -> None:
     world.count("recoveries checked")
     for host in world.hosts:
         if host.node is not None and host.node.alive:
-            host.node.run(host.node.take_over_repair)
+            host.node.run(host.node.repair.take_over)
     world.run(world.now + 0.4)
 
 
 def _resync(world: World) -> None:
     for host in world.hosts:
         if host.node is not None and host.node.alive:
-            host.node.run(host.node.resync)
+            host.node.run(host.node.watches.resync)
     world.after(world.rng.uniform(3.0, 5.0), _resync, world)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from .breaks import BREAKS
-from .faults import FAULTS
+from .plan import FAULTS
 from .run import digest, run_one
 
 ROOT = Path(__file__).parents[2]

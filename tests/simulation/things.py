@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from phalanx.keeper.fencing import ADDRESSES_WAIT_SECONDS
 
-from .host import Keeper, Process
+from .host import Process
 
 if TYPE_CHECKING:
     from .host import Host
+    from .keeper import Keeper
     from .world import Section
 
 PROGRAM, ADDRESS = "program", "address"
@@ -76,7 +77,7 @@ class Thing:
         world.count("addresses removed by the kernel")
         self.vanish("its lifetime is over")
         node = self.section.node
-        node.run(node.address_lost, self.section)
+        node.run(node.app.address_lost, self.section)
 
     @property
     def is_guarded(self) -> bool:
@@ -84,7 +85,7 @@ class Thing:
         node, keeper = self.section.node, self.section.node.keeper
         if self.late:  # those who had to were dead or stood still when the session ran out
             return False
-        if self.dying or (node.may_work and not node.blocked and node.section is self.section):
+        if self.dying or (node.may_work and not node.blocked and node.app.section is self.section):
             return True
         if keeper is None:
             return False

@@ -1,0 +1,222 @@
+"""The app on one node: its active section, its address and its program, as ``phalanx.section`` runs them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from phalanx.decide.keeper import Phase, phase
+from phalanx.decide.pause import Cause, ends_section
+
+from .host import PIPE
+from .nats import REFUSED, RPC_TIMEOUT
+from .things import ADDRESS, PROGRAM, Thing
+from .world import Section
+
+if TYPE_CHECKING:
+    from .node import Node
+
+PROBE_TIMEOUT = 0.05
+STOP_TIMEOUT = 0.4
+"""A program that has not ended by then is killed."""
+
+
+class App:
+    """Begins and ends sections, one at a time."""
+
+    def __init__(self, node: Node) -> None:
+        self.node, self.host, self.world, self.nats = node, node.host, node.world, node.nats
+        self.timing = node.world.timing
+        self.section: Section | None = None
+        self.section_things: list[Thing] = []
+        self.end_takes = 0.05
+        self.successor: str | None = None
+        self.held = ""
+        """What would have ended the section, had there been no pause."""
+
+    def begin(self, epoch: int) -> None:
+        if self.node.election.reign is not None or not self.node.session_valid():
+            return
+        self.node.election.reign, self.node.election.deposed, self.successor, self.held = (
+            epoch,
+            False,
+            None,
+            "",
+        )
+        self.section = section = Section(self.node, epoch)
+        self.section_things = []
+        self.world.log(self.node.name, f"reigns at epoch {epoch}")
+        keeper = self.node.keeper
+        if keeper is not None:
+            self.world.after(PIPE, keeper.run, keeper.on_register, section)
+
+    def on_registered(self, section: Section) -> None:
+        """The keeper would kill it from now on: begin, unless it is too late."""
+        if section is not self.section or section.state != "starting":
+            return
+        if (
+            not self.node.session_valid()
+            or phase(self.host.clock(), self.node.valid_until, self.timing) is not Phase.WORK
+        ):
+            self._over(section)
+            return
+        self.world.start_section(section)
+        self._write_fenced(section.epoch)
+        self._register_thing(Thing(section, ADDRESS))
+
+    # --- its address and its program
+
+    def _register_thing(self, thing: Thing) -> None:
+        self.host.things = [other for other in self.host.things if other.present] + [thing]
+        self.section_things.append(thing)
+        if thing.kind == PROGRAM and self.world.rules.broken == "started-before-registered":
+            self.on_thing_registered(thing)
+        elif self.node.keeper is not None:
+            self.world.after(PIPE, self.node.keeper.run, self.node.keeper.on_register_thing, thing)
+
+    def on_thing_registered(self, thing: Thing) -> None:
+        """From now on it would be killed: start it, unless the section ends already."""
+        section = thing.section
+        if not self._goes_on(section):
+            return
+        if thing.kind == ADDRESS:
+            self._probe(thing, self.host.clock())
+            return
+        thing.appear()
+        section.stop_takes = self.world.rng.choice((0.005, 0.02, 0.02, 0.1, 0.1, 0.2, STOP_TIMEOUT))
+        takes = self.world.rng.choice((0.01, 0.01, 0.05, 0.2, 1.0))
+        self.node.timer(takes, self._started, thing, self.world.rng.random() < 0.04)
+
+    def _goes_on(self, section: Section) -> bool:
+        return section is self.section and section.state == "active" and self.node.session_valid()
+
+    def _probe(self, thing: Thing, since: float) -> None:
+        if not self._goes_on(thing.section):
+            return
+        taken = self.world.address_elsewhere(self.host)
+        if taken and self.world.rules.broken != "address-not-probed":
+            self.world.count("addresses that somebody else still answered for")
+            if self.host.clock() - since > math.ceil(self.timing.ttl) + 1.5:
+                self.world.fail("address", f"{self.node.name} still finds it elsewhere after its lifetime")
+            self.node.timer(0.1, self._probe, thing, since)
+        else:
+            self.node.timer(PROBE_TIMEOUT, self._put, thing)
+
+    def _put(self, thing: Thing) -> None:
+        if self._goes_on(thing.section):
+            thing.appear()
+            self._prolong(thing)
+            self._register_thing(Thing(thing.section, PROGRAM))
+
+    def _prolong(self, thing: Thing) -> None:
+        left = self.node.valid_until - self.host.clock()
+        if thing.present and not thing.dying and thing.section is self.section:
+            if left > 0:
+                thing.prolong(math.ceil(min(self.timing.ttl, left)))
+            self.node.timer(self.timing.ttl / 4, self._prolong, thing)
+
+    def address_lost(self, section: Section) -> None:
+        """The kernel has removed it."""
+        if section is self.section and section.state == "active":
+            self.end("its address is gone")
+
+    def _started(self, thing: Thing, fails: bool) -> None:
+        if thing.section is not self.section:
+            return
+        if fails:
+            thing.vanish("its start has failed")
+            self.world.count("starts of a program that failed")
+            self.end("its program cannot be started")
+        elif thing.present:
+            thing.section.serving = True
+
+    def _stop_program(self, section: Section) -> None:
+        """Gracefully: after that it is killed, if it does not end."""
+        if section is not self.section:
+            return
+        running = [thing for thing in self.section_things if thing.present and thing.kind == PROGRAM]
+        if not running:
+            self._stopped(section)
+        elif section.stop_takes < STOP_TIMEOUT:
+            self.node.timer(section.stop_takes, self._stopped, section)
+        else:
+            self.world.count("programs that had to be killed")
+            self.node.timer(STOP_TIMEOUT, self._kill_program, section)
+
+    def _kill_program(self, section: Section) -> None:
+        if section is not self.section:
+            return
+        running = [thing for thing in self.section_things if thing.present and thing.kind == PROGRAM]
+        for thing in running:
+            thing.kill()
+        if running:
+            self.node.timer(0.01, self._kill_program, section)
+        else:
+            self._stopped(section)
+
+    def _stopped(self, section: Section) -> None:
+        if section is not self.section:
+            return
+        for kind in (PROGRAM, ADDRESS):
+            for thing in self.section_things:
+                if thing.kind == kind:
+                    thing.vanish("ended")
+                    if self.node.keeper is not None:
+                        self.world.after(
+                            PIPE, self.node.keeper.run, self.node.keeper.on_unregister_thing, thing
+                        )
+        self._over(section)
+
+    def _write_fenced(self, epoch: int) -> None:
+        """A leader's write; and now and then one whose epoch is long gone."""
+        self.nats.call(self.node, None, lambda: self.nats.fenced(epoch), RPC_TIMEOUT, self._written, epoch)
+
+    def _written(self, result: Any, epoch: int) -> None:
+        if result is not REFUSED or self.node.election.reign == epoch:
+            self.node.timer(self.world.rng.uniform(0.5, 1.5), self._write_fenced, epoch)
+
+    # --- the end
+
+    def end(self, reason: str, successor: str | None = None) -> None:
+        """Begin to end the active section, gracefully."""
+        section = self.section
+        if section is None or section.state == "ending":
+            return
+        self.world.log(self.node.name, f"ends its section: {reason}")
+        self.successor = section.successor = successor
+        if section.state == "starting":
+            self._over(section)
+            return
+        section.state = "ending"
+        self.node.timer(self.end_takes, self._stop_program, section)
+
+    def _over(self, section: Section) -> None:
+        if section is not self.section:
+            return
+        self.world.end_section(section, "gracefully")
+        keeper, epoch = self.node.keeper, section.epoch
+        self.section = self.node.election.reign = None
+        self.node.election.last_reign = max(self.node.election.last_reign, epoch)
+        if keeper is not None:
+            self.world.after(PIPE, keeper.run, keeper.on_unregister, section)
+        if not self.node.election.deposed:
+            self.node.election.unreleased = (epoch, self.successor)
+        self.node.election.not_before = self.host.clock() + 1.0
+        self.node.step()
+
+    def hand_over(self) -> None:
+        """An operator's stepdown: the successor is named while the old section is still active."""
+        if self.section is not None and self.section.state == "active" and not self.node.election.paused:
+            self.world.count("stepdowns")
+            self.end("stepdown", self.node.election.choose())
+
+    def fail(self) -> None:
+        """Its program, or a check: in a pause that is only reported."""
+        if self.section is None or self.section.state == "ending":
+            return
+        if ends_section(Cause.FAILED, paused=self.node.election.paused):
+            self.world.count("sections that failed")
+            self.end("it fails")
+        else:
+            self.held = "it failed in a pause"
+            self.world.count("failures held in a pause")

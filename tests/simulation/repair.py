@@ -1,0 +1,96 @@
+"""The replacement of session streams, as ``coord.repair``: join, wait until all use both, settle."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from phalanx.decide.session import StreamList
+
+from .nats import REFUSED, RPC_TIMEOUT, UNANSWERED
+
+if TYPE_CHECKING:
+    from .node import Node
+
+
+class Repair:
+    """One node's part in it."""
+
+    def __init__(self, node: Node) -> None:
+        self.node, self.host, self.world, self.nats = node, node.host, node.world, node.nats
+        self.pending: tuple[str, StreamList, float] | None = None
+
+    def replace(self, following: tuple[str, ...]) -> None:
+        """First step of a replacement."""
+        if (
+            self.node.watches.observer is None
+            or not self.node.session_valid()
+            or self.node.watches.observer.streams.is_joint
+        ):
+            return
+        now = self.node.watches.observer.streams
+        if self.world.rules.broken == "single-list-switch":
+            then = StreamList(now.generation + 1, following)
+        else:
+            then = now.joint_with(following)
+        self.nats.call(
+            self.node,
+            None,
+            lambda: self.nats.use_streams(then, now.generation),
+            RPC_TIMEOUT,
+            self._joined,
+            then,
+        )
+
+    def _joined(self, result: Any, streams: StreamList) -> None:
+        if result is UNANSWERED or result is REFUSED:
+            return
+        self.node.watches.use_streams(streams)
+        if streams.is_joint:
+            self.pending = ("settle", streams, self.host.clock())
+
+    def take_over(self) -> None:
+        """A joint list that somebody left behind is brought to its end by whoever finds it."""
+        if (
+            self.node.watches.observer is not None
+            and self.node.watches.observer.streams.is_joint
+            and self.pending is None
+        ):
+            self.pending = ("settle", self.node.watches.observer.streams, self.host.clock())
+            for name in self.node.watches.observer.streams.all_streams:
+                self.node.watches.ask(name, interrupted=False)
+
+    def settle(self) -> None:
+        """Second step, once all streams were read after the first and every live session uses both lists.
+
+        Read after the first: a session that was made under the old list just before must be known here.
+        """
+        assert self.pending is not None
+        _, joint, since = self.pending
+        if self.node.watches.observer.streams.generation != joint.generation:
+            self.pending = None
+            return
+        if any(self.node.watches.caught_up.get(name, float("-inf")) < since for name in joint.all_streams):
+            for name in joint.all_streams:
+                if self.node.watches.caught_up.get(name, float("-inf")) < since:
+                    self.node.watches.ask(name, interrupted=False)
+            return
+        if any(
+            self.node.watches.observer.seen_generation(s) < joint.generation
+            for s in self.node.watches.observer.live()
+        ):
+            return
+        self.pending = None
+        then = joint.settled()
+        self.world.count("stream lists replaced")
+        self.nats.call(
+            self.node,
+            None,
+            lambda: self.nats.use_streams(then, joint.generation),
+            RPC_TIMEOUT,
+            self._settled,
+            then,
+        )
+
+    def _settled(self, result: Any, streams: StreamList) -> None:
+        if result is not UNANSWERED and result is not REFUSED:
+            self.node.watches.use_streams(streams)
