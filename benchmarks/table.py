@@ -16,6 +16,7 @@ from benchmarks import (
     replication_failover,
     replication_history,
     replication_torn,
+    ring,
     servers,
     simulation,
     snapshots,
@@ -261,6 +262,14 @@ BENCHMARKS = (
         bar=2.8,
         measure=vip.cable,
         runs=5,
+    ),
+    Benchmark(
+        name="ring.plan",
+        work="1,000 nodes x 16,384 partitions, one node leaves; moves = its share",
+        unit="ms",
+        bar=200,
+        measure=ring.planning,
+        runs=20,
     ),
     Benchmark(
         name="simulate",
