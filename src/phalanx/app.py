@@ -380,6 +380,7 @@ class App:
             self.pause,
             self._standing(),
             self.unkept_because() if self._role is Role.ACTIVE else "",
+            self.health.reason,
         )
 
     def _standing(self) -> Standing:
@@ -601,6 +602,7 @@ class App:
             parts.unregister,
             str(self.database.live) if self.database is not None else "",
             lambda: session.valid_until - system.now() if session.is_valid else 0.0,
+            self.health.tell,
         )
         adopted = next((resource for resource in self._adopted if resource.epoch == epoch), None)
         if adopted is not None:

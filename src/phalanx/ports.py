@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import msgspec
 
 from phalanx.errors import AddressError
-from phalanx.types import ProgramStatus, Resource
+from phalanx.types import Health, ProgramStatus, Resource
 
 
 class Message(msgspec.Struct, frozen=True):
@@ -235,6 +235,9 @@ def _for_ever() -> float:
     return float("inf")
 
 
+def _unheard(health: Health, detail: str) -> None: ...
+
+
 class SectionContext(msgspec.Struct, frozen=True):
     """What a backend needs to know of the active section it runs for. ``database``: the path of the app's
     database, empty if it has none.
@@ -242,6 +245,8 @@ class SectionContext(msgspec.Struct, frozen=True):
     ``register`` tells the keeper what is about to run and returns once it would be killed if this node
     died; ``unregister`` takes it back. Registering the same id again replaces the entry.
     ``session_left_seconds``: how long the node's session is valid still, as known now; 0 or less: it is not.
+    ``on_health`` hears how the program is by a health check of its own, with what that said: it counts as a
+    check of the app does.
     """
 
     platform: str
@@ -252,6 +257,7 @@ class SectionContext(msgspec.Struct, frozen=True):
     unregister: Callable[[str], None]
     database: str = ""
     session_left_seconds: Callable[[], float] = _for_ever
+    on_health: Callable[[Health, str], None] = _unheard
 
 
 class Running(Protocol):

@@ -257,7 +257,8 @@ class AppStatus(msgspec.Struct, frozen=True):
     """One app on one node. ``since`` is Unix seconds: when the role was taken up. ``database``: its database
     there, None for an app without one. ``program``: what its backend runs there now, None if nothing.
     ``pause``: that of the app or of the platform, as this node knows. ``unkept``: why what is active here
-    would end with the node, even in a pause; empty if it would not, or if nothing is active."""
+    would end with the node, even in a pause; empty if it would not, or if nothing is active.
+    ``health_reason``: each check that is not healthy, with what it saw last."""
 
     name: str
     role: Role
@@ -271,6 +272,7 @@ class AppStatus(msgspec.Struct, frozen=True):
     pause: Pause | None = None
     standing: Standing = Standing()
     unkept: str = ""
+    health_reason: str = ""
 
 
 class NodeStatus(msgspec.Struct, frozen=True):

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,7 @@ from phalanx.testing import docker_images
 from phalanx.testing.dockerd import DockerDaemon
 from phalanx.testing.nats import NatsServer, Ports
 from phalanx.testing.nodes import Nodes
-from phalanx.types import ProgramState, Resource
+from phalanx.types import Health, ProgramState, Resource
 
 CLI = [sys.executable, "-m", "phalanx.cli.main"]
 SLEEPS = ["sleep", "1000"]
@@ -39,6 +40,8 @@ class Host:
     def __init__(self, dockerd: DockerDaemon) -> None:
         self.dockerd, self.image = dockerd, dockerd.busybox_image()
         self.resources: dict[str, Resource] = {}
+        self.told: list[tuple[Health, str]] = []
+        """What sections have heard of the program's own health check."""
 
     def backend(self, node: str = "n1", platform: str = "prod", **options: object) -> Backend:
         """A backend of that node; by image, unless *options* name a container."""
@@ -56,7 +59,13 @@ class Host:
             self.resources[resource.id] = resource
 
         return SectionContext(
-            platform, node, "wiki", epoch, register, lambda one: self.resources.pop(one, None) and None
+            platform,
+            node,
+            "wiki",
+            epoch,
+            register,
+            lambda one: self.resources.pop(one, None) and None,
+            on_health=lambda health, detail: self.told.append((health, detail)),
         )
 
     def running(self) -> set[str]:
@@ -266,12 +275,13 @@ def image_with_healthcheck(host: Host, command: str) -> str:
     return "phalanx-test/health"
 
 
-async def test_healthcheck_of_the_image_drives_readiness(
-    host: Host, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("follow", [True, False])
+async def test_healthcheck_of_the_image_drives_readiness_and_health(
+    host: Host, caplog: pytest.LogCaptureFixture, follow: bool
 ) -> None:
-    """Ready by the engine's events; ``unhealthy`` later is logged and in status, and ends nothing."""
-    image = image_with_healthcheck(host, "test ! -e /ill")
-    running = await host.backend(image=image).start(host.section())
+    """Ready by the engine's events; each change is told to the app, unless the declaration says otherwise."""
+    image = image_with_healthcheck(host, "sh -c 'test ! -e /ill || { echo no disk; exit 1; }'")
+    running = await host.backend(image=image, follow_health=follow).start(host.section())
     assert running.status().detail == "health: starting"
     async with asyncio.timeout(15):
         await running.wait_ready()
@@ -279,9 +289,16 @@ async def test_healthcheck_of_the_image_drives_readiness(
     (container,) = host.running()
     host.dockerd.docker("exec", container, "touch", "/ill")
     await until(lambda: running.status().detail == "health: unhealthy", 15)
-    assert "its HEALTHCHECK says unhealthy" in caplog.text
+    await until(lambda: "its HEALTHCHECK says unhealthy: no disk" in caplog.text)
     assert running.status().state is ProgramState.RUNNING
+    told = [
+        (Health.UNKNOWN, "its HEALTHCHECK says starting"),
+        (Health.HEALTHY, "its HEALTHCHECK says healthy"),
+        (Health.UNHEALTHY, "its HEALTHCHECK says unhealthy: no disk"),
+    ]
+    await until(lambda: host.told == (told if follow else []))
     await running.kill()
+    assert len(host.told) == (3 if follow else 0)
 
 
 async def test_unhealthy_container_does_not_get_ready(host: Host) -> None:
@@ -533,3 +550,57 @@ async def test_node_is_killed_and_its_container_is_gone_before_another_runs(
         assert not containers.find(first)
         labels = host.inspect(second)["Config"]["Labels"]  # pyright: ignore
         assert labels["phalanx.node"] == other
+
+
+async def test_container_that_turns_unhealthy_is_restarted_and_then_fails_over(
+    host: Host, nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """By the image's own HEALTHCHECK, without any check declared; a pause bears it, and shows why."""
+    image = image_with_healthcheck(host, "sh -c 'test ! -e /ill || { echo no disk; exit 1; }'")
+    toml = tmp_path / "phalanx.toml"
+    toml.write_text(
+        '[platform]\nname = "test"\n[timings]\nttl = "2s"\n[apps.wiki]\npattern = "active-passive"\n'
+        "restart = { count = 1, delay = 0 }\n"
+        f'[apps.wiki.backend]\ntype = "docker"\nimage = "{image}"\ncommand = "sleep 1000"\n'
+        f'socket = "{host.dockerd.socket}"\nready_timeout = "60s"\n'
+    )
+    platform = ("--platform", "test", "--nats", nats_server.url())
+
+    async def phalanx(*command: str) -> str:
+        run = await asyncio.create_subprocess_exec(
+            *CLI, *command, *platform, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        )
+        return (await run.communicate())[0].decode()
+
+    with Nodes([*CLI, "run", str(toml)], nats_server.urls, count=2) as nodes:
+        active = await nodes.wait_for_active("wiki")
+        await nodes.wait_for_standbys("wiki", 1)
+
+        def app() -> dict[str, Any]:
+            return nodes[active].status()["apps"][0]
+
+        await nodes.wait_until(lambda: app()["health"] == "healthy", 30, "it is not healthy")
+        (first,) = host.running()
+        await phalanx("pause", "wiki", "--reason", "a look")
+        host.dockerd.docker("exec", first, "touch", "/ill")
+        await nodes.wait_until(lambda: app()["health"] == "unhealthy", 30, "it is not ill")
+        ill = "container health: its HEALTHCHECK says unhealthy: no disk"
+        assert app()["health_reason"] == ill
+        assert ill in await phalanx("status")
+        assert ill in await phalanx("why", "wiki")
+        assert host.running() == {first}
+        await phalanx("resume", "wiki")
+
+        await nodes.wait_until(
+            lambda: first not in host.all() and nodes.actives("wiki") == [active] and host.running(),
+            30,
+            "it is not restarted in place",
+        )
+        await nodes.wait_until(lambda: app()["health"] == "healthy", 30, "it is not healthy again")
+        (second,) = host.running()
+        host.dockerd.docker("exec", second, "touch", "/ill")
+        other = await nodes.wait_for_active("wiki", other_than=active, timeout=60)
+        (third,) = host.running()
+        labels = host.inspect(third)["Config"]["Labels"]  # pyright: ignore
+        assert labels["phalanx.node"] == other
+        assert ill in await phalanx("audit")

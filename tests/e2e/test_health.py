@@ -398,6 +398,32 @@ async def test_set_active_before_run() -> None:
         await until(lambda: monitor.verdict is Health.HEALTHY)
 
 
+async def test_what_the_program_says_of_itself_counts_in_the_active_section() -> None:
+    """Told before, it counts from then on beside the checks, is reported once, and goes with the section."""
+    web = Switch()
+    watched = Watched(function(web, "web"))
+    async with watched as monitor:
+        monitor.tell(Health.UNHEALTHY, "no disk")
+        assert monitor.verdict is Health.UNKNOWN
+        monitor.set_active(True)
+        await until(lambda: monitor.results()[0].health is Health.HEALTHY)
+        assert monitor.verdict is Health.UNHEALTHY
+        assert monitor.reason == "container health: no disk"
+        assert [result.name for result in monitor.results()] == ["web", "container health"]
+        monitor.tell(Health.UNHEALTHY, "no disk")
+        monitor.tell(Health.HEALTHY, "")
+        assert monitor.verdict is Health.HEALTHY
+        monitor.tell(Health.UNHEALTHY, "again")
+        monitor.set_active(False)
+        assert monitor.verdict is Health.UNKNOWN
+        monitor.tell(Health.UNHEALTHY, "of one that was not ready yet")
+        monitor.set_active(False)  # its activation has failed
+        monitor.set_active(True)
+        await until(lambda: monitor.verdict is Health.HEALTHY)
+    ill = [reason for health, reason in watched.changes if health is Health.UNHEALTHY]
+    assert ill == ["container health: no disk", "container health: again"]
+
+
 async def test_check_waits_for_its_dependency() -> None:
     """While the database is ill the page is not asked and does not count; once it is well, it is, at once."""
     db, page = Switch(good=False), Switch()

@@ -25,7 +25,7 @@ from phalanx.backends.engine import Engine, EngineError, Inspection, State
 from phalanx.config import Docker
 from phalanx.errors import BackendError
 from phalanx.ports import SectionContext
-from phalanx.types import ProgramState, ProgramStatus, Resource
+from phalanx.types import Health, ProgramState, ProgramStatus, Resource
 
 log = logging.getLogger("phalanx.backend")
 
@@ -36,6 +36,7 @@ LOST_SECONDS = 30.0
 _EXIT_CODE_SECONDS = 1.0
 """How long the engine may take to tell the exit code of a process whose end the kernel has told."""
 _LAST_OUTPUT_SECONDS = 0.5
+_HEALTH = {"healthy": Health.HEALTHY, "unhealthy": Health.UNHEALTHY}
 
 
 class Container:
@@ -148,7 +149,7 @@ class Container:
         self._since = system.wall()
         self._stop_signal = found.config.stop_signal or "SIGTERM"
         if found.state.health_status:
-            self._note_health(found.state.health_status)
+            await self._note_health(found.state.health_status)
             self._spawn(self._follow_health(), "health")
         self._spawn(self._output.follow(output_since, self._exited), "output")
         self._spawn(self._watch(), "watch")
@@ -304,23 +305,30 @@ class Container:
         since = system.wall() - 2  # nothing is missed between the look and the subscription
         while not self._exited.is_set():
             async for health in self._engine.health(self.id, since):
-                self._note_health(health)
+                await self._note_health(health)
             await asyncio.sleep(RECONNECT_SECONDS)
             with contextlib.suppress(EngineError):
                 if found := await self._engine.inspect(self.id):
-                    self._note_health(found.state.health_status)
+                    await self._note_health(found.state.health_status)
 
-    def _note_health(self, health: str) -> None:
+    async def _note_health(self, health: str) -> None:
         if not health or health == self._health:
             return
         before, self._health = self._health, health
         self._health_changed.set()
+        said = ""
         if health == "unhealthy":
-            log.warning("app %s: container %.12s: its HEALTHCHECK says unhealthy", self._app, self.id)
+            said = await self._health_output()
+            log.warning("app %s: container %.12s: its HEALTHCHECK says unhealthy%s", self._app, self.id, said)
         elif before:
             log.info("app %s: container %.12s is %s", self._app, self.id, health)
+        # What is being ended is not ill, and its successor must not be taken for it.
+        if self._config.follow_health and not self._asked_to_end and not self._exited.is_set():
+            detail = f"its HEALTHCHECK says {health}{said}"
+            self._section.on_health(_HEALTH.get(health, Health.UNKNOWN), detail)
 
     async def _health_output(self) -> str:
+        """What the HEALTHCHECK has printed last; empty if that is not to be had."""
         with contextlib.suppress(EngineError):
             if found := await self._engine.inspect(self.id):
                 log_of = found.state.health.log if found.state.health else None

@@ -135,6 +135,7 @@ def _app(name: str, nodes: Sequence[NodeView]) -> AppView:
 
 
 def _on_node(node: str, app: AppStatus) -> AppOnNode:
+    ill = f"unhealthy: {app.health_reason}" if app.health is Health.UNHEALTHY else ""
     return AppOnNode(
         node,
         str(app.role),
@@ -142,7 +143,7 @@ def _on_node(node: str, app: AppStatus) -> AppOnNode:
         app.epoch,
         app.leader,
         app.since,
-        app.reason,
+        app.reason or ill,
         app.program,
         app.standing.priority,
         app.standing.no_failover,

@@ -204,6 +204,15 @@ class Docker(Declaration, frozen=True, kw_only=True, tag="docker", tag_field="ty
     stop_timeout: Annotated[Seconds, _stop_timeout("From the signal until SIGKILL.")] = default(10.0)
     ready: Annotated[Check | None, _ready("the image's HEALTHCHECK, else as soon as it runs")] = None
     ready_timeout: Annotated[Seconds, _READY_TIMEOUT] = default(30.0)
+    follow_health: Annotated[
+        bool,
+        About(
+            "Whether the container's HEALTHCHECK, if it has one, counts as a check of the app: `unhealthy` "
+            "restarts it in place, then another node takes over. Off: it is shown, and decides readiness.",
+            rules.Switch(),
+            trade_off="Its thresholds are the engine's (`--interval`, `--retries`): 90 s by default.",
+        ),
+    ] = True
     socket: Annotated[
         PathText, About("Socket of the Docker Engine.", texts.File(), default="`/var/run/docker.sock`")
     ] = default("/var/run/docker.sock")

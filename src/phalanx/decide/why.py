@@ -145,7 +145,10 @@ def _preferred(facts: Facts, leader: str) -> Iterable[str]:
 
 def _health(node: str, status: AppStatus) -> str:
     if status.health is Health.UNHEALTHY:
-        return f"{node} is unhealthy{f': {status.reason}' if status.reason else ''}"
+        reason = status.health_reason or status.reason
+        return f"{node} is unhealthy{f': {reason}' if reason else ''}"
+    if status.health is Health.UNKNOWN and status.health_reason:
+        return f"not yet known to be healthy: {status.health_reason}"
     if status.health is Health.UNKNOWN:
         return "its checks have not answered yet" if not status.standing.healthy_since else "it has no checks"
     return "its checks are healthy"

@@ -16,6 +16,9 @@ from phalanx.types import Health
 
 log = logging.getLogger("phalanx.health")
 
+TOLD = "container health"
+"""The name of the program's own health check, which its backend follows: no declared check can have it."""
+
 
 class CheckResult(msgspec.Struct, frozen=True):
     """One check as it stands. ``since`` is Unix seconds: when it got this health (0: it has not run)."""
@@ -56,6 +59,7 @@ class HealthMonitor:
     def __init__(self, app: str, checks: tuple[Check, ...], on_change: Callable[[Health, str], None]) -> None:
         self._app, self._on_change = app, on_change
         self._watched = {check.name: _Watched(check) for check in checks}
+        self._told: CheckResult | None = None
         self._active = False
         self._tasks: asyncio.TaskGroup | None = None
         self._verdict = Verdict(Health.UNKNOWN)
@@ -82,10 +86,21 @@ class HealthMonitor:
 
     def results(self) -> tuple[CheckResult, ...]:
         """Every check, in the order of the declaration; those that don't run now are UNKNOWN."""
-        return tuple(one.result for one in self._watched.values())
+        told = (self._told,) if self._told is not None else ()
+        return tuple(one.result for one in self._watched.values()) + told
+
+    def tell(self, health: Health, detail: str) -> None:
+        """How the program is by a health check of its own, which somebody else runs and counts (thresholds
+        are his): from the active section on like a check here. The end of the section forgets it."""
+        if self._told is not None and self._told.health is health:
+            return
+        self._told = CheckResult(TOLD, health, detail, since=system.wall())
+        self._changed()
 
     def set_active(self, active: bool) -> None:
         """Begin or end the checks of the active section, with fresh counters. Works before run(), too."""
+        if not active:
+            self._told = None
         if active == self._active:
             return
         self._active = active
@@ -103,8 +118,9 @@ class HealthMonitor:
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._tasks = tasks
-                for rule in self._running():
-                    self._begin(self._watched[rule.name])
+                for one in self._watched.values():
+                    if one.rule.always or self._active:
+                        self._begin(one)
                 await asyncio.get_running_loop().create_future()  # until cancelled, with checks or without
         finally:
             self._tasks = None
@@ -163,7 +179,8 @@ class HealthMonitor:
 
     @property
     def _rules(self) -> tuple[Rule, ...]:
-        return tuple(one.rule for one in self._watched.values())
+        told = (Rule(TOLD, failures=1),) if self._told is not None else ()
+        return tuple(one.rule for one in self._watched.values()) + told
 
     def _running(self) -> tuple[Rule, ...]:
         return running(self._rules, active=self._active)
@@ -172,10 +189,11 @@ class HealthMonitor:
         return waits_for(one.rule, self._running(), self._tallies())
 
     def _tallies(self) -> dict[str, Tally]:
-        return {name: one.tally for name, one in self._watched.items()}
+        tallies = {name: one.tally for name, one in self._watched.items()}
+        return tallies | ({TOLD: Tally(self._told.health)} if self._told is not None else {})
 
     def _judge(self, rules: tuple[Rule, ...]) -> Verdict:
-        details = {name: one.result.detail for name, one in self._watched.items()}
+        details = {result.name: result.detail for result in self.results()}
         return judge(rules, self._tallies(), details)
 
     def _changed(self) -> None:
