@@ -539,7 +539,7 @@ class App:
             highest=self._highest_epoch,
             adopted=max((resource.epoch for resource in self._adopted), default=0),
             handicap=self.database.handicap_seconds if self.database is not None else lambda: 0.0,
-            fences=parts.fencer is not None,
+            fences=parts.fencer is not None and parts.fencer.has_command,
             paused=lambda: self.is_paused,
             on_leader=self._on_leader,
             on_acquired=self._on_acquired,

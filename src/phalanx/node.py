@@ -94,7 +94,7 @@ class Node:
         self._metrics = Metrics(config.name, config.node, VERSION)
         self.alarm = Alarm()
         self.fencer: Fencer | None = None
-        """Fences others before a takeover; None where nothing is declared for it."""
+        """Fences others before a takeover; None before the platform's state is known."""
         self.has_started = False
         self.owns_process = False
         """Whether the process ends with the node: only then can anything be left to the keeper."""
@@ -276,17 +276,16 @@ class Node:
             self._place_session_stream,
         )
         self._own(stack, self._repair.run(), "session stream repair")
-        if self.config.fence is not None:
-            self.fencer = Fencer(
-                self.config.fence,
-                self.bus,
-                self.names,
-                self.node,
-                self.state,
-                self.journal,
-                self.register,
-                self.unregister,
-            )
+        self.fencer = Fencer(
+            self.config.fence,
+            self.bus,
+            self.names,
+            self.node,
+            self.state,
+            self.journal,
+            self.register,
+            self.unregister,
+        )
         databases = [name for name, app in self.apps.items() if app.config.database is not None]
         self._steering = Steering(self.bus, self.names, self._local_server, self.journal, databases)
         self._own(stack, self._steering.run(self._active_apps), "steering")

@@ -97,6 +97,8 @@ class LeaderRecord(msgspec.Struct, frozen=True):
     reason: str = ""
     unfenced: tuple[SessionId, ...] = ()
     """Earlier leaders that did not end their sessions themselves, and may not have been fenced since."""
+    fences: bool = False
+    """The holder's node declares a fence command: whoever takes over from it has to have it fenced."""
 
     @property
     def epoch(self) -> Epoch:

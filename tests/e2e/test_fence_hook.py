@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from pathlib import Path
 
 import msgspec
+import pytest
 from tests.e2e.cli import Cli
 
 from phalanx import Fence, NatsOptions, system
@@ -15,6 +17,7 @@ from phalanx.bus.provision import bucket_config, create_stream
 from phalanx.client import PlatformClient
 from phalanx.coord.fencer import Fencer
 from phalanx.coord.membership import PlatformState
+from phalanx.errors import FenceFailed
 from phalanx.names import Names
 from phalanx.observe.audit import AuditEntry, AuditLog
 from phalanx.observe.journal import Journal
@@ -227,6 +230,64 @@ async def test_leader_that_dies_while_it_fences_leaves_both_to_the_next(
         assert began.node not in (first, second)
         assert {words.split()[0] for at, words in hook.calls() if at <= began.at} == {first, second}
         s.check()
+
+
+async def test_node_without_a_command_starts_nothing_and_leaves_it_to_one_that_has_it(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """n1 dies silently: n2 gives the key back with n1 still to be fenced; n3 does that, then starts."""
+    hook = Hook(tmp_path)
+    with stage(tmp_path, nats_server, count=3, ttl=1.0, fence=hook.declared()) as s:
+        await s.settled()
+        for name in ("n2", "n3"):
+            s.nodes[name].terminate()
+            s.nodes[name].wait(20)
+        active = await s.nodes.wait_for_active("wiki")
+        assert active == "n1"
+        without = json.loads(s.nodes["n2"].env["PHALANX_TEST"])
+        del without["fence"]
+        s.nodes["n2"].env["PHALANX_TEST"] = json.dumps(without)
+        s.nodes["n2"].start()
+        await s.nodes.wait_for_standbys("wiki", 1)
+        killed = since_now()
+        s.nodes["n1"].kill_both()
+        failed = await audited(nats_server, "fence-failed", count=2)
+        assert {entry.node for entry in failed} == {"n2"}
+        assert "this node declares no fence command" in failed[0].reason
+        assert hook.calls() == []
+        assert s.history.events("active", since=killed) == []
+        s.nodes["n3"].start()
+        began = await s.next_active(killed)
+        assert began.node == "n3"
+        ((called, words),) = hook.calls()
+        assert words.startswith("n1 ")
+        assert called < began.at
+        s.check()
+
+
+async def test_fencer_forgets_whom_nobody_has_fenced_any_more(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """Over years there are many dead sessions: nothing is kept of one when the last takeover is done."""
+    hook, names = Hook(tmp_path), Names("test")
+    fence = Fence(f"/bin/sh {tmp_path}/fence.sh {hook.arguments}".split(), retries=0)
+    bus = await NatsBus.connect(NatsOptions(urls=tuple(nats_server.urls)), name="test", ping_interval=1.0)
+    try:
+        await create_stream(bus, bucket_config(names, names.platform_bucket, None, history=1, replicas=1))
+        audit = AuditLog(names, "n2", tmp_path / "audit")
+        journal = Journal(audit, Metrics("test", "n2", "1"))
+        state = PlatformState(bus, names)
+        fencer = Fencer(fence, bus, names, "n2", state, journal, registered, lambda _: None)
+        died = SessionId.new("n1")
+        await asyncio.gather(*(fencer.fence(app, 7, (died,)) for app in ("wiki", "blog", "shop")))
+        assert len(hook.calls()) == 1
+        hook.does(FAILS)
+        with pytest.raises(FenceFailed):
+            await fencer.fence("wiki", 8, (SessionId.new("n3"),))
+        assert fencer.sessions == 0
+        audit.close()
+    finally:
+        await bus.close()
 
 
 def runs(pid: str) -> bool:

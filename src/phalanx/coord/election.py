@@ -17,6 +17,7 @@ from phalanx.coord.watch import Watch
 from phalanx.decide import election as rules
 from phalanx.decide.backoff import Backoff
 from phalanx.decide.election import LeaderBody
+from phalanx.decide.fencing import to_be_fenced
 from phalanx.errors import BusError, ConfigError, WrongRevision
 from phalanx.names import CANDIDATE_KEYS, LEADER_KEY, NOMINATION_KEY, Names
 from phalanx.ports import STREAM_NOT_FOUND, Bus, Connection, Fence, Record
@@ -300,7 +301,9 @@ class Election:
     async def _acquire(self, expected: int) -> float | None:
         started = system.now()
         nonce = secrets.token_hex(8)
-        body = LeaderBody(session=self._session.id, nonce=nonce, unfenced=self._to_be_fenced())
+        me = self._session.id
+        unfenced = to_be_fenced(me, self.leader, self._register.ended_itself, fences=self._fences)
+        body = LeaderBody(session=me, nonce=nonce, unfenced=unfenced, fences=self._fences)
         try:
             revision = await self._write_past_lost_epochs(_encode(body), expected)
         except WrongRevision:
@@ -320,16 +323,6 @@ class Election:
         if self.leader.revision == revision:
             self._begin(revision, vacant_for)
         return None
-
-    def _to_be_fenced(self) -> tuple[SessionId, ...]:
-        """Whom to fence after the leader as it is known now: of each node the latest such session."""
-        if not self._fences:
-            return ()
-        found = {session.node: session for session in self.leader.unfenced}
-        holder = self.leader.session
-        if holder is not None and holder != self._session.id and not self._register.ended_itself(holder):
-            found[holder.node] = holder
-        return tuple(found.values())
 
     async def _write_past_lost_epochs(self, body: bytes, expected: int) -> int:
         """Write the leader key; its revision, which is larger than every epoch that this node knows.
@@ -545,7 +538,9 @@ def _leader_record(record: Record | None) -> LeaderRecord:
 
 
 def _record(revision: int, body: LeaderBody) -> LeaderRecord:
-    return LeaderRecord(revision, body.session, body.successor, body.nonce, body.reason, body.unfenced)
+    return LeaderRecord(
+        revision, body.session, body.successor, body.nonce, body.reason, body.unfenced, body.fences
+    )
 
 
 async def read_leader(bus: Bus, names: Names, app: str) -> LeaderRecord:

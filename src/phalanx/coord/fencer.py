@@ -13,13 +13,15 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from dataclasses import dataclass, field
 
 import msgspec
 
 from phalanx import system
 from phalanx.config import Fence
 from phalanx.coord.membership import PlatformState
+from phalanx.decide.fencing import needless
 from phalanx.errors import BusError, FenceFailed
 from phalanx.names import Names
 from phalanx.observe.journal import Journal
@@ -28,6 +30,8 @@ from phalanx.probes import CheckFailed, run_program
 from phalanx.types import FenceNote, Member, Resource, SessionId
 
 log = logging.getLogger("phalanx.fence")
+
+NO_COMMAND = "it asks for that, but this node declares no fence command"
 
 _encode = msgspec.json.Encoder().encode
 
@@ -72,12 +76,22 @@ async def run_fence_command(fence: Fence, node: str, host: str, app: str, *, mar
     raise FenceFailed(app, node, last)
 
 
+@dataclass(slots=True)
+class _Turn:
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    wanted_by: int = 0
+
+
 class Fencer:
-    """One node's fencing of others."""
+    """One node's fencing of others.
+
+    *config*: None where no command is declared; then nothing is taken over from a node that does declare one,
+    unless that needs no fencing or is known to be off.
+    """
 
     def __init__(
         self,
-        config: Fence,
+        config: Fence | None,
         bus: Bus,
         names: Names,
         node: str,
@@ -89,7 +103,17 @@ class Fencer:
         self._register, self._unregister = register, unregister
         self._config, self._bus, self._names, self._node = config, bus, names, node
         self._state, self._journal = state, journal
-        self._turns: dict[SessionId, asyncio.Lock] = {}
+        self._turns: dict[SessionId, _Turn] = {}
+
+    @property
+    def has_command(self) -> bool:
+        """Whether this node can fence others, and wants to be fenced by them."""
+        return self._config is not None
+
+    @property
+    def sessions(self) -> int:
+        """How many sessions are being fenced, or waited for, at present."""
+        return len(self._turns)
 
     async def fence(self, app: str, epoch: int, sessions: tuple[SessionId, ...]) -> None:
         """Return once nothing of *sessions*, of which *app* is taken over, can run any more.
@@ -98,8 +122,21 @@ class Fencer:
         """
         for session in sessions:
             # Of several apps that are taken over from it only one runs the command.
-            async with self._turns.setdefault(session, asyncio.Lock()):
+            async with self._turn(session):
                 await self._fence_one(app, epoch, session)
+
+    @contextlib.asynccontextmanager
+    async def _turn(self, session: SessionId) -> AsyncGenerator[None]:
+        """One at a time for each session. Nothing is kept of sessions that nobody waits for."""
+        turn = self._turns.setdefault(session, _Turn())
+        turn.wanted_by += 1
+        try:
+            async with turn.lock:
+                yield
+        finally:
+            turn.wanted_by -= 1
+            if not turn.wanted_by:
+                del self._turns[session]
 
     async def _fence_one(self, app: str, epoch: int, session: SessionId) -> None:
         # From the stream's leader: what the watch has may be of before this session, and prove nothing. One
@@ -114,7 +151,9 @@ class Fencer:
         reason = f"node {session.node} on host {host} did not end its session itself"
         self._tell(app, epoch, session, "fencing", reason)
         try:
-            how = await self._known_to_keeper(app, epoch, session, host)
+            if self._config is None:
+                raise FenceFailed(app, session.node, NO_COMMAND)
+            how = await self._known_to_keeper(self._config, app, epoch, session, host)
         except FenceFailed as error:
             self._tell(app, epoch, session, "fence-failed", str(error), system.now() - began)
             raise
@@ -137,28 +176,27 @@ class Fencer:
 
     async def _needless(self, app: str, session: SessionId, member: Member | None) -> str:
         """Why *session* needs no fencing; empty if it does. *member*: its node's, as it is now."""
-        if session.node == self._node:
-            return "it was of this very node, whose keeper has ended what it left"
-        if member is not None and member.session != session:
-            return f"its node has begun session {member.session.nonce} since, and ended what it left"
-        for key in (self._names.fenced_key(session.node), self._names.fenced_key(session.node, app)):
-            found = await self._state.read(key, FenceNote)
-            if found is not None and found[0].session == session:
-                return f"it is off, by {found[0].by}"
-        return ""
+        keys = (self._names.fenced_key(session.node), self._names.fenced_key(session.node, app))
+        found = [await self._state.read(key, FenceNote) for key in keys]
+        notes = [each[0] if each is not None else None for each in found]
+        return needless(session, self._node, member.session if member is not None else None, notes)
 
-    async def _known_to_keeper(self, app: str, epoch: int, session: SessionId, host: str) -> str:
+    async def _known_to_keeper(
+        self, fence: Fence, app: str, epoch: int, session: SessionId, host: str
+    ) -> str:
         """It must not outlive this node: it could shoot a host that leads again by then."""
         marker = f"fence.{session.node}.{secrets.token_hex(8)}"
         await self._register(Resource("process", marker, app, epoch))
         try:
-            return await self._command_or_word(app, session, host, marker)
+            return await self._command_or_word(fence, app, session, host, marker)
         finally:
             self._unregister(marker)
 
-    async def _command_or_word(self, app: str, session: SessionId, host: str, marker: str) -> str:
+    async def _command_or_word(
+        self, fence: Fence, app: str, session: SessionId, host: str, marker: str
+    ) -> str:
         """Run the command; but an operator's word ends it. How it is known then."""
-        command = run_fence_command(self._config, session.node, host, app, marker=marker)
+        command = run_fence_command(fence, session.node, host, app, marker=marker)
         running = asyncio.create_task(command)
         confirmed = asyncio.create_task(self._confirmed(session))
         try:
@@ -170,7 +208,7 @@ class Fencer:
             for task in (running, confirmed):
                 task.cancel()
             await asyncio.gather(running, confirmed, return_exceptions=True)
-        await self._note(app, session, said)
+        await self._note(app if is_for_each_app(fence) else "", session, said)
         return f"the command said: {said}"
 
     async def _confirmed(self, session: SessionId) -> FenceNote:
@@ -191,9 +229,11 @@ class Fencer:
         finally:
             self._state.off_fenced(callback)
 
-    async def _note(self, app: str, session: SessionId, said: str) -> None:
-        """So that the next app, or the next leader of this one, does not do it again. Best effort."""
-        own = app if is_for_each_app(self._config) else ""
+    async def _note(self, own: str, session: SessionId, said: str) -> None:
+        """So that the next app, or the next leader of this one, does not do it again. Best effort.
+
+        *own*: the app for which alone it was done; empty: for all.
+        """
         note = FenceNote(session, f"the fence command of {self._node}", system.wall(), said, own)
         subject = self._names.key_subject(
             self._names.platform_bucket, self._names.fenced_key(session.node, own)

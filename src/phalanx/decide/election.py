@@ -30,6 +30,7 @@ class LeaderBody(msgspec.Struct, frozen=True, omit_defaults=True):
     nonce: str = ""
     reason: str = ""
     unfenced: tuple[SessionId, ...] = ()
+    fences: bool = False
 
 
 class View(msgspec.Struct, frozen=True):
