@@ -35,7 +35,7 @@ from phalanx.hooks import Hooks
 from phalanx.names import Names
 from phalanx.observe.health import HealthMonitor
 from phalanx.observe.journal import Journal
-from phalanx.ports import Backend, Bus, Fence, SectionAddresses, SectionContext
+from phalanx.ports import AddressClaim, Backend, Bus, Fence, SectionAddresses, SectionContext
 from phalanx.program import Program, RestartPolicy
 from phalanx.section import Section
 from phalanx.types import (
@@ -285,6 +285,10 @@ class App:
         except AddressError as error:
             found.append(error)
         return found
+
+    async def address_claims(self) -> tuple[AddressClaim, ...]:
+        """Which of its addresses other hosts answer for just now. Raises AddressError."""
+        return await self._addresses.claims() if self._addresses is not None else ()
 
     # --- what is so
 

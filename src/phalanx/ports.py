@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -325,6 +325,14 @@ class Backend(Protocol):
         ...
 
 
+class AddressClaim(NamedTuple):
+    """Other hosts, by their hardware addresses, answer for *address* on *interface*."""
+
+    address: str
+    interface: str
+    macs: tuple[str, ...]
+
+
 class SectionAddresses(Protocol):
     """The virtual addresses of an app, as its active section goes through them."""
 
@@ -344,6 +352,11 @@ class SectionAddresses(Protocol):
 
     async def check(self) -> None:
         """Look whether this host could take them; makes nothing. Raises AddressError (``prepare``)."""
+        ...
+
+    async def claims(self) -> tuple[AddressClaim, ...]:
+        """Which of them other hosts answer for just now, asked for a second; makes nothing. One that a node
+        of this host has is not asked for. Raises AddressError (``prepare``)."""
         ...
 
     async def start(self, on_change: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from phalanx.binaries import find_program
 from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.bus.server_process import ServerProcess
-from phalanx.config import AppConfig, EmbeddedNats, NatsOptions, PlatformConfig, SQLite
+from phalanx.config import AppConfig, EmbeddedNats, Fence, NatsOptions, PlatformConfig, SQLite
 from phalanx.errors import BusError, BusTimeout, ConfigError, NatsUnusable, StartError
 from phalanx.names import Names
 
@@ -110,6 +110,17 @@ def data_dir_problem(config: PlatformConfig) -> ConfigError | None:
     if not os.access(existing, os.W_OK | os.X_OK):
         return ConfigError("platform.data_dir", str(path), f"{existing} cannot be written", remedy)
     return None
+
+
+def fence_problem(fence: Fence) -> ConfigError | None:
+    """Whether the fence command can be run on this host; it is not."""
+    program = fence.command[0]
+    if shutil.which(program) is not None:
+        return None
+    there = "/" in program and os.path.exists(program)
+    problem = "this user may not execute it" if there else "there is no such program on this host"
+    remedy = f"chmod +x {program}" if there else "put it there on every node, or correct fence.command"
+    return ConfigError("fence.command", program, problem, remedy)
 
 
 def database_problem(app: str, database: SQLite) -> ConfigError | StartError | None:

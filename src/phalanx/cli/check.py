@@ -7,6 +7,7 @@ from typing import Annotated
 
 from cyclopts import App, Parameter
 
+from phalanx import preflight
 from phalanx.cli import exits, output
 from phalanx.cli.target import DEFAULT_FILE, load
 from phalanx.config import check_toml
@@ -31,7 +32,7 @@ def check(
     """Say everything that is wrong with a declaration, one line each (then exit code 2).
 
     Of one that is right in itself also what this host lacks for it: programs, units, images, users,
-    interfaces, rights. Nothing is made or started.
+    interfaces, rights, the fence command. Nothing is made or started.
     """
     errors = _errors(file, other_host=other_host)
     if json:
@@ -58,7 +59,11 @@ def _errors(file: str, *, other_host: bool) -> list[Problem]:
 
 
 async def _of_host(platform: Platform) -> list[Problem]:
-    return [problem for app in platform.apps.values() for problem in await app.problems()]
+    fence = platform.config.fence
+    found: list[Problem] = []
+    if fence is not None and (problem := preflight.fence_problem(fence)) is not None:
+        found.append(problem)
+    return found + [problem for app in platform.apps.values() for problem in await app.problems()]
 
 
 def _plain(error: Problem) -> dict[str, object]:

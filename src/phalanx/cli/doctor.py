@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from phalanx.cli import exits, host_checks, output
+from phalanx.cli.app_checks import HOLDING, AppChecks
 from phalanx.cli.findings import Check, Finding, Level, fail, run_checks, warn
 from phalanx.cli.nats_checks import NatsChecks
 from phalanx.cli.target import Where, nats_options
 from phalanx.client import PlatformClient
 from phalanx.config import EmbeddedNats, PlatformConfig
-from phalanx.errors import NatsUnusable
+from phalanx.errors import NatsUnusable, PhalanxError
+from phalanx.platform import Platform
 
 _WHERE = Where()
 _STYLES = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "bold red"}
@@ -30,18 +33,19 @@ def doctor(
     """Check for what usually goes wrong, and say the remedy.
 
     It looks at this machine and at NATS; exit code 1 if anything is FAIL.
-    With a file it checks the node that the file declares here: ports, folders, embedded server. It makes
-    one stream, which it deletes again; nothing else is changed.
+    With a file it checks the node that the file declares here: ports, folders, embedded server, programs,
+    addresses, the fence command; and asks the network who else has the addresses that no node holds. It
+    makes one stream, which it deletes again; nothing else is changed.
     """
     if file is not None:
         where = Where(config=file, platform=where.platform, nats=where.nats, timeout=where.timeout)
-    config, declared = where.node()
-    return asyncio.run(_doctor(config, declared, where.timeout, json))
+    config, platform = where.declaration()
+    return asyncio.run(_doctor(config, platform, where.timeout, json))
 
 
-async def _doctor(config: PlatformConfig, declared: bool, timeout: float, json: bool) -> int:
+async def _doctor(config: PlatformConfig, platform: Platform | None, timeout: float, json: bool) -> int:
     failed = False
-    async for finding in _findings(config, declared, timeout):
+    async for finding in _findings(config, platform, timeout):
         failed |= finding.level is Level.FAIL
         if json:
             output.emit(finding)
@@ -50,9 +54,28 @@ async def _doctor(config: PlatformConfig, declared: bool, timeout: float, json: 
     return exits.NO if failed else exits.OK
 
 
-async def _findings(config: PlatformConfig, declared: bool, timeout: float) -> AsyncIterator[Finding]:
-    async for finding in run_checks(_host(config, declared)):
+async def _findings(
+    config: PlatformConfig, platform: Platform | None, timeout: float
+) -> AsyncIterator[Finding]:
+    async for finding in run_checks(_host(config, declared=platform is not None)):
         yield finding
+    apps = AppChecks(platform) if platform is not None else None
+    if apps is not None:
+        async for finding in run_checks([("apps", apps.programs), ("fence", apps.fence)]):
+            yield finding
+    holders: dict[str, str] = {}
+    async for finding in _of_nats(config, timeout, holders, declared=platform is not None):
+        yield finding
+    if apps is not None:
+        # Last, as only NATS tells which of them a node holds, whose answer is as it should be.
+        async for finding in run_checks([("addresses", lambda: apps.claims(holders))]):
+            yield finding
+
+
+async def _of_nats(
+    config: PlatformConfig, timeout: float, holders: dict[str, str], *, declared: bool
+) -> AsyncIterator[Finding]:
+    """*holders* gets the apps that some node holds, with the node."""
     client = PlatformClient(config.name, nats_options(config), timeout=timeout)
     try:
         await client.__aenter__()
@@ -67,11 +90,18 @@ async def _findings(config: PlatformConfig, declared: bool, timeout: float) -> A
             yield finding
             if finding.check == "jetstream" and finding.level is Level.FAIL:
                 return  # nothing of the rest could work
+        with contextlib.suppress(PhalanxError):  # said above
+            holders |= {
+                app.name: status.node
+                for status in await client.status()
+                for app in status.apps
+                if app.role in HOLDING
+            }
     finally:
         await client.__aexit__(None, None, None)
 
 
-def _host(config: PlatformConfig, declared: bool) -> list[tuple[str, Check]]:
+def _host(config: PlatformConfig, *, declared: bool) -> list[tuple[str, Check]]:
     checks: list[tuple[str, Check]] = [
         ("python", host_checks.python),
         ("keeper", host_checks.keeper),

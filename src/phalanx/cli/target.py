@@ -88,23 +88,29 @@ class Where:
 
     def node(self) -> tuple[PlatformConfig, bool]:
         """The declaration, and whether it is this machine's own, from a file. Raises ConfigError."""
+        config, platform = self.declaration()
+        return config, platform is not None
+
+    def declaration(self) -> tuple[PlatformConfig, Platform | None]:
+        """The same with its apps, where it is this machine's own. Raises ConfigError."""
         if not 0.05 <= self.timeout <= 600:
             raise ConfigError("--timeout", self.timeout, "out of range", "choose 0.05 to 600 seconds")
         # A file that was named says more than the environment; one that is only found here says less.
         name = self.platform or ("" if self.config else os.environ.get("PHALANX_PLATFORM")) or ""
         with Overrides(nats=self.nats).applied():
-            config, declared = self._declared(name)
+            platform = self._declared(name)
+            config = platform.config if platform is not None else _bare(name)
         if name and name != config.name:
-            config, declared = msgspec.structs.replace(_bare(name), nats=config.nats), False
-        return config, declared
+            return msgspec.structs.replace(_bare(name), nats=config.nats), None
+        return config, platform
 
-    def _declared(self, name: str) -> tuple[PlatformConfig, bool]:
+    def _declared(self, name: str) -> Platform | None:
         if self.config is not None:
-            return load(self.config).config, True
+            return load(self.config)
         if name and (self.nats or os.environ.get("PHALANX_NATS")):
-            return _bare(name), False
+            return None
         if Path(DEFAULT_FILE).exists():
-            return load(DEFAULT_FILE).config, True
+            return load(DEFAULT_FILE)
         if not name:
             raise ConfigError(
                 "--platform",
@@ -112,7 +118,7 @@ class Where:
                 f"which platform? there is no {DEFAULT_FILE} here",
                 "give --platform NAME and --nats URL (or PHALANX_PLATFORM, PHALANX_NATS), or --config FILE",
             )
-        return _bare(name), False
+        return None
 
 
 def _bare(name: str) -> PlatformConfig:

@@ -12,10 +12,10 @@ from phalanx import child
 from phalanx.aio import wait_at_most
 from phalanx.config import VirtualIP
 from phalanx.errors import AddressError
-from phalanx.net import kernel
+from phalanx.net import asking, kernel
 from phalanx.net.held import Held
 from phalanx.net.placing import place
-from phalanx.ports import SectionContext
+from phalanx.ports import AddressClaim, SectionContext
 
 log = logging.getLogger("phalanx.net")
 
@@ -67,6 +67,26 @@ class Addresses:
                 f"this process lacks {' and '.join(missing)}",
                 "run it as root, or with AmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW (systemd)",
             )
+
+    async def claims(self) -> tuple[AddressClaim, ...]:
+        """See ``ports.SectionAddresses.claims``."""
+        self._check_rights()
+        network = await self._look()
+        places = [
+            (declared, place(self._app, declared, network))
+            for declared in self._declared
+            if not asking.is_here(declared, network)
+        ]
+        try:
+            answers = await asyncio.gather(*(asking.who_has(*where) for where in places))
+        except OSError as error:
+            problem = f"no raw socket: {error.strerror}"
+            raise AddressError(self._app, places[0][0].address, "prepare", problem) from error
+        return tuple(
+            AddressClaim(declared.address, link.name, macs)
+            for (declared, link), macs in zip(places, answers, strict=True)
+            if macs
+        )
 
     async def start(self, on_change: Callable[[], None]) -> None:
         """See ``ports.SectionAddresses.start``."""
