@@ -27,7 +27,7 @@ from phalanx.testing.nats import NatsCluster, NatsServer
 
 
 async def connect(options: NatsOptions, **more: Any) -> NatsBus:
-    return await NatsBus.connect(options, name="test", ping_interval=0.2, **{"timeout": 5.0, **more})
+    return await NatsBus.connect(options, name="test", **{"ping_interval": 0.2, "timeout": 5.0, **more})
 
 
 async def eventually(condition: Callable[[], object], timeout: float = 10.0) -> None:
@@ -271,12 +271,12 @@ async def test_reconnection_that_succeeds_while_the_bus_is_closed(
     monkeypatch.setattr(TcpTransport, "connect", connect_and_miss_the_cancellation)
     await bus.switch_server("a test")
     await eventually(lambda: made)
-    await eventually(lambda: made[0].transport.is_closing(), 2)
+    await eventually(lambda: made[0].transport.is_closing())
 
 
 async def test_server_that_was_left_is_not_the_first_to_be_tried(nats_cluster: NatsCluster) -> None:
     """A server that stands still takes connections and says nothing: another one is reached at once."""
-    bus = await connect(NatsOptions(urls=tuple(nats_cluster.urls)))
+    bus = await connect(NatsOptions(urls=tuple(nats_cluster.urls)), ping_interval=1.0)
     for _ in range(8):
         left = nats_cluster.index(bus.server_name)
         nats_cluster.freeze(left)
@@ -286,7 +286,7 @@ async def test_server_that_was_left_is_not_the_first_to_be_tried(nats_cluster: N
         took = time.monotonic() - began
         nats_cluster.thaw(left)
         assert bus.server_name != nats_cluster.name(left)
-        assert took < 0.4, "it has waited for the server that it had left"  # that would be 0.5 s
+        assert took < 1.9, "it has waited for the server that it had left"  # that would be 2 s
     await bus.close()
 
 

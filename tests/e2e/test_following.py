@@ -283,7 +283,7 @@ async def test_log_that_begins_after_the_replica_is_trouble(bus: NatsBus, writer
     async with following(bus, MemoryReplica(Position(2, 1)), troubles=troubles) as follower:
         await eventually(lambda: follower.trouble)
         with pytest.raises(ReplicaUnavailable, match="begins at 4"):
-            await follower.wait_for(5, 1)
+            await follower.wait_for(5, 20)
     assert troubles == ["the log begins at 4, the replica is at 2"]
     async with following(bus, MemoryReplica(Position(3, 2)), troubles=troubles) as follower:
         await follower.wait_for(6, 5)
@@ -412,7 +412,7 @@ async def test_confirmation_without_a_standby_times_out(bus: NatsBus, writer: Wr
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         await confirmed(bus, NAMES, APP, 2, 0.3)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 10
     asking = asyncio.create_task(confirmed(bus, NAMES, APP, 2, 10))
     await asyncio.sleep(0.05)
     async with following(bus, MemoryReplica()):

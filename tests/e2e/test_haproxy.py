@@ -111,7 +111,7 @@ class HAProxy:
     def up(self) -> list[str]:
         """The servers of the backend that HAProxy sends requests to."""
         with socket.socket(socket.AF_UNIX) as channel:
-            channel.settimeout(1)
+            channel.settimeout(10)
             channel.connect(str(self._socket_path))
             channel.sendall(b"show stat\n")
             text = b"".join(iter(lambda: channel.recv(65536), b"")).decode()

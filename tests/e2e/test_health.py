@@ -519,12 +519,13 @@ async def test_results_tell_each_check() -> None:
         await asyncio.sleep(0.02)
         return "lag 3 ms"
 
+    began = system.now()
     async with Watched(function(lag, "lag", when="always")) as monitor:
         assert monitor.results()[0].since == 0
         await until(lambda: monitor.verdict is Health.HEALTHY)
         (result,) = monitor.results()
     assert (result.name, result.health, result.detail) == ("lag", Health.HEALTHY, "lag 3 ms")
-    assert 0.02 <= result.duration_seconds < 0.2
+    assert 0.02 <= result.duration_seconds < system.now() - began
     assert abs(system.wall() - result.since) < 10
 
 
@@ -534,7 +535,7 @@ async def no_descriptors_leak() -> AsyncIterator[None]:
     before = len(os.listdir("/proc/self/fd"))
     yield
     with contextlib.suppress(TimeoutError):
-        await until(lambda: len(os.listdir("/proc/self/fd")) <= before, 2)
+        await until(lambda: len(os.listdir("/proc/self/fd")) <= before)
     assert len(os.listdir("/proc/self/fd")) <= before
 
 

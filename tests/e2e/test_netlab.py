@@ -38,12 +38,17 @@ def seen(lab: NetLab) -> set[tuple[int, int]]:
     return {(one.index, other.index) for one, other in pairs if one.reaches(other, timeout=0.15)}
 
 
+def settles(lab: NetLab, pairs: set[tuple[int, int]]) -> None:
+    """Those pairs of hosts reach each other, and no others: on a busy machine an answer may come too late."""
+    until(lambda: seen(lab) == pairs, f"it is not {pairs}")
+
+
 ALL = {(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)}
 
 
 def test_hosts_that_nothing_disturbs(lab: NetLab) -> None:
     """Every host reaches every other one under the address that it names, and itself."""
-    assert seen(lab) == ALL
+    settles(lab, ALL)
     assert all(host.reaches(host) for host in lab)
     assert [host.address for host in lab] == ["10.66.0.11", "10.66.0.12", "10.66.0.13", "10.66.0.14"]
     assert all(host.addresses() == [host.address] for host in lab)
@@ -66,8 +71,8 @@ def test_two_labs_of_the_same_subnet(lab: NetLab) -> None:
                 listening.listen()
                 absent = other if each is lab else lab
                 with each[1].socket() as here, absent[1].socket() as there:
-                    here.settimeout(2)
-                    there.settimeout(2)
+                    here.settimeout(10)
+                    there.settimeout(10)
                     here.connect((each[0].address, 80))
                     with pytest.raises(ConnectionRefusedError):
                         there.connect((absent[0].address, 80))
@@ -82,13 +87,13 @@ def test_two_networks_and_ipv6() -> None:
         with one.socket(socket.AF_INET6) as listening, other.socket(socket.AF_INET6) as client:
             listening.bind((one.address6, 80))
             listening.listen()
-            client.settimeout(0.5)
+            client.settimeout(10)
             client.connect((one.address6, 80))
         lab.cut_link(0)
         with one.socket() as listening, other.socket() as client:
             listening.bind(("10.66.1.11", 80))
             listening.listen()
-            client.settimeout(0.5)
+            client.settimeout(10)
             client.connect(("10.66.1.11", 80))
 
 
@@ -101,16 +106,16 @@ def test_one_way(lab: NetLab) -> None:
     assert (lab[0].delivers(lab[1]), lab[1].delivers(lab[0])) == (False, True)
     lab[1].ip("neigh", "flush", "all")
     assert (lab[0].delivers(lab[1]), lab[1].delivers(lab[0])) == (False, True)
-    assert seen(lab) == ALL - {(0, 1)}
+    settles(lab, ALL - {(0, 1)})
     lab.allow(0, 1)
-    assert seen(lab) == ALL
+    settles(lab, ALL)
 
 
 def test_both_ways(lab: NetLab) -> None:
     """Two hosts do not see each other, not even by ARP; the others see both."""
     lab.cut(0, 1)
     assert (lab[0].delivers(lab[1]), lab[1].delivers(lab[0])) == (False, False)
-    assert seen(lab) == ALL - {(0, 1)}
+    settles(lab, ALL - {(0, 1)})
     lab[0].ip("neigh", "flush", "all")
     assert not lab[0].delivers(lab[1])
     entry = lab[0].ip("neigh", "show", lab[1].address)
@@ -130,7 +135,7 @@ def test_one_port(lab: NetLab) -> None:
         assert not lab.connected(1, 0, 80)
         for index, port, passes in ((1, 80, False), (1, 81, True), (2, 80, True)):
             with lab[index].socket() as client:
-                client.settimeout(0.3)
+                client.settimeout(10.0 if passes else 0.3)
                 try:
                     client.connect((lab[0].address, port))
                     connected = True
@@ -142,16 +147,16 @@ def test_one_port(lab: NetLab) -> None:
 def test_isolated(lab: NetLab) -> None:
     """A host that the switch ignores keeps its carrier, and sees nobody."""
     lab.isolate(2)
-    assert seen(lab) == {(0, 1), (0, 3), (1, 3)}
+    settles(lab, {(0, 1), (0, 3), (1, 3)})
     assert "LOWER_UP" in lab[2].ip("link", "show", "eth0")
 
 
 def test_groups(lab: NetLab) -> None:
     """Only those of one group see each other, and who is in no group everybody."""
     lab.partition([0, 1], [2])
-    assert seen(lab) == ALL - {(0, 2), (1, 2)}
+    settles(lab, ALL - {(0, 2), (1, 2)})
     lab.partition([0, 1], [2, 3])
-    assert seen(lab) == {(0, 1), (2, 3)}
+    settles(lab, {(0, 1), (2, 3)})
 
 
 def test_partition_and_an_address_that_a_host_took_since(lab: NetLab) -> None:
@@ -162,7 +167,7 @@ def test_partition_and_an_address_that_a_host_took_since(lab: NetLab) -> None:
         listening.bind((virtual, 80))
         listening.listen()
         with lab[1].socket() as client:
-            client.settimeout(1)
+            client.settimeout(10)
             client.connect((virtual, 80))
         lab.isolate(0)
         with lab[1].socket() as client:
@@ -176,7 +181,7 @@ def test_cable_pulled(lab: NetLab) -> None:
     lab.cut_link(3)
     assert "NO-CARRIER" in lab[3].ip("link", "show", "eth0")
     assert lab[3].addresses() == [lab[3].address]
-    assert seen(lab) == {(0, 1), (0, 2), (1, 2)}
+    settles(lab, {(0, 1), (0, 2), (1, 2)})
     lab.restore_link(3)
     until(lambda: seen(lab) == ALL, "not healed")
 
@@ -184,7 +189,7 @@ def test_cable_pulled(lab: NetLab) -> None:
 def test_switch_gone(lab: NetLab) -> None:
     """Nobody sees anybody, with carrier; then all do."""
     lab.stop_switch()
-    assert seen(lab) == set()
+    settles(lab, set())
     assert "LOWER_UP" in lab[2].ip("link", "show", "eth0")
     lab.start_switch()
     until(lambda: seen(lab) == ALL, "not healed")
@@ -233,7 +238,7 @@ def test_host_that_is_not_there(lab: NetLab) -> None:
         lab.partition([0], [1, 4])
     with pytest.raises(ValueError, match="0 to 1, not 50"):
         lab.lose(0, 50)
-    assert seen(lab) == ALL
+    settles(lab, ALL)
 
 
 # --- programs

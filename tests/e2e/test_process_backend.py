@@ -399,9 +399,11 @@ async def test_without_any_gate(
 
 
 async def test_a_gate_costs_little(sections: Sections) -> None:
-    """From the registration to the program's exec: some milliseconds (best of five, machines are busy)."""
-    seconds: list[float] = []
-    for _ in range(5):
+    """From the registration to the exec: some milliseconds (best of up to twenty: machines are busy)."""
+    seconds: list[float] = [1.0]
+    for _ in range(20):
+        if min(seconds) < 0.05:
+            break
         began = system.now()
         running = await sections.start("sleep 60")
         seconds.append(system.now() - began)

@@ -16,6 +16,8 @@ from phalanx.testing.netlab import NetLab
 
 VIP, VIP6 = "10.66.0.100", "fd66:66::100"
 DECLARED = [f"{VIP}/24", f"{VIP6}/64"]
+LASTING = [{"address": address, "lifetime": 40} for address in DECLARED]
+"""They are prolonged, and so looked at, every ten seconds."""
 
 
 @pytest.fixture(scope="module")
@@ -203,25 +205,25 @@ def test_client_follows_from_one_host_to_the_next(lab: NetLab, hold: Hold) -> No
     one.must("release")
     two.must("acquire 2")
     for address in (VIP, VIP6):
-        until(lambda a=address: mac(lab[1]) in client.ip("neigh", "show", a), "the old one is still known", 1)
+        until(lambda a=address: mac(lab[1]) in client.ip("neigh", "show", a), "the old one is still known")
 
 
 def test_somebody_deletes_it(lab: NetLab, hold: Hold) -> None:
-    """It is lost at once, with its reason."""
-    one = hold(0)
+    """It is lost at once, with its reason: not when it is to be prolonged, every ten seconds here."""
+    one = hold(0, LASTING)
     one.must("acquire 1")
     lab[0].ip("addr", "del", f"{VIP}/24", "dev", "eth0")
-    lost = one.event("lost", timeout=0.5)
+    lost = one.event("lost", timeout=5)
     assert "not on eth0 any more" in lost["error"]
     assert VIP in lost["error"]
 
 
 def test_interface_goes_down_and_comes_back(lab: NetLab, hold: Hold) -> None:
-    """What is held is lost, the node is no candidate meanwhile, and is one again after it."""
-    one = hold(0)
+    """What is held is lost at once, the node is no candidate meanwhile, and is one again after it."""
+    one = hold(0, LASTING)
     one.must("acquire 1")
     lab[0].ip("link", "set", "eth0", "down")
-    assert "down" in one.event("lost", timeout=0.5)["error"]
+    assert "down" in one.event("lost", timeout=5)["error"]
     until(lambda: any("eth0 is down" in said["text"] for said in one.events("problem")), "no problem is told")
     one.must("release")
     lab[0].ip("link", "set", "eth0", "up")
@@ -236,7 +238,7 @@ def test_cable_is_out_for_long(lab: NetLab, hold: Hold) -> None:
     one.must("acquire 1")
     began = time.monotonic()
     lab.cut_link(0)
-    assert "no carrier" in one.event("lost", timeout=2)["error"]
+    assert "no carrier" in one.event("lost")["error"]
     assert time.monotonic() - began > 0.9
 
 
@@ -249,7 +251,7 @@ def test_cable_is_out_for_a_moment(lab: NetLab, hold: Hold) -> None:
         time.sleep(0.2)
         assert not heard
         lab.restore_link(0)
-        until(lambda: heard, "not announced again", 2)
+        until(lambda: heard, "not announced again")
     assert not one.events("lost")
 
 
@@ -264,10 +266,10 @@ def test_conflict_is_contested_once(lab: NetLab, hold: Hold, address: str) -> No
     with listening(lab[2], kind) as heard:
         send(lab[1], packets.announcements(ip, foreign)[0])
         own = bytes.fromhex(mac(lab[0]).replace(":", ""))
-        until(lambda: any((c := packets.claim(f, ip)) and c.mac == own for _, f in heard), "not contested", 2)
+        until(lambda: any((c := packets.claim(f, ip)) and c.mac == own for _, f in heard), "not contested")
     assert not one.events("lost")
     send(lab[1], packets.announcements(ip, foreign)[0])
-    assert "02:00:00:00:00:01" in one.event("lost", timeout=1)["error"]
+    assert "02:00:00:00:00:01" in one.event("lost")["error"]
 
 
 @contextlib.contextmanager

@@ -145,8 +145,11 @@ def test_node_and_keeper_killed_at_once(stage: VipStage) -> None:
     active = stage.settled()
     with watched(stage):
         stage.nodes[active].kill_both()
-        stage.wait_until(lambda: not stage.holders(), "still there", 1.0)
+        stage.wait_until(lambda: not stage.holders(), "still there")
         moved(stage, active)
+    log = stage.nodes[active].log().rpartition("the keeper died: killing what it has kept")[2]
+    assert f"dropped the address {stage.vip} of" in log
+    assert f"dropped the address {stage.vip6} of" in log
 
 
 def test_node_keeper_and_warden_killed_at_once(stage: VipStage) -> None:

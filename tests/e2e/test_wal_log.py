@@ -262,7 +262,7 @@ async def test_append_without_nats_gives_up_in_time_and_stores_nothing_twice(
     began = time.monotonic()
     with pytest.raises(BusError):
         await log.append(sequence, one, timeout=0.5)
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 10
     nats_server.start()
     assert await log.append(sequence, one, timeout=20) == 2
     assert [entry.txid for entry in await log.read(1)] == [0, 1]
@@ -333,11 +333,10 @@ async def test_lost_record_is_sent_again_soon_and_refused_when_it_arrives_after_
     last = await fill(log, 3, 50)
     link = Unreliable(bus, monkeypatch)
     link.holding = True
-    began = time.monotonic()
     stored = await log.append(last, draft(3, 51))
     assert stored == last + 1
     assert link.timeouts[0] < 0.5
-    assert time.monotonic() - began < 1.5, "it was waited for as long as for a slow server"
+    assert sum(link.timeouts[:-1]) < 1.5, "it was waited for as long as for a slow server"
     with pytest.raises(WrongRevision):
         await link.let_go()
     await log.append(stored, draft(3, 52))

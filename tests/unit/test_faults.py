@@ -29,10 +29,12 @@ async def echo_behind_proxy() -> AsyncIterator[TcpProxy]:
         yield proxy
 
 
-async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes) -> bytes:
-    """The echo of *data*; TimeoutError after 0.2 s."""
+async def ask(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, data: bytes, seconds: float = 20.0
+) -> bytes:
+    """The echo of *data*; TimeoutError after *seconds*."""
     writer.write(data)
-    return await asyncio.wait_for(reader.readexactly(len(data)), 0.2)
+    return await asyncio.wait_for(reader.readexactly(len(data)), seconds)
 
 
 async def test_proxy_passes_and_delays() -> None:
@@ -74,12 +76,12 @@ async def test_proxy_black_hole_holds_back_until_healed(way: Way) -> None:
         assert await ask(reader, writer, b"x") == b"x"
         proxy.black_hole(way)
         with pytest.raises(TimeoutError):
-            await ask(reader, writer, b"held")
+            await ask(reader, writer, b"held", 0.2)
         fresh_reader, fresh = await asyncio.open_connection("127.0.0.1", proxy.port)
         with pytest.raises(TimeoutError):
-            await ask(fresh_reader, fresh, b"new")
+            await ask(fresh_reader, fresh, b"new", 0.2)
         proxy.heal()
-        assert await asyncio.wait_for(reader.readexactly(4), 1) == b"held"
-        assert await asyncio.wait_for(fresh_reader.readexactly(3), 1) == b"new"
+        assert await asyncio.wait_for(reader.readexactly(4), 20) == b"held"
+        assert await asyncio.wait_for(fresh_reader.readexactly(3), 20) == b"new"
         writer.close()
         fresh.close()

@@ -232,7 +232,7 @@ def test_full_pipe_costs_a_moment_once_then_lines_are_counted(configure: Configu
         began = time.monotonic()
         for n in range(2000):
             log.info("line %d %s", n, "x" * 100)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 20, "each line was waited for, not one"
         held = os.read(reader.fileno(), 1 << 20)
         log.info("after")
         text = (held + os.read(reader.fileno(), 1 << 20)).decode()

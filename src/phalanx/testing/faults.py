@@ -30,8 +30,9 @@ def freeze(pid: int) -> None:
 
 
 def thaw(pid: int) -> None:
-    """SIGCONT."""
-    os.kill(pid, signal.SIGCONT)
+    """SIGCONT; a process that was killed meanwhile is fine."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGCONT)
 
 
 def kill(pid: int) -> None:
