@@ -37,7 +37,9 @@ demo: $(STAMP) ## a cluster on this machine; watch its failovers
 
 test: lint ## everything: lint, types, unit, conformance, simulation, end to end; with coverage
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest $(ARGS)
+	@rm -f .coverage.*
+	$(BIN)/python -m tests.run_all --coverage $(ARGS)
+	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 	@echo "coverage: $$($(BIN)/coverage report --format=total) % of lines and branches (processes that tests start are not measured)"
 

@@ -78,6 +78,7 @@ def wait_until(condition: Callable[[], object], seconds: float) -> bool:
     return True
 
 
+@pytest.mark.alone
 def test_demo_keeps_its_promises_and_leaves_nothing(own_temp: Path) -> None:
     """One fault for real: exit code 0, who took over, a growing epoch, no process and no file left."""
     outcome = play(own_temp, "kill")
@@ -86,6 +87,7 @@ def test_demo_keeps_its_promises_and_leaves_nothing(own_temp: Path) -> None:
     assert outcome["failed_requests"] > 0
 
 
+@pytest.mark.alone
 def test_demo_loses_no_confirmed_row_g3(own_temp: Path) -> None:
     """Datasette's host loses its power for real: rows were confirmed, whatever is lost was set aside."""
     outcome = play(own_temp, "db-power")
@@ -95,6 +97,7 @@ def test_demo_loses_no_confirmed_row_g3(own_temp: Path) -> None:
     assert rows["lost"] <= rows["set_aside"]
 
 
+@pytest.mark.alone
 def test_demo_moves_a_virtual_address(own_temp: Path) -> None:
     """A crash, a hand-over and a pulled cable, each seen by the client; nothing is left."""
     demo = start_demo(own_temp, "--only", "vip")

@@ -25,6 +25,7 @@ def _script(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(280)
 def test_g3_kills_of_the_writer_lose_nothing_confirmed_and_nothing_unreported() -> None:
     """Six failovers under load, from a seed: it says what it did, and that every promise was kept."""

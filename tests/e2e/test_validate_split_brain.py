@@ -20,6 +20,7 @@ def _script(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
 
 
+@pytest.mark.alone
 @pytest.mark.timeout(300)
 def test_g1_g2_g3_network_faults_freezes_and_kills_on_five_hosts() -> None:
     """A minute of faults from a seed: nobody sees two, nothing confirmed is lost, the majority is served.
