@@ -591,22 +591,23 @@ class Node:
                 task.cancel()
             await asyncio.gather(guard, *serving, return_exceptions=True)
 
-    def on_stuck(self, app: App, reason: str) -> None:
+    def on_stuck(self, app: str, reason: str) -> None:
         """A section does not end: give it some time, hand the other apps over, then end the node."""
+        stuck = self.apps[app]
 
         async def wait() -> None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STUCK_SECONDS):
-                    await app.wait_ended()
+                    await stuck.wait_ended()
                 return
             # What keeps this section may outlive the node, and then the keeper holds the session for it. The
             # other apps must not be held with it.
             if self._guard is not None:
-                await self._guard.hand_over_others(app)
-            if app.has_section:
-                die(self.journal, f"app {app.name} does not end ({reason})")
+                await self._guard.hand_over_others(stuck)
+            if stuck.has_section:
+                die(self.journal, f"app {app} does not end ({reason})")
 
-        self._background.spawn(wait(), f"stuck {app.name}")
+        self._background.spawn(wait(), f"stuck {app}")
 
     async def _end_session(self, session: Session) -> None:
         """All sections have ended: say so to everybody."""
@@ -677,10 +678,10 @@ class Node:
         """Nothing of it runs any more."""
         self.alarm.end()
 
-    def on_app_changed(self, app: App) -> None:
+    def on_app_changed(self, app: str) -> None:
         """A role has changed."""
         self._tell_keep()
-        if app.role is Role.ACTIVE:
+        if self.apps[app].is_active:
             self._steering.look()
 
     # --- connection

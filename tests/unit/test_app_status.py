@@ -18,7 +18,8 @@ def test_status_that_is_asked_for_while_a_replica_catches_up(monkeypatch: pytest
     monkeypatch.setattr(AppDatabase, "_ineligible", lambda _: reasons[0])
     monkeypatch.setattr(AppDatabase, "brief", lambda _: None)
     election: Any = type("Election", (), {"named": "", "leader": None})()
-    vars(app).update(database=database, _election=election)
+    candidacy = vars(app)["_candidacy"]
+    candidacy.database, candidacy.election = database, election
 
     assert database.ineligible_because() == "its replica is behind"
     reasons.pop(0)

@@ -164,7 +164,7 @@ def build(settings: Settings) -> Platform:
         )
         app = platform.app(name, pattern, backend=backend, database=database)
         if settings.lasting:
-            app._backend = LastingBackend(settings.lasting)  # pyright: ignore[reportPrivateUsage]
+            app.backend = LastingBackend(settings.lasting)
         if settings.hooks:
 
             async def on_active(ctx: ActiveContext, app: App = app) -> None:

@@ -1,0 +1,111 @@
+"""What an app declares: its configuration, its hooks, what it runs and at which addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from phalanx.config import AppConfig
+from phalanx.errors import AddressError, BackendError
+from phalanx.hooks import Hooks
+from phalanx.ports import AddressClaim, Backend, SectionAddresses
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class DeclaredApp:
+    """An app as it was declared, whether its platform runs or not.
+
+    ``backend`` and ``addresses`` are what it runs while it is active; None: it declares none.
+    """
+
+    def __init__(
+        self,
+        config: AppConfig,
+        backend: Backend | None,
+        addresses: SectionAddresses | None,
+        on_hook_run: Callable[[str, float], None],
+    ) -> None:
+        self.config, self.name = config, config.name
+        self.backend, self.addresses = backend, addresses
+        self.hooks = Hooks(config.name, config.hook_timeouts, on_hook_run)
+
+    def on_start(self, function: F) -> F:
+        """Runs once when the node starts, before it may become active. A failure bars the node."""
+        self.hooks.add("on_start", function)
+        return function
+
+    def on_stop(self, function: F) -> F:
+        """Runs once when the node stops, after the app has been handed over."""
+        self.hooks.add("on_stop", function)
+        return function
+
+    def on_active(self, function: F) -> F:
+        """Runs when this node becomes active, with an :class:`ActiveContext`.
+
+        The app is active when it returns or calls ``ctx.ready()``. It may go on running for the whole
+        section; it is cancelled when the section ends.
+        """
+        self.hooks.add("on_active", function)
+        return function
+
+    def on_passive(self, function: F) -> F:
+        """Runs at a graceful end of the active section, after ``on_active`` has ended."""
+        self.hooks.add("on_passive", function)
+        return function
+
+    def on_leader_change(self, function: F) -> F:
+        """Runs on every node when the leader changes, with a :class:`LeaderChange`."""
+        self.hooks.add("on_leader_change", function)
+        return function
+
+    def on_health_change(self, function: F) -> F:
+        """Runs when the verdict of this node's health checks changes, with a :class:`HealthChange`."""
+        self.hooks.add("on_health_change", function)
+        return function
+
+    async def check(self) -> None:
+        """Look for what would keep its backend and its addresses from this host; makes nothing.
+
+        Raises BackendError, AddressError (step ``prepare``).
+        """
+        for problem in await self.problems():
+            raise problem
+
+    async def problems(self) -> list[BackendError | AddressError]:
+        """What :meth:`check` would raise, all of it."""
+        found: list[BackendError | AddressError] = []
+        try:
+            if self.backend is not None:
+                await self.backend.prepare(self.name)
+        except BackendError as error:
+            found.append(error)
+        try:
+            if self.addresses is not None:
+                await self.addresses.check()
+        except AddressError as error:
+            found.append(error)
+        return found
+
+    async def address_claims(self) -> tuple[AddressClaim, ...]:
+        """Which of its addresses other hosts answer for just now. Raises AddressError."""
+        return await self.addresses.claims() if self.addresses is not None else ()
+
+    @property
+    def bound_because(self) -> str:
+        """Why what it runs is bound to end with the node, by its kind; empty if it is not."""
+        if self.config.database is not None:
+            return "its database is captured by the node"
+        if self.addresses is not None:
+            return "its addresses are kept by the node"
+        if self.backend is None or "on_active" in self.hooks or "on_passive" in self.hooks:
+            return "its hooks are code inside the node"
+        return ""
+
+    @property
+    def can_adopt(self) -> bool:
+        """Whether all that it runs can outlive a node, by its kind: a program of its own and nothing else."""
+        return not self.bound_because
+
+
+__all__ = ["DeclaredApp"]
