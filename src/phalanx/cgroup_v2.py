@@ -35,11 +35,17 @@ _DELEGATED = "user.delegate"
 
 
 class Cgroup:
-    """One that this process has made, and holds until :meth:`remove`."""
+    """One that this process holds until :meth:`remove`: *descriptor* is its directory's, and locked."""
 
     def __init__(self, path: str, descriptor: int) -> None:
         self.path = path
         self._descriptor: int | None = descriptor
+
+    def fileno(self) -> int:
+        """Whoever has a copy of it holds it with us. Raises ValueError once it was let go of."""
+        if self._descriptor is None:
+            raise ValueError(f"{self.path} is not held any more")
+        return self._descriptor
 
     def limit(self, files: Mapping[str, str]) -> None:
         """Write its interface files, such as ``memory.max``. Raises OSError."""

@@ -98,6 +98,8 @@ class Node:
         self.has_started = False
         self.owns_process = False
         """Whether the process ends with the node: only then can anything be left to the keeper."""
+        self.beside: contextlib.AbstractAsyncContextManager[object] | None = None
+        """What the node's programs need as long as it lives, from its lock on its data directory on."""
         self._kept: set[str] = set()
         self._keep_told = wire.Keep(())
         self._earlier_renewals = 0
@@ -161,6 +163,8 @@ class Node:
     async def _open(self, stack: contextlib.AsyncExitStack) -> None:
         """Everything that outlives a session. What was opened is on *stack*."""
         self._lock_data_dir(stack)
+        if self.beside is not None:
+            await stack.enter_async_context(self.beside)
         audit = AuditLog(self.names, self.node, self.data_dir / "audit")
         stack.callback(audit.close)
         self.audit = audit

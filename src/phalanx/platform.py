@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from phalanx import preflight
+from phalanx import preflight, system
 from phalanx.app import App
-from phalanx.backends import make_backend
+from phalanx.backends import Holder, make_backend
 from phalanx.config import (
     ActivePassive,
     AppConfig,
@@ -26,6 +26,7 @@ from phalanx.config import (
     Logging,
     NatsOptions,
     PlatformConfig,
+    Process,
     Restart,
     SQLite,
     Timings,
@@ -96,6 +97,7 @@ class Platform:
         self._running: asyncio.Task[None] | None = None
         self._owns_process = self._checked = False
         self._ending = Ending()
+        self._holder = Holder(Path(str(config.data_dir))) if system.LINUX else None
 
     @classmethod
     def from_config(cls, config: PlatformConfig, apps: Sequence[AppConfig] = ()) -> Platform:
@@ -147,7 +149,7 @@ class Platform:
             raise error
         backend = None
         if config.backend is not None:
-            backend = make_backend(config.backend, self.config.name, self.config.node)
+            backend = make_backend(config.backend, self.config.name, self.config.node, self._holder)
         addresses = make_addresses(config.name, config.vip, self.config.timings.ttl) if config.vip else None
         app = self._apps[config.name] = App(config, backend, addresses)
         return app
@@ -180,6 +182,8 @@ class Platform:
         self._checked = False
         self._node = node = Node(self.config, self._apps.values())
         node.owns_process = self._owns_process
+        if any(isinstance(app.config.backend, Process) for app in self._apps.values()):
+            node.beside = self._holder
         if self._owns_process:
             try:
                 node.alarm.enable()

@@ -131,6 +131,11 @@ def process_start_time(pid: int) -> int:
     return int(time.mktime(time.strptime(started))) if started else 0
 
 
+def process_age_seconds(start_time: int) -> float:
+    """How long a process of that start time has run."""
+    return now() - start_time / os.sysconf("SC_CLK_TCK") if LINUX else wall() - start_time
+
+
 def is_running(pid: int) -> bool:
     """Whether *pid* is there and no zombie."""
     if LINUX:

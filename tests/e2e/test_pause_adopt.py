@@ -1,4 +1,4 @@
-"""A node restarts in a pause: its container or its systemd unit runs on. Real engines, nodes, kills."""
+"""A node restarts in a pause: its process, container or systemd unit runs on. Real engines, nodes, kills."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ GAP_SECONDS = 0.5
 node is away for AWAY_SECONDS."""
 
 TICKS = (
-    "run=${INVOCATION_ID:-$(hostname)}; "
+    "run=${INVOCATION_ID:-${PHALANX_SECTION:-$(hostname)}}; "
     'while read now rest < /proc/uptime; do echo "$PHALANX_EPOCH $run $now"; sleep 0.01; done >> "$0/ticks"'
 )
-"""A program for sh that writes down its epoch, which container or start of a unit it is, and the moment."""
+"""A program for sh that writes down its epoch, which process, container or start of a unit it is, and when."""
 
 
 class Tick(NamedTuple):
@@ -91,6 +91,43 @@ class DockerEngine:
         """See ``Engine.close``."""
         for one in self._dockerd.docker("ps", "--all", "--quiet").split():
             self._dockerd.try_docker("rm", "--force", one)
+
+
+class HolderEngine:
+    """Processes, whose parent is the holder of their node."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = str(folder)
+
+    def declare(self, node: str, command: list[str], folder: Path) -> str:
+        """See ``Engine.declare``."""
+        return f'type = "process"\ncommand = {toml_list(command)}\nstop_timeout = "1s"\n'
+
+    def running(self) -> list[str]:
+        """See ``Engine.running``: their marks."""
+        return list(self._found())
+
+    def _found(self) -> dict[str, int]:
+        """The process of each mark."""
+        found: dict[str, int] = {}
+        for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+            if self._folder in system.command_line(pid) and system.is_running(pid):
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                marks = [
+                    entry for entry in environment if entry.startswith(system.MARKER_ENV.encode() + b"=")
+                ]
+                if marks and os.getsid(pid) == pid:
+                    found[marks[0].decode().partition("=")[2]] = pid
+        return found
+
+    def crash(self, run: str) -> None:
+        """See ``Engine.crash``."""
+        os.kill(self._found()[run], signal.SIGKILL)
+
+    def close(self) -> None:
+        """See ``Engine.close``."""
+        for pid in self._found().values():
+            os.kill(pid, signal.SIGKILL)
 
 
 class SystemdEngine:
@@ -180,11 +217,13 @@ class Adopting:
         return first
 
 
-@pytest.fixture(params=["docker", pytest.param("systemd", marks=pytest.mark.in_systemd)])
+@pytest.fixture(params=["process", "docker", pytest.param("systemd", marks=pytest.mark.in_systemd)])
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> object:
     """Each in turn."""
     if request.param == "docker":
         return DockerEngine(request.getfixturevalue("dockerd"))
+    if request.param == "process":
+        return HolderEngine(tmp_path)
     return SystemdEngine()
 
 
@@ -255,7 +294,7 @@ async def test_program_ends_while_its_node_is_away(s: Adopting) -> None:
     node.kill()
     s.engine.crash(last.run)
     node.start()
-    reason = "its program has ended while the node was away"
+    reason = "while the node was away"
     await s.until(lambda: reason in node.get("/status")[1].decode(), "it is not told")
     assert s.engine.running() == []
     await s.client.resume("wiki")

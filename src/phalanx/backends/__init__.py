@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from phalanx import config, ports
+from phalanx.backends.holder import Holder
 from phalanx.backends.process import ProcessBackend
 from phalanx.backends.systemd import SystemdBackend
 
 
-def make_backend(declared: config.Backend, platform: str = "", node: str = "") -> ports.Backend:
-    """The adapter for what an app of *platform* declares as its backend on *node*."""
+def make_backend(
+    declared: config.Backend, platform: str = "", node: str = "", holder: Holder | None = None
+) -> ports.Backend:
+    """The adapter for what an app of *platform* declares as its backend on *node*.
+
+    *holder*: the parent of the node's processes; None where they are the node's own children.
+    """
     match declared:
         case config.Process():
-            return ProcessBackend(declared)
+            return ProcessBackend(declared, holder)
         case config.Systemd():
             return SystemdBackend(declared)
         case config.Docker():
@@ -20,4 +26,4 @@ def make_backend(declared: config.Backend, platform: str = "", node: str = "") -
             return DockerBackend(declared, platform, node)
 
 
-__all__ = ["ProcessBackend", "SystemdBackend", "make_backend"]
+__all__ = ["Holder", "ProcessBackend", "SystemdBackend", "make_backend"]

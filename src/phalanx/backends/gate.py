@@ -2,7 +2,7 @@
 
 Between fork and exec a child is a copy of its node: without the mark, in no group that anybody knows. If
 the node is killed just then its keeper finds nothing, and the child would go on to become the program. So
-what the node starts is a gate, which waits on its stdin for a line and only then becomes the program. The
+what is started is a gate, which waits on its stdin for a line and only then becomes the program. The
 line is sent once the keeper knows the group; the end of the node is the end of the stdin, and of the gate.
 
 The gate is a shell, which costs a millisecond. Where a shell would spoil something (it drops variables
@@ -18,10 +18,12 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 
 from phalanx import child
+from phalanx.backends.held import HeldProcess
 
 # The shell's own PWD, OLDPWD, SHLVL and _ reach the program as from any shell.
 _SHELL_GATE = 'read -r _ && exec "$0" "$@" </dev/null'
@@ -89,18 +91,46 @@ def spawn(
     program runs at once.
     """
     for wrapped, reports in _wrapped(command, env, identity):
-        ours, theirs = socket.socketpair()
-        try:
-            with theirs:
-                process = child.spawn(wrapped, env=env, cwd=cwd, identity=identity, stdin=theirs.fileno())
-        except BaseException as error:
-            ours.close()
-            # Either the gate is not for this user, or something is wrong with cwd: the next one will tell.
-            if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES):
-                continue
-            raise
-        return process, Gate(ours, reports=reports)
+        with _channel() as (ours, theirs):
+            process = child.spawn(wrapped, env=env, cwd=cwd, identity=identity, stdin=theirs.fileno())
+            return process, Gate(ours, reports=reports)
     return child.spawn(command, env=env, cwd=cwd, identity=identity), Gate(None)
+
+
+async def spawn_by(
+    start: Callable[[Sequence[str], int], Awaitable[HeldProcess]],
+    command: tuple[str, ...],
+    env: Mapping[str, str],
+    identity: child.Identity | None,
+) -> tuple[HeldProcess, Gate]:
+    """The same by somebody else, who does not keep our end of the gate: *start* is given what to run, and the
+    descriptor that is to be its stdin. Raises OSError."""
+    wrappings = await child.in_thread(lambda: list(_wrapped(command, env, identity)))
+    for wrapped, reports in wrappings:
+        with _channel() as (ours, theirs):
+            return await start(wrapped, theirs.fileno()), Gate(ours, reports=reports)
+    nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return await start(command, nothing), Gate(None)
+    finally:
+        os.close(nothing)
+
+
+@contextmanager
+def _channel() -> Generator[tuple[socket.socket, socket.socket]]:
+    """Our end of a gate, and its own, which is closed afterwards; ours only if the gate does not start.
+
+    A gate that is not for this user is no error, or else something is wrong with cwd: the next one will tell.
+    """
+    ours, theirs = socket.socketpair()
+    try:
+        yield ours, theirs
+    except BaseException as error:
+        ours.close()
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOENT, errno.EACCES):
+            raise
+    finally:
+        theirs.close()
 
 
 def _wrapped(

@@ -7,12 +7,12 @@ import logging
 import os
 import secrets
 import socket
-import struct
 from collections.abc import Callable, Collection
 from pathlib import Path
 
 import msgspec
 
+from phalanx import unix_socket
 from phalanx.decide.election import LeaderBody
 from phalanx.decide.pause import WHOLE_PLATFORM
 from phalanx.errors import BusError
@@ -25,8 +25,6 @@ log = logging.getLogger("phalanx.keeper")
 
 LOOK_SECONDS = 0.25
 """Between looks at the pauses: nobody tells a keeper of them."""
-
-_PEER = struct.Struct("3i")
 
 OnVisit = Callable[[asyncio.WriteTransport, int, wire.FromVisitor], None]
 
@@ -64,9 +62,7 @@ class _Visitor(asyncio.Protocol):
         assert isinstance(transport, asyncio.WriteTransport)
         self._transport = transport
         channel: socket.socket = transport.get_extra_info("socket")
-        self._pid, user, _ = _PEER.unpack(
-            channel.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-        )
+        self._pid, user = unix_socket.peer(channel)
         if user not in (os.getuid(), 0):
             log.error("a process of user %d came to take over: refused", user)
             transport.abort()

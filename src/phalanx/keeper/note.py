@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import msgspec
 
-from phalanx import system
+from phalanx import system, unix_socket
 from phalanx.types import SessionId
 
 log = logging.getLogger("phalanx.keeper")
@@ -67,33 +66,18 @@ def read(state_dir: Path) -> KeeperNote | None:
         return None
 
 
-@contextmanager
-def socket_path(state_dir: Path) -> Generator[str]:
+def socket_path(state_dir: Path) -> AbstractContextManager[str]:
     """The socket's path, within the kernel's 107 bytes however deep the folder lies."""
-    plain = str(state_dir / SOCKET)
-    if len(os.fsencode(plain)) < 100 or not system.LINUX:
-        yield plain
-        return
-    folder = os.open(state_dir, os.O_PATH | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{folder}/{SOCKET}"
-    finally:
-        os.close(folder)
+    return unix_socket.short_path(state_dir / SOCKET)
 
 
 def listen(state_dir: Path) -> socket.socket:
     """A listening socket that only this user can reach. Raises OSError."""
-    (state_dir / SOCKET).unlink(missing_ok=True)
-    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
+    made = unix_socket.bind(state_dir / SOCKET)
     try:
-        with socket_path(state_dir) as path:
-            made.bind(path)
         made.listen(4)
         made.setblocking(False)
     except OSError:
         made.close()
         raise
-    finally:
-        os.umask(before)
     return made
