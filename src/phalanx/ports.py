@@ -316,8 +316,8 @@ class Backend(Protocol):
 
     async def adopt(self, section: SectionContext, resource: Resource) -> Running | None:
         """Take up what an earlier life of this node has left running and registered as *resource*: from now
-        on it is as if started here. None if it does not run any more. Raises BackendError. On None, an error
-        or a cancellation nothing of it is left."""
+        on it is as if started here. If it has ended meanwhile: None, or one whose ``ended`` says how. Raises
+        BackendError. On None, an error or a cancellation nothing of it is left."""
         ...
 
     async def logs(self, app: str, lines: int = 100) -> list[str]:

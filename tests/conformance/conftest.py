@@ -7,13 +7,14 @@ import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from phalanx.ports import SectionContext
 from phalanx.types import Resource
 
 from . import docker_stage
-from .stages import BACKENDS, Stage
+from .stages import BACKENDS, Stage, param
 
 
 class Recorder:
@@ -26,6 +27,10 @@ class Recorder:
         """Whatever was ever registered."""
         self.on_register: dict[int, Callable[[Resource], object]] = {}
         self.section = SectionContext("prod", "n1", app, epoch, self._register, self._unregister)
+
+    def section_of(self, resource: Resource) -> SectionContext:
+        """The section that *resource* is of, gone on with."""
+        return msgspec.structs.replace(self.section, epoch=resource.epoch)
 
     def count(self, call: str) -> int:
         """How many calls there were of that kind."""
@@ -46,10 +51,7 @@ class Recorder:
         self.resources.pop(resource_id, None)
 
 
-MARKS = {"systemd": [pytest.mark.in_systemd]}
-
-
-@pytest.fixture(params=[pytest.param(name, marks=MARKS.get(name, ())) for name in BACKENDS])
+@pytest.fixture(params=[param(name) for name in BACKENDS])
 async def stage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Stage]:
     """One backend under test; nothing of it outlives the test."""
     if request.param == "docker":

@@ -16,13 +16,17 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+import pytest
+from _pytest.mark import ParameterSet
 
 from phalanx import cgroup_v2, config, system
-from phalanx.backends import make_backend
+from phalanx.backends import Holder, make_backend
+from phalanx.keeper import note
 from phalanx.keeper.fencing import kill_resources
 from phalanx.ports import Backend, SectionContext
 from phalanx.testing.fake_backend import Behaviour, FakeBackend, FakeHost
-from phalanx.types import Resource
+from phalanx.testing.holders import holder_of
+from phalanx.types import Resource, SessionId
 
 PROGRAM = Path(__file__).with_name("program.py")
 READY_TIMEOUT = 10.0
@@ -41,12 +45,6 @@ class Stage(Protocol):
     """Of this stage alone: other tests that run at the same time are not in its way."""
     kind: str
     """Of the resources that it registers."""
-    registrations: int
-    """How many times a start registers before the program runs. It may do so again, once it runs."""
-    adopts: bool
-    """Whether what it runs outlives a node that was killed, and can be taken up again."""
-    fences: bool
-    """Whether ``fence`` finds by itself what a dead node has left; else only the keeper's list tells."""
 
     def backend(
         self,
@@ -80,6 +78,10 @@ class Stage(Protocol):
         """What the keeper does with that; whether all of it is gone."""
         ...
 
+    def lose(self) -> None:
+        """After the node's death: whoever else would end what runs, dies as well."""
+        ...
+
     async def close(self) -> None:
         """End whatever a failed test has left."""
         ...
@@ -91,9 +93,6 @@ class RealStage:
     name: str
     """Its key in ``BACKENDS``."""
     kind: str
-    registrations = 1
-    adopts = True
-    fences: bool = True
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.app = folder, app_of(folder)
@@ -129,7 +128,11 @@ class RealStage:
         )
         app = config.build_app(self.app, config.ActivePassive(), backend=declared)
         assert app.backend is not None
-        return make_backend(app.backend, "prod", "n1")
+        return self.backend_of(app.backend)
+
+    def backend_of(self, declared: config.Backend) -> Backend:
+        """The adapter for it."""
+        return make_backend(declared, "prod", "n1")
 
     def has_said(self, word: str) -> bool:
         """See ``Stage.has_said``."""
@@ -172,6 +175,9 @@ class RealStage:
                 return True
         return False
 
+    def lose(self) -> None:
+        """See ``Stage.lose``: nobody would."""
+
     async def close(self) -> None:
         """See ``Stage.close``."""
         for node in self._nodes:
@@ -204,15 +210,32 @@ class HostStage(RealStage):
 
 
 class ProcessStage(HostStage):
-    """``phalanx.Process``. The kernel ends it with its node; the keeper knows what it has started."""
+    """``phalanx.Process``. Its parent is a holder, which a pause leaves to the next life of the node."""
 
     name = kind = "process"
-    registrations = 2
-    adopts = False
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.fences = bool(cgroup_v2.base())
+        self._holder = Holder(folder)
+
+    def backend_of(self, declared: config.Backend) -> Backend:
+        """See ``RealStage.backend_of``."""
+        return make_backend(declared, "prod", "n1", self._holder)
+
+    async def node_dies(self, behaviour: Behaviour, at: int) -> list[Resource]:
+        """See ``Stage.node_dies``: in a pause, and the keeper that outlives it is whoever runs the test."""
+        note.write(self.folder, SessionId("n1", "ab"))
+        return await super().node_dies(behaviour, at)
+
+    def lose(self) -> None:
+        """See ``Stage.lose``: the holder would end it."""
+        os.kill(holder_of(self.folder), 9)
+
+    async def close(self) -> None:
+        """See ``Stage.close``."""
+        note.remove(self.folder)
+        await self._holder.close()
+        await super().close()
 
     def declare(self, behaviour: Behaviour, **options: object) -> config.Process:
         """See ``RealStage.declare``."""
@@ -224,9 +247,6 @@ class FakeStage:
     """``phalanx.testing.fake_backend``."""
 
     kind = "fake"
-    registrations = 1
-    adopts = True
-    fences = True
 
     def __init__(self, folder: Path) -> None:
         self.host, self.app = FakeHost(), app_of(folder)
@@ -284,6 +304,9 @@ class FakeStage:
             self.host.kill(resource.id)
         return True
 
+    def lose(self) -> None:
+        """See ``Stage.lose``: nobody would."""
+
     async def close(self) -> None:
         """See ``Stage.close``."""
         for marker in self.left():
@@ -309,3 +332,15 @@ BACKENDS: dict[str, Callable[[Path], Stage]] = {
     "fake": FakeStage,
 }
 """By name. What makes one may call ``pytest.skip`` where this host can't run it."""
+
+REGISTRATIONS = {"process": 2, "docker": 1, "systemd": 1, "fake": 1}
+"""How many times a start registers before the program runs. It may do so again, once it runs."""
+
+FENCING = [name for name in BACKENDS if name != "process" or cgroup_v2.base()]
+"""Those whose ``fence`` finds by itself what a dead node has left. Without control groups only the keeper's
+list tells of processes."""
+
+
+def param(name: str, *values: object) -> ParameterSet:
+    """One case of a test: that backend, and *values*."""
+    return pytest.param(name, *values, marks=[pytest.mark.in_systemd] if name == "systemd" else [])

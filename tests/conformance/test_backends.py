@@ -13,14 +13,19 @@ from phalanx.testing.fake_backend import Behaviour
 from phalanx.types import ProgramState, Resource
 
 from .conftest import Recorder, until
-from .stages import Stage
+from .stages import FENCING, REGISTRATIONS, Stage, param
 
 SERVES = Behaviour()
 IGNORES_STOP = Behaviour(stop_seconds=None)
 CRASHES = Behaviour(ends_seconds=0.2, exit_code=3)
 LEAVES_A_DAEMON = Behaviour(daemon=True)
 
-REGISTRATIONS = (1, 2)
+each_registration = pytest.mark.parametrize(
+    ("stage", "registration"),
+    [param(name, number + 1) for name, count in REGISTRATIONS.items() for number in range(count)],
+    indirect=["stage"],
+)
+"""Each backend, at each registration of a start of its."""
 
 
 async def start(stage: Stage, recorder: Recorder, behaviour: Behaviour, **options: float) -> Running:
@@ -39,16 +44,21 @@ def assert_nothing_is_left(stage: Stage, recorder: Recorder) -> None:
 # --- start
 
 
-async def test_registers_before_it_starts(stage: Stage, recorder: Recorder) -> None:
+@pytest.mark.parametrize(
+    ("stage", "registrations"),
+    [param(name, count) for name, count in REGISTRATIONS.items()],
+    indirect=["stage"],
+)
+async def test_registers_before_it_starts(stage: Stage, recorder: Recorder, registrations: int) -> None:
     """G4: the keeper knows the program before it runs, and all that it needs before start() returns."""
     seen: list[bool] = []
-    for number in range(1, stage.registrations + 1):
+    for number in range(1, registrations + 1):
         recorder.on_register[number] = lambda resource: asyncio.sleep(
             0.2, seen.append(stage.has_said("started"))
         )
     running = await stage.backend(SERVES).start(recorder.section)
-    assert seen == [False] * stage.registrations
-    assert recorder.count("register") == len(recorder.calls) >= stage.registrations
+    assert seen == [False] * registrations
+    assert recorder.count("register") == len(recorder.calls) >= registrations
     (resource,) = recorder.resources.values()
     assert (resource.kind, resource.app, resource.epoch) == (stage.kind, stage.app, 7)
     await until(lambda: stage.has_said("started"))
@@ -58,13 +68,11 @@ async def test_registers_before_it_starts(stage: Stage, recorder: Recorder) -> N
     assert_nothing_is_left(stage, recorder)
 
 
-@pytest.mark.parametrize("registration", REGISTRATIONS)
+@each_registration
 async def test_keeper_that_refuses_lets_nothing_run(
     stage: Stage, recorder: Recorder, registration: int
 ) -> None:
     """A refused registration, of the session that was lost, is raised, and the program never ran."""
-    if registration > stage.registrations:
-        pytest.skip("it registers once")
 
     def refuse(resource: Resource) -> None:
         raise SessionLost("n1.ab", "gone")
@@ -93,13 +101,11 @@ async def test_start_cancelled_at_any_moment_leaves_nothing(
     assert_nothing_is_left(stage, recorder)
 
 
-@pytest.mark.parametrize("registration", REGISTRATIONS)
+@each_registration
 async def test_start_cancelled_while_registering_leaves_nothing(
     stage: Stage, recorder: Recorder, registration: int
 ) -> None:
     """Also while the keeper's answer is awaited, and cancelled twice."""
-    if registration > stage.registrations:
-        pytest.skip("it registers once")
     reached = asyncio.Event()
 
     async def hang() -> None:
@@ -357,13 +363,15 @@ async def test_flood_of_output_holds_nobody_up(stage: Stage, recorder: Recorder)
 # --- the life after
 
 
-@pytest.mark.parametrize("registration", [*REGISTRATIONS, 0])
+@pytest.mark.parametrize(
+    ("stage", "registration"),
+    [param(name, number) for name, count in REGISTRATIONS.items() for number in range(count + 1)],
+    indirect=["stage"],
+)
 async def test_node_killed_while_starting_leaves_nothing_that_the_keeper_does_not_find(
     stage: Stage, recorder: Recorder, registration: int
 ) -> None:
     """G1: SIGKILL of the node in the middle of start(): its keeper ends whatever came of it."""
-    if registration > stage.registrations:
-        pytest.skip("it registers once")
     known = await stage.node_dies(LEAVES_A_DAEMON, registration)
     assert [(resource.app, resource.epoch) for resource in known] == [(stage.app, 6)]
     assert await stage.keeper_kills(known)
@@ -373,19 +381,13 @@ async def test_node_killed_while_starting_leaves_nothing_that_the_keeper_does_no
 
 
 async def test_restarted_node_takes_up_what_runs(stage: Stage, recorder: Recorder) -> None:
-    """The node was killed, the keeper let its program run (pause): adopt() has it as if it were started here.
-
-    Where the kernel ends programs with their node, there is nothing to take up.
-    """
+    """The node was killed, the keeper let its program run (pause): adopt() has it as if started here."""
     (resource,) = await stage.node_dies(Behaviour(daemon=True, lines=("up",)), 0)
     await asyncio.sleep(0.1)
     backend = stage.backend(SERVES, ready=True)
-    running = await backend.adopt(recorder.section, resource)
-    assert (running is not None) == stage.adopts == resource.adoptable
-    if running is None:
-        await stage.keeper_kills([resource])
-        assert_nothing_is_left(stage, recorder)
-        return
+    running = await backend.adopt(recorder.section_of(resource), resource)
+    assert resource.adoptable
+    assert running is not None
     await until(lambda: stage.has_said("ready"))
     await running.wait_ready()
     assert running.status().state is ProgramState.RUNNING
@@ -397,10 +399,8 @@ async def test_restarted_node_takes_up_what_runs(stage: Stage, recorder: Recorde
 
 async def test_adopted_program_that_ends_says_so(stage: Stage, recorder: Recorder) -> None:
     """The end of a program is noticed, whoever has started it."""
-    if not stage.adopts:
-        pytest.skip("the kernel ends its programs with the node")
     (resource,) = await stage.node_dies(SERVES, 0)
-    running = await stage.backend(SERVES).adopt(recorder.section, resource)
+    running = await stage.backend(SERVES).adopt(recorder.section_of(resource), resource)
     assert running is not None
     await until(lambda: stage.has_said("ready"))
     stage.crash()
@@ -412,18 +412,22 @@ async def test_adopted_program_that_ends_says_so(stage: Stage, recorder: Recorde
 
 
 async def test_there_is_nothing_to_adopt_of_what_has_ended(stage: Stage, recorder: Recorder) -> None:
-    """It ended while nobody looked: None, and the caller starts anew."""
+    """It ended while nobody looked: None, or one that says how it ended; and the caller starts anew."""
     (resource,) = await stage.node_dies(SERVES, 0)
     assert await stage.keeper_kills([resource])
-    assert await stage.backend(SERVES).adopt(recorder.section, resource) is None
+    ended = await stage.backend(SERVES).adopt(recorder.section_of(resource), resource)
+    if ended is not None:
+        assert ended.status().state is ProgramState.ENDED
+        assert "SIGKILL" in await ended.ended
+        await ended.stop("it ended")
     assert_nothing_is_left(stage, recorder)
 
 
+@pytest.mark.parametrize("stage", [param(name) for name in FENCING], indirect=True)
 async def test_fence_ends_what_a_dead_node_left(stage: Stage, recorder: Recorder) -> None:
     """G1: node and keeper are dead, and their list is lost: fence() finds what runs of the app, by itself."""
     await stage.node_dies(LEAVES_A_DAEMON, 0)
-    if not stage.fences:
-        pytest.skip("only the keeper's list tells of it")
+    stage.lose()
     backend = stage.backend(SERVES)
     assert stage.left()
     assert await backend.fence(stage.app)
@@ -431,11 +435,11 @@ async def test_fence_ends_what_a_dead_node_left(stage: Stage, recorder: Recorder
     assert await backend.fence(stage.app) == []
 
 
+@pytest.mark.parametrize("stage", [param(name) for name in FENCING], indirect=True)
 async def test_start_ends_what_a_dead_node_left(stage: Stage, recorder: Recorder) -> None:
     """The same when the app is started again: never two of them."""
     await stage.node_dies(LEAVES_A_DAEMON, 0)
-    if not stage.fences:
-        pytest.skip("only the keeper's list tells of it")
+    stage.lose()
     before = set(stage.left())
     running = await stage.backend(SERVES).start(recorder.section)
     assert not before & set(stage.left())

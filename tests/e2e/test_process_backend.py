@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import pwd
 import resource as resource_module
+import signal
 import subprocess
 import sys
 import threading
@@ -20,17 +22,19 @@ import msgspec
 import pytest
 
 from phalanx import cgroup_v2, child, config, system
-from phalanx.backends import ProcessBackend, abandoning, gate, process
+from phalanx.backends import Holder, ProcessBackend, abandoning, gate, holder, process
 from phalanx.errors import BackendError, SessionLost
 from phalanx.keeper.fencing import kill_resources
 from phalanx.ports import Running, SectionContext
+from phalanx.testing.holders import holder_of
 from phalanx.types import Resource
 
 
 class Sections:
     """Makes sections, and knows what is registered."""
 
-    def __init__(self) -> None:
+    def __init__(self, holder: Holder | None) -> None:
+        self.holder = holder
         self.resources: dict[str, Resource] = {}
         self.markers: set[str] = set()
         self.before_group: Callable[[], Awaitable[None]] | None = None
@@ -64,15 +68,17 @@ class Sections:
         ).backend
         assert declared is not None
         section = SectionContext("prod", "n1", "wiki", 12, self.register, self.unregister, "/srv/wiki.db")
-        return await ProcessBackend(declared).start(section)
+        return await ProcessBackend(declared, self.holder).start(section)
 
 
 @pytest.fixture
-async def sections() -> AsyncIterator[Sections]:
+async def sections(tmp_path: Path) -> AsyncIterator[Sections]:
     """Sections of which nothing is left after the test, no descriptor either."""
     before = set(os.listdir("/proc/self/fd"))
-    made = Sections()
-    yield made
+    async with Holder(tmp_path) as holder:
+        assert await holder.claim("none") is None
+        made = Sections(holder)
+        yield made
     for marker in made.markers:
         system.kill_marked(marker)
     assert len(os.listdir("/proc/self/fd")) <= len(before)
@@ -229,10 +235,86 @@ async def test_ready_check_that_passes_for_a_dead_program(sections: Sections) ->
         await sections.start(running, ready=config.FunctionCheck(passes_late, timeout=5))
 
 
-async def test_cancelled_while_it_is_being_spawned(
-    sections: Sections, monkeypatch: pytest.MonkeyPatch
+async def test_cancelled_while_its_holder_spawns_it(sections: Sections, tmp_path: Path) -> None:
+    """G8: the program may appear after the cancellation; start() waits and kills it."""
+    parent = holder_of(tmp_path)
+    os.kill(parent, signal.SIGSTOP)
+    start = asyncio.create_task(sections.start("sleep 60"))
+    try:
+        await until(lambda: sections.resources)
+        await asyncio.sleep(0.2)
+        start.cancel()
+        await asyncio.sleep(0.1)
+        assert not start.done()
+    finally:
+        os.kill(parent, signal.SIGCONT)
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert not [pid for marker in sections.markers for pid in system.find_marked(marker)]
+    assert not sections.resources
+
+
+async def test_holder_that_stands_still(
+    sections: Sections, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G8: the program may appear after the cancellation, in its thread; start() waits and kills it."""
+    """A start fails in time and leaves nothing; what runs is killed all the same, and then all goes on."""
+    monkeypatch.setattr(holder, "ANSWER_SECONDS", 0.5)
+    running = await sections.start("sleep 60")
+    (resource,) = sections.resources.values()
+    os.kill(holder_of(tmp_path), signal.SIGSTOP)
+    with pytest.raises(BackendError, match=r"has not answered within 0\.5 s") as caught:
+        await sections.start("sleep 61")
+    assert caught.value.step == "start"
+    assert list(sections.resources) == [resource.id]
+    await running.kill()
+    assert not system.is_running(resource.pgid)
+    assert not sections.resources
+    with pytest.raises(BackendError, match="has not answered"):  # it holds nothing: it is given up
+        await sections.start("sleep 62")
+    again = await sections.start(["/bin/echo", "up"])
+    assert await again.ended == "exited with code 0"
+    await again.stop("done")
+    assert not [pid for marker in sections.markers for pid in system.find_marked(marker)]
+
+
+async def test_holder_that_is_killed_takes_its_programs_with_it(sections: Sections, tmp_path: Path) -> None:
+    """The kernel sees to that; the section hears of an end, and the next start has a new holder."""
+    running = await sections.start("sleep 60")
+    (resource,) = sections.resources.values()
+    os.kill(holder_of(tmp_path), signal.SIGKILL)
+    assert "its holder has ended" in await asyncio.wait_for(running.ended, 10)
+    await until(lambda: not system.is_running(resource.pgid))
+    await running.stop("it ended")
+    assert not sections.resources
+    again = await sections.start("sleep 60")
+    await again.kill()
+
+
+async def test_holder_outlives_its_signals(sections: Sections, tmp_path: Path) -> None:
+    """A terminal's Ctrl-C and a service manager's SIGTERM are for the node, which ends its programs."""
+    running = await sections.start("sleep 60")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(holder_of(tmp_path), number)
+    assert await sections.holder.claim("none") is None  # pyright: ignore
+    assert not asyncio.ensure_future(running.ended).done()
+    await running.kill()
+
+
+async def test_without_a_holder(lines: list[str]) -> None:
+    """As on macOS: a child of the node, which cannot be left running."""
+    sections = Sections(None)
+    running = await sections.start(["/bin/sh", "-c", "echo up; exit 3"])
+    (resource,) = sections.resources.values()
+    assert not resource.adoptable
+    assert await running.ended == "exited with code 3"
+    await running.stop("done")
+    assert lines == ["up"]
+    assert not sections.resources
+
+
+async def test_cancelled_while_it_is_being_spawned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G8: the same without a holder, in a thread of the node's."""
+    sections = Sections(None)
     real, spawned, begun = child.spawn, list[int](), threading.Event()
 
     def slowly(*arguments: object, **options: object) -> object:
@@ -280,7 +362,8 @@ async def test_g1_program_runs_only_once_its_group_is_known(
 NODE = """
 import asyncio, sys
 from phalanx import config
-from phalanx.backends import ProcessBackend
+from pathlib import Path
+from phalanx.backends import Holder, ProcessBackend
 from phalanx.ports import SectionContext
 
 async def register(resource):
@@ -292,23 +375,26 @@ async def main():
     app = config.build_app("wiki", config.ActivePassive(), backend=config.Process(
         ["/bin/sh", "-c", f"echo x > {sys.argv[1]}; sleep 60"], env=eval(sys.argv[2])))
     section = SectionContext("prod", "n1", "wiki", 12, register, lambda resource_id: None)
-    await ProcessBackend(app.backend).start(section)
+    holder = Holder(Path(sys.argv[3])) if len(sys.argv) > 3 else None
+    await ProcessBackend(app.backend, holder).start(section)
 
 asyncio.run(main())
 """
 
 
+@pytest.mark.parametrize("held", [True, False])
 @pytest.mark.parametrize("env", GATES.values(), ids=GATES.keys())
 @pytest.mark.parametrize("mortal", [True, False])
 async def test_g1_program_never_runs_if_its_node_dies_before_its_group_is_known(
-    tmp_path: Path, env: dict[str, str], mortal: bool
+    tmp_path: Path, env: dict[str, str], mortal: bool, held: bool
 ) -> None:
     """The end of the node is the end of the gate, also without the kernel's help (no setpriv)."""
     ran = tmp_path / "ran"
     code = NODE if mortal else "from phalanx import child\nchild.dies_with_node = lambda: ()\n" + NODE
     node = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", code, str(ran), repr(env), stdout=asyncio.subprocess.PIPE
-    )
+        sys.executable, "-c", code, str(ran), repr(env), *([str(tmp_path)] if held else []),
+        stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
     assert node.stdout is not None
     pid = int(await asyncio.wait_for(node.stdout.readline(), 20))
     assert system.is_running(pid)
@@ -561,8 +647,9 @@ async def test_g1_daemon_that_nothing_else_tells_of_is_killed(
 
 LEAVES = """
 import asyncio, sys
+from pathlib import Path
 from phalanx import config
-from phalanx.backends import ProcessBackend
+from phalanx.backends import Holder, ProcessBackend
 from phalanx.ports import SectionContext
 import msgspec, logging
 
@@ -580,7 +667,8 @@ async def main():
     app = config.build_app("wiki", config.ActivePassive(), backend=config.Process(
         [sys.executable, "-uc", sys.argv[1]]))
     section = SectionContext("prod", "n1", "wiki", 12, register, lambda resource_id: None)
-    await ProcessBackend(app.backend).start(section)
+    holder = Holder(Path(sys.argv[2]))
+    await ProcessBackend(app.backend, holder).start(section)
     await asyncio.sleep(60)
 
 asyncio.run(main())
@@ -588,11 +676,12 @@ asyncio.run(main())
 
 
 @in_cgroups
-@pytest.mark.parametrize("who", ["keeper", "next node"])
-async def test_g1_such_a_daemon_of_a_killed_node_is_killed(who: str) -> None:
-    """SIGKILL of the node: its keeper kills it; or, if that died too and its file is lost, the next start."""
+@pytest.mark.parametrize("who", ["holder", "keeper", "next node"])
+async def test_g1_such_a_daemon_of_a_killed_node_is_killed(tmp_path: Path, who: str) -> None:
+    """SIGKILL of the node: its holder kills it; its keeper, if that stands still; if all have died and the
+    keeper's file is lost, the next start."""
     node = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", LEAVES, ESCAPES, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-c", LEAVES, ESCAPES, str(tmp_path), stdout=asyncio.subprocess.PIPE
     )
     assert node.stdout is not None
     async with asyncio.timeout(20):
@@ -600,15 +689,24 @@ async def test_g1_such_a_daemon_of_a_killed_node_is_killed(who: str) -> None:
         daemon = system.ProcessRef.of(int(await node.stdout.readline()))
     assert daemon.alive()
     assert list(cgroup_v2.left_over("wiki.prod.n1.")) == [], "it is held"
+    parent = holder_of(tmp_path)
+    if who != "holder":
+        os.kill(parent, signal.SIGKILL if who == "next node" else signal.SIGSTOP)
     node.kill()
     await node.wait()
-    if who == "keeper":
-        assert await kill_resources([resource])
-    else:
-        await until(lambda: not system.is_running(resource.pgid))
-        await ProcessBackend(config.Process("true")).fence("wiki")
-    assert not daemon.alive()
-    assert not is_there(resource.details["cgroup"])
+    try:
+        if who == "keeper":
+            assert await kill_resources([resource])
+        elif who == "next node":
+            await until(lambda: not system.is_running(resource.pgid))
+            await ProcessBackend(config.Process("true")).fence("wiki")
+        else:
+            await until(lambda: not system.is_running(parent))
+        assert not daemon.alive()
+        assert not is_there(resource.details["cgroup"])
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(parent, signal.SIGKILL)
 
 
 @in_cgroups

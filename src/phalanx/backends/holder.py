@@ -180,7 +180,10 @@ class Holder:
     async def _opened(self) -> _Link:
         """The connection; made if there is none. Raises HolderGone, OSError."""
         async with self._opening:
-            if self._link is None or self._link.is_gone:
+            if self._link is not None and self._link.is_gone:
+                gone, self._link = self._link, None
+                await gone.part()
+            if self._link is None:
                 try:
                     self._link = await self._meet() or await self._start()
                 except HolderGone:
@@ -379,7 +382,7 @@ class _Link:
 
     async def part(self) -> None:
         """Close the connection. One that we have started and that holds nothing is seen to end."""
-        holds = bool(self._held or self.claims)
+        holds = not self.is_gone and bool(self._held or self.claims)
         for process in self._held.values():
             process.leave()
         self._close()
@@ -415,8 +418,6 @@ class _Link:
         self._close()
         if self._held:
             log.error("the holder of programs, process %d, has ended, and its programs with it", self._pid)
-        if self._process is not None:
-            self._process.poll()
         for process in list(self._held.values()):
             process.on_holder_gone()
 
