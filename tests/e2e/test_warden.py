@@ -18,6 +18,7 @@ from phalanx.client import PlatformClient
 from phalanx.keeper import warden
 from phalanx.keeper.fencing import Registry
 from phalanx.keeper.warden import NAME, Warden, take_lock
+from phalanx.testing.holders import holder_of
 from phalanx.testing.nats import NatsServer
 from phalanx.testing.nodes import NodeProcess
 from phalanx.testing.stage import stage
@@ -81,21 +82,40 @@ async def test_g1_node_and_keeper_killed_at_once_a_daemonised_child_is_gone_with
         await s.nodes.wait_for_active("wiki", other_than=active)
 
 
-async def test_g1_all_three_killed_while_nats_is_away_the_next_life_ends_what_is_left_all_the_same(
+async def test_g1_all_four_killed_while_nats_is_away_the_next_life_ends_what_is_left_all_the_same(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:
-    """Nobody is left to end a daemonised child; a node that cannot reach NATS does it before all else."""
+    """Node, keeper, warden and holder: nobody is left to end a daemonised child. A node without NATS
+    does it before all else."""
     program, pids = forking(tmp_path)
     with stage(tmp_path, nats_server, count=1, ttl=1.0, backend=program, hooks=False) as s:
         node = s.nodes[await s.settled()]
         victims = await s.nodes.wait_until(lambda: processes(pids), 10, "no programs")
         nats_server.kill(0)
+        holder = holder_of(node.data_dir)
+        os.kill(holder, signal.SIGSTOP)
         for warden in wardens_of(node):
             os.kill(warden, signal.SIGKILL)
         node.kill_both()
+        os.kill(holder, signal.SIGKILL)
         assert any(one.alive() for one in victims)
         node.start()
         await s.nodes.wait_until(lambda: not any(v.alive() for v in victims), 5.0, "they go on")
+
+
+async def test_g1_holder_ends_what_is_left_when_node_keeper_and_warden_are_killed_at_once(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """A daemonised child as well, and then itself; nobody has to start the node again for that."""
+    program, pids = forking(tmp_path)
+    with stage(tmp_path, nats_server, count=1, ttl=1.0, backend=program, hooks=False) as s:
+        node = s.nodes[await s.settled()]
+        victims = await s.nodes.wait_until(lambda: processes(pids), 10, "no programs")
+        for warden in wardens_of(node):
+            os.kill(warden, signal.SIGKILL)
+        node.kill_both()
+        await s.nodes.wait_until(lambda: not any(v.alive() for v in victims), 10.0, "they go on")
+        await s.nodes.wait_until(lambda: not holder_of(node.data_dir), 10.0, "the holder goes on")
 
 
 async def test_node_that_is_started_again_at_once_loses_nothing_of_its_new_life(
