@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 from tests.e2e.wal import STREAM, connected, eventually, ltx_file, make_log
 
 from phalanx.data import ltx
@@ -59,6 +60,7 @@ def fill(level0: Path) -> list[int]:
     return [(level0 / ltx.file_name(txid, txid)).stat().st_size for txid in range(1, FILES + 1)]
 
 
+@pytest.mark.alone
 async def test_loop_goes_on_while_very_many_files_wait(tmp_path: Path, nats_server: NatsServer) -> None:
     """Start, settling, shipping, a full log and the size of the backlog: nothing of it takes long."""
     paths = Paths(tmp_path / "wiki.db", tmp_path / "phalanx")

@@ -60,7 +60,7 @@ async def test_capture_that_is_refused_says_since_when_and_how_much_waits_until_
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a short grace, however often Litestream is started; and all of it is captured in the end."""
-    monkeypatch.setattr(syncing, "FAILING_SECONDS", 2 * GRACE_SECONDS)
+    monkeypatch.setattr(syncing, "FAILING_SECONDS", 3 * GRACE_SECONDS)
     monkeypatch.setattr(syncing, "FAILING_AT_FIRST_SECONDS", 0.5)
     db = bench.connect()
     capture = bench.capture()
@@ -69,7 +69,7 @@ async def test_capture_that_is_refused_says_since_when_and_how_much_waits_until_
     assert capture.uncaptured_bytes == 0
     with immutable(bench.folder / "capture" / "ltx" / "0"):
         db.execute("INSERT INTO t (x) VALUES (?)", (bytes(50_000),))
-        await until(lambda: capture.trouble, 2 * GRACE_SECONDS)
+        await until(lambda: capture.trouble, 3 * GRACE_SECONDS)
         assert capture.trouble.startswith("since 20")
         assert "not permitted" in capture.trouble
         assert 50_000 < capture.uncaptured_bytes < 90_000

@@ -24,6 +24,7 @@ async def audited(nats: NatsCluster) -> list[AuditEntry]:
         return await client.audit(limit=1000)
 
 
+@pytest.mark.alone
 async def test_g4_killed_node_moves_its_app_at_once(nats_cluster: NatsCluster, tmp_path: Path) -> None:
     """SIGKILL of the active node: another is active well before half a second, at the default TTL."""
     with stage(tmp_path, nats_cluster, ttl=5.0) as s:
@@ -36,6 +37,7 @@ async def test_g4_killed_node_moves_its_app_at_once(nats_cluster: NatsCluster, t
         s.check()
 
 
+@pytest.mark.alone
 async def test_g10_sigterm_hands_over_before_the_process_ends(
     nats_cluster: NatsCluster, tmp_path: Path
 ) -> None:
@@ -71,6 +73,7 @@ async def test_g1_frozen_node_is_fenced_before_another_begins(
         assert "stood still" in fenced.reason
 
 
+@pytest.mark.alone
 async def test_g1_frozen_host_cannot_go_on_after_its_session(
     nats_cluster: NatsCluster, tmp_path: Path
 ) -> None:
@@ -108,6 +111,7 @@ async def test_g1_blocked_node_without_a_keeper_dies_with_its_session(
         s.check()
 
 
+@pytest.mark.alone
 async def test_g4_blocked_event_loop_counts_as_a_crash(nats_cluster: NatsCluster, tmp_path: Path) -> None:
     """A hook that blocks the event loop: the keeper kills the node after the stall limit."""
     trigger = tmp_path / "block"
@@ -124,6 +128,7 @@ async def test_g4_blocked_event_loop_counts_as_a_crash(nats_cluster: NatsCluster
         s.check()
 
 
+@pytest.mark.alone
 async def test_g1_keeper_dies_and_the_node_fences_itself(nats_cluster: NatsCluster, tmp_path: Path) -> None:
     """SIGKILL of the keeper: the node's section ends at once, and it comes back with a new session."""
     with stage(tmp_path, nats_cluster) as s:
@@ -141,6 +146,7 @@ async def test_g1_keeper_dies_and_the_node_fences_itself(nats_cluster: NatsClust
         s.check()
 
 
+@pytest.mark.alone
 async def test_dead_host_costs_the_ttl(nats_cluster: NatsCluster, tmp_path: Path) -> None:
     """Node and keeper killed at once: the session expires, and another begins within TTL x 1.05 + 0.3 s."""
     with stage(tmp_path, nats_cluster) as s:
@@ -175,6 +181,7 @@ async def test_g9_node_cut_off_from_nats_stops_before_another_begins(
             s.check()
 
 
+@pytest.mark.alone
 async def test_g9_nats_wholly_gone_and_back(tmp_path: Path) -> None:
     """All NATS servers die: the section ends by its deadline; when they return, one node is active again."""
     with NatsCluster(3) as nats, stage(tmp_path, nats) as s:
@@ -221,6 +228,7 @@ async def test_second_node_with_the_same_id_is_refused(nats_server: NatsServer, 
         assert first.status()["ready"]
 
 
+@pytest.mark.alone
 async def test_node_id_is_free_once_its_session_is_gone(nats_server: NatsServer, tmp_path: Path) -> None:
     """After a crash the same id starts again at once: the keeper has ended the old session."""
     with stage(tmp_path, nats_server, count=1, ttl=5.0) as s:

@@ -115,6 +115,7 @@ async def test_node_that_ended_its_session_itself_is_not_fenced(
         s.check()
 
 
+@pytest.mark.alone
 async def test_failing_command_keeps_the_app_from_starting_until_an_operator_confirms(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:

@@ -48,6 +48,7 @@ async def nothing_began(s: Stage, since: float) -> None:
 
 
 @pytest.mark.parametrize("app", ["wiki", None])
+@pytest.mark.alone
 async def test_active_node_killed_in_a_pause_then_resumed(
     nats_server: NatsServer, tmp_path: Path, client: PlatformClient, app: str | None
 ) -> None:
@@ -237,6 +238,7 @@ async def paused_stage(s: Stage, client: PlatformClient, ticks: Ticks) -> tuple[
 
 
 @pytest.mark.parametrize("how", ["terminated", "killed"])
+@pytest.mark.alone
 async def test_node_restarts_in_a_pause_and_adopts_its_program(
     nats_server: NatsServer, tmp_path: Path, client: PlatformClient, ticks: Ticks, how: str
 ) -> None:
@@ -327,6 +329,7 @@ async def test_node_with_hooks_restarts_in_a_pause(
         s.check()
 
 
+@pytest.mark.alone
 async def test_other_apps_of_a_node_that_dies_in_a_pause_fail_over(
     nats_server: NatsServer, tmp_path: Path, client: PlatformClient
 ) -> None:

@@ -81,6 +81,8 @@ async def sections(tmp_path: Path) -> AsyncIterator[Sections]:
         yield made
     for marker in made.markers:
         system.kill_marked(marker)
+    with contextlib.suppress(TimeoutError):
+        await until(lambda: len(os.listdir("/proc/self/fd")) <= len(before))
     assert len(os.listdir("/proc/self/fd")) <= len(before)
 
 
@@ -232,7 +234,7 @@ async def test_ready_check_that_passes_for_a_dead_program(sections: Sections) ->
         await until(lambda: not system.is_running(resource.pgid))
 
     with pytest.raises(BackendError, match="exited with code 1 before it was ready"):
-        await sections.start(running, ready=config.FunctionCheck(passes_late, timeout=5))
+        await sections.start(running, ready=config.FunctionCheck(passes_late, timeout=20))
 
 
 async def test_cancelled_while_its_holder_spawns_it(sections: Sections, tmp_path: Path) -> None:
@@ -484,6 +486,7 @@ async def test_without_any_gate(
     assert lines == ["up"]
 
 
+@pytest.mark.alone
 async def test_a_gate_costs_little(sections: Sections) -> None:
     """From the registration to the exec: some milliseconds (best of up to twenty: machines are busy)."""
     seconds: list[float] = [1.0]

@@ -115,6 +115,7 @@ def test_held_quietly(lab: NetLab, hold: Hold) -> None:
     assert 2 <= len(told) <= 8, told
 
 
+@pytest.mark.alone
 def test_session_over_the_kernel_removes_it(lab: NetLab, hold: Hold) -> None:
     """Nothing prolongs an address whose session is over: it goes, and that is noticed."""
     one = hold(0)
@@ -126,6 +127,7 @@ def test_session_over_the_kernel_removes_it(lab: NetLab, hold: Hold) -> None:
     assert one.event("lost")["step"] == "keep"
 
 
+@pytest.mark.alone
 def test_holder_killed_the_kernel_removes_it(lab: NetLab, hold: Hold) -> None:
     """With nobody left to prolong it, it is gone a second after its lifetime at most."""
     one = hold(0)

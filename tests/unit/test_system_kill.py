@@ -192,6 +192,7 @@ def test_stopped_and_vforking_processes_do_not_delay_the_kill(section: Section) 
     assert min(seconds) < system._STOP_SECONDS
 
 
+@pytest.mark.alone
 def test_plain_program_is_killed_in_milliseconds(section: Section) -> None:
     """G4: a failover does not wait for the search (the best of up to twenty: other tests run beside it)."""
     seconds: list[float] = [1.0]
