@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
-
-import pytest
+from typing import Any
 
 from phalanx.decide.keeper import Fencing, Watchdog
 from phalanx.decide.timing import Timing
 from phalanx.keeper import wire
 from phalanx.keeper.fencing import Registry
-from phalanx.keeper.process import Keeper
+from phalanx.keeper.holding import Holding
+from phalanx.keeper.link import NodeLink
+from phalanx.keeper.wishes import Wishes
 from phalanx.types import Resource, SessionId
 
 
 async def test_g1_what_a_dying_node_begins_at_the_last_moment_is_ended_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
     """A frozen node wakes up while its keeper ends what is not paused, and registers a unit of that."""
     kept, other, late = (
@@ -29,29 +28,27 @@ async def test_g1_what_a_dying_node_begins_at_the_last_moment_is_ended_too(
     )
     registry, ended = Registry(tmp_path), list[str]()
 
-    async def end(*args: Any, kill_node: bool) -> None:
+    async def end(resources: list[Resource], *, kill_node: bool) -> None:
         if kill_node:
             registry.add(late)
-        for resource in args[3]:
+        for resource in resources:
             ended.append(resource.id)
             registry.remove(resource.id)
 
-    mine, theirs = socket.socketpair()
-    with mine, theirs:
-        keeper = Keeper(theirs, os.getpid(), cast("Any", None), cast("Any", None))
-        monkeypatch.setattr(keeper, "_end_resources", end)
-        monkeypatch.setattr(keeper, "_keep", wire.Keep(("paused",), ("wiki",)))
-        registry.add(kept)
-        registry.add(other)
-        start: Any = SimpleNamespace(platform="test", session=SessionId.new("n1"), state_dir=str(tmp_path))
-        renewer: Any = SimpleNamespace(bus=None)
-        watchdog = Watchdog(Timing.of(2.0), 0.0)
-        try:
-            await keeper._be_alone(
-                start, renewer, registry, watchdog, Fencing("it stood still", kill_node=True)
-            )
-        finally:
-            keeper._close_door()  # pyright: ignore
-            await asyncio.sleep(0)
+    wishes = Wishes()
+    wishes.keep = wire.Keep(("paused",), ("wiki",))
+    registry.add(kept)
+    registry.add(other)
+    start: Any = SimpleNamespace(platform="test", session=SessionId.new("n1"), state_dir=str(tmp_path))
+    renewer: Any = SimpleNamespace(bus=None)
+    ending: Any = SimpleNamespace(end_resources=end)
+    link = NodeLink(os.getpid(), lambda message: None, lambda: None)
+    watchdog = Watchdog(Timing.of(2.0), 0.0)
+    holding = Holding(start, renewer, watchdog, registry, link, wishes, ending, asyncio.Event())
+    try:
+        await holding._be_alone(Fencing("it stood still", kill_node=True))
+    finally:
+        holding._end_absence()  # pyright: ignore
+        await asyncio.sleep(0)
     assert ended == ["other", "late"]
     assert registry.resources == [kept]

@@ -27,6 +27,7 @@ LOOK_SECONDS = 0.25
 """Between looks at the pauses: nobody tells a keeper of them."""
 
 OnVisit = Callable[[asyncio.WriteTransport, int, wire.FromVisitor], None]
+Visit = tuple[asyncio.WriteTransport, int, wire.FromVisitor]
 
 
 class Door:
@@ -133,3 +134,64 @@ async def look_after(
         except msgspec.MsgspecError as error:
             log.error("looking after what was left: %s", error)
         await asyncio.sleep(LOOK_SECONDS)
+
+
+class Absence:
+    """One time without a node: its door is open, what was left is looked after, and who comes first has it.
+
+    *on_event* is told of a visit and of a resumption, which stay in ``visit`` and ``resumed``.
+    """
+
+    def __init__(self, bus: Bus, names: Names, session: SessionId, on_event: Callable[[], None]) -> None:
+        self._bus, self._names, self._session, self._on_event = bus, names, session, on_event
+        self._door = Door(session, self._on_visit)
+        self._looking: asyncio.Task[None] | None = None
+        self._is_over = False
+        self.visit: Visit | None = None
+        self.resumed: set[str] = set()
+
+    async def begin(self, state_dir: Path, keep: wire.Keep) -> None:
+        """Open the door, and look after what was left."""
+        try:
+            await self._door.open(state_dir)
+        except OSError as error:
+            log.error("node %s: its next life cannot reach this keeper: %s", self._session.node, error)
+        self.look_anew(keep)
+
+    def look_anew(self, keep: wire.Keep) -> None:
+        """Look after what was left, as *keep* has it by now."""
+        if self._looking is not None:
+            self._looking.cancel()
+        looking = look_after(
+            self._bus, self._names, self._session, set(keep.apps), set(keep.others), self._on_resumed
+        )
+        self._looking = asyncio.create_task(looking, name="keeper alone")
+
+    def end(self) -> None:
+        """Somebody has it, or there is nothing left to have."""
+        self._is_over = True
+        self._door.close()
+        if self._looking is not None:
+            self._looking.cancel()
+
+    def _on_visit(self, transport: asyncio.WriteTransport, pid: int, wish: wire.FromVisitor) -> None:
+        if self.visit is not None or self._is_over:
+            transport.abort()  # the first one has it
+            return
+        self.visit = (transport, pid, wish)
+        self._on_event()
+
+    def _on_resumed(self, apps: set[str]) -> None:
+        self.resumed |= apps
+        self._on_event()
+
+
+def refusal(start: wire.Start, wish: wire.Attach) -> str:
+    """Why the session can't go on for who has come; empty if it can."""
+    if (wish.platform, wish.node) != (start.platform, start.session.node):
+        return f"it is {wish.node} of platform {wish.platform}"
+    if wish.timing != start.timing:
+        return "its timings have changed"
+    if wish.nats != start.nats:
+        return "its NATS servers or login have changed"
+    return ""

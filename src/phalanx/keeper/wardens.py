@@ -1,0 +1,72 @@
+"""The keeper's wardens, one after the other, and the lock that it holds together with them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from phalanx import system
+from phalanx.keeper import wire
+from phalanx.keeper.link import NodeLink
+from phalanx.keeper.warden import RESPAWN_SECONDS, Warden, take_lock
+
+log = logging.getLogger("phalanx.keeper")
+
+
+class Wardens:
+    """Sees to it that there is a warden as long as anything may be registered. One that dies is replaced."""
+
+    def __init__(self, warden: Warden, link: NodeLink) -> None:
+        self._link = link
+        self._warden: Warden | None = warden
+        self._lock: system.FileLock | None = None
+        self._replacing: asyncio.Task[None] | None = None
+
+    async def take_lock(self, state_dir: Path) -> None:
+        """Wait until nobody of an earlier life kills anything any more. Raises TimeoutError."""
+        self._lock = await take_lock(state_dir)
+
+    def instruct(self, state_dir: Path) -> None:
+        """Have it kill what is registered, should this process die; and be told if it dies itself."""
+        warden = self._warden
+        if warden is None:
+            return
+        warden.watch(lambda: self._on_death(state_dir))
+        try:
+            warden.tell(state_dir, self._lock)
+        except OSError as error:
+            log.debug("the warden is dead: %s", error)  # the watch tells of it
+
+    def _on_death(self, state_dir: Path) -> None:
+        if self._warden is not None:
+            problem = f"the warden (process {self._warden.pid}) has ended: {self._warden.reap()}"
+            log.error("%s; another one is started", problem)
+            self._link.say(wire.Noted("warden-exited", problem))
+            self._warden = None
+            self._replacing = asyncio.create_task(self._replace(state_dir), name="keeper warden")
+
+    async def _replace(self, state_dir: Path) -> None:
+        while self._warden is None:
+            await asyncio.sleep(RESPAWN_SECONDS)
+            try:
+                self._warden = await asyncio.to_thread(Warden.spawn)
+            except OSError as error:
+                log.error("no warden can be started: %s", error)
+        self.instruct(state_dir)
+
+    def dismiss(self) -> None:
+        """Nothing is left that it would have to kill, and nothing is registered any more."""
+        self.close()
+        if self._warden is not None:
+            self._warden.goodbye()
+        if self._lock is not None:
+            self._lock.release()
+
+    def close(self) -> None:
+        """Replace none any more. One that was not dismissed kills once this process has ended."""
+        if self._replacing is not None:
+            self._replacing.cancel()
+
+
+__all__ = ["Wardens"]
