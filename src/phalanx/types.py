@@ -99,6 +99,8 @@ class LeaderRecord(msgspec.Struct, frozen=True):
     """Earlier leaders that did not end their sessions themselves, and may not have been fenced since."""
     fences: bool = False
     """The holder's node declares a fence command: whoever takes over from it has to have it fenced."""
+    hold: bool = False
+    """This reign may outlive its session, by the promises of its members: see :mod:`phalanx.decide.hold`."""
 
     @property
     def epoch(self) -> Epoch:
@@ -127,6 +129,8 @@ class Candidate(msgspec.Struct, frozen=True):
     priority: int = 0
     reason: str = ""
     no_failover: bool = False
+    direct: str = ""
+    """Where the node is reached without NATS (``host:port``), for an app that holds; empty: nowhere."""
 
 
 class Nomination(msgspec.Struct, frozen=True, omit_defaults=True):

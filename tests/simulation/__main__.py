@@ -18,6 +18,7 @@ def _arguments() -> argparse.Namespace:
         "--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)"
     )
     parser.add_argument("--seed", type=int, default=1, help="the first seed; with --trace the only one")
+    parser.add_argument("--hold", action="store_true", help="the app holds when NATS is lost")
     parser.add_argument("--trace", action="store_true", help="replay exactly one schedule, readably")
     parser.add_argument(
         "--break", dest="broken", default="", choices=["", *BREAKS], help="plant a rule break"
@@ -28,13 +29,14 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def replay_command(seed: int, broken: str) -> str:
+def replay_command(seed: int, broken: str, holds: bool) -> str:
     """What to type to see a schedule again."""
-    return f"python -m tests.simulation --seed {seed} --trace" + (f" --break {broken}" if broken else "")
+    options = (" --hold" if holds else "") + (f" --break {broken}" if broken else "")
+    return f"python -m tests.simulation --seed {seed} --trace{options}"
 
 
-def _replay(seed: int, broken: str) -> int:
-    outcome = run_one(seed, broken, tracing=True)
+def _replay(seed: int, broken: str, holds: bool) -> int:
+    outcome = run_one(seed, broken, tracing=True, holds=holds)
     print("\n".join(outcome.lines))
     print(f"\nseed {seed}: {outcome.violation or 'no violation'}")
     return 1 if outcome.violation else 0
@@ -45,7 +47,7 @@ def _progress(summary: Summary) -> None:
         print(f"\r{summary.schedules} schedules, {summary.seconds:.0f} s", end="", file=sys.stderr)
 
 
-def report(summary: Summary, broken: str = "") -> str:
+def report(summary: Summary, broken: str = "", *, holds: bool = False) -> str:
     """The summary, for people."""
     lines = [
         f"{summary.schedules} schedules ({summary.virtual_seconds:.0f} s of virtual time) "
@@ -55,7 +57,7 @@ def report(summary: Summary, broken: str = "") -> str:
     lines += [f"  {count:7d}  {what}" for what, count in sorted(summary.coverage.items())]
     for outcome in summary.violations:
         lines.append(f"VIOLATION, seed {outcome.seed}: {outcome.violation}")
-        lines.append(f"  replay: {replay_command(outcome.seed, broken)}")
+        lines.append(f"  replay: {replay_command(outcome.seed, broken, holds)}")
     return "\n".join(lines)
 
 
@@ -63,9 +65,9 @@ def main() -> int:
     """The command line."""
     arguments = _arguments()
     if arguments.trace:
-        return _replay(arguments.seed, arguments.broken)
+        return _replay(arguments.seed, arguments.broken, arguments.hold)
     summary = run_many(
-        arguments.seed, arguments.schedules, arguments.jobs, arguments.broken,
+        arguments.seed, arguments.schedules, arguments.jobs, arguments.broken, holds=arguments.hold,
         seconds=arguments.seconds, stop_at=arguments.violations, progress=_progress,
     )  # fmt: skip
     if arguments.json:
@@ -80,7 +82,7 @@ def main() -> int:
                             "seed": o.seed,
                             "promise": o.promise,
                             "text": o.violation,
-                            "replay": replay_command(o.seed, arguments.broken),
+                            "replay": replay_command(o.seed, arguments.broken, arguments.hold),
                         }
                         for o in summary.violations
                     ],
@@ -89,7 +91,7 @@ def main() -> int:
             )
         )
     else:
-        print(report(summary, arguments.broken))
+        print(report(summary, arguments.broken, holds=arguments.hold))
     return 1 if summary.violations else 0
 
 

@@ -46,6 +46,8 @@ class App:
         self.section = section = Section(self.node, epoch)
         self.section_things = []
         self.world.log(self.node.name, f"reigns at epoch {epoch}")
+        if self.node.hold is not None:
+            self.node.hold.begin()
         keeper = self.node.keeper
         if keeper is not None:
             self.world.after(PIPE, keeper.run, keeper.on_register, section)
@@ -88,7 +90,8 @@ class App:
         self.node.timer(takes, self._started, thing, self.world.rng.random() < 0.04)
 
     def _goes_on(self, section: Section) -> bool:
-        return section is self.section and section.state == "active" and self.node.session_valid()
+        covered = self.node.session_valid() or self.node.is_held(self.host.clock())
+        return section is self.section and section.state == "active" and covered
 
     def _probe(self, thing: Thing, since: float) -> None:
         if not self._goes_on(thing.section):
@@ -109,7 +112,7 @@ class App:
             self._register_thing(Thing(thing.section, PROGRAM))
 
     def _prolong(self, thing: Thing) -> None:
-        left = self.node.valid_until - self.host.clock()
+        left = self.node.right_until(self.host.clock()) - self.host.clock()
         if thing.present and not thing.dying and thing.section is self.section:
             if left > 0:
                 thing.prolong(math.ceil(min(self.timing.ttl, left)))

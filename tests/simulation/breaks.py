@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from phalanx.decide.election import choose_successor
+from phalanx.decide.hold import ALWAYS, NEVER, Claim, Member, MemberList, Takeover
 from phalanx.decide.pause import Cause, ends_section
 from phalanx.decide.session import Holder, Observer, StreamList, Tombstone
 from phalanx.decide.timing import Timing
-from phalanx.types import Candidate, SessionId
+from phalanx.types import Candidate, LeaderRecord, SessionId
 
 BREAKS = {
     "keeper-deadline-from-reply": "the keeper counts a renewal from its reply, not from its sending",
@@ -32,6 +33,11 @@ BREAKS = {
     "warden-sleeps": "the warden does nothing when node and keeper have died",
     "left-overs-ignored": "a keeper begins without ending what an earlier life has left",
     "address-not-probed": "an address is taken although another host answers for it",
+    "hold-lease-from-receipt": "a leader counts a promise from its receipt, not from when it was asked for",
+    "hold-restarted-follows": "a node that has started takes over although it may have promised not to",
+    "hold-unlisted-follows": "a node that is not on the member list takes over",
+    "hold-missing-ignored": "a leader goes on with the promises of some of its members",
+    "hold-promise-forgotten": "a promise binds its giver for less than its lease",
     "node-ignores-deadline": "neither node nor keeper ends a section when its session runs out",
 }
 """Name → what is wrong with it."""
@@ -78,6 +84,40 @@ class CredulousObserver(Observer):
         return newly
 
 
+class UnlistedMember(Member):
+    """Takes over although it is not listed."""
+
+    def takeover(
+        self,
+        me: str,
+        app: str,
+        leader: LeaderRecord,
+        members: MemberList | None,
+        revision: int,
+        *,
+        gone: bool,
+    ) -> Takeover:
+        """The break."""
+        takeover = super().takeover(me, app, leader, members, revision, gone=gone)
+        return Takeover(self.bound_until(app)) if takeover.not_before == ALWAYS else takeover
+
+
+class ForgetfulMember(Member):
+    """Is bound for half of what it has promised."""
+
+    def bound_until(self, app: str) -> float:
+        """The break."""
+        return super().bound_until(app) - 0.5 * self.timing.observe
+
+
+class CarelessClaim(Claim):
+    """Goes on with those promises that it has."""
+
+    def until(self, now: float) -> float:
+        """The break."""
+        return max((self._promised.get(n, NEVER) for n in self.asked), default=now) + self.timing.hold
+
+
 class Rules(msgspec.Struct, frozen=True):
     """Which rule is broken, as the driver asks."""
 
@@ -106,6 +146,16 @@ class Rules(msgspec.Struct, frozen=True):
         """The holder to drive."""
         kind = LateHolder if self.broken == "keeper-deadline-from-reply" else Holder
         return kind(session, streams, timing)
+
+    def member(self, timing: Timing, now: float) -> Member:
+        """The member to drive."""
+        kinds = {"hold-unlisted-follows": UnlistedMember, "hold-promise-forgotten": ForgetfulMember}
+        began = NEVER if self.broken == "hold-restarted-follows" else now
+        return kinds.get(self.broken, Member)(timing, began)
+
+    def claim(self, timing: Timing, me: str) -> Claim:
+        """The claim to drive."""
+        return (CarelessClaim if self.broken == "hold-missing-ignored" else Claim)(timing, me)
 
     def observer(self, streams: StreamList, timing: Timing, now: float) -> Observer:
         """The observer to drive."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from phalanx.decide import election
+from phalanx.decide.hold import Takeover
 from phalanx.types import Candidate, LeaderRecord
 
 from .nats import NOT_NOMINATED, REFUSED, RETRY, RPC_TIMEOUT, UNANSWERED, Pausing
@@ -85,15 +86,12 @@ class Election:
             no_failover=self.host.no_failover and self.world.rules.broken != "no-failover-takes-over",
             nomination=self.nomination[1],
             paused=self.paused and self.world.rules.broken != "taken-in-a-pause",
+            held=self.node.is_held(now),
+            takeover=self._takeover(),
         )
         match election.next_action(view, now, self.node.watches.observer.is_over):
-            case election.Acquire(expected):
-                self.is_busy = True
-                knew = self.pause
-                self.nats.call(
-                    self.node, None, lambda: self.nats.lead(self.node.session, None, expected, knew),
-                    RPC_TIMEOUT, self._acquired, expected,
-                )  # fmt: skip
+            case election.Acquire(expected, members):
+                self._acquire(expected, members)
             case election.Begin(epoch):
                 self.node.app.begin(epoch)
             case election.Deposed(reason):
@@ -104,12 +102,31 @@ class Election:
             case election.Idle():
                 pass
 
+    def _takeover(self) -> Takeover:
+        holder, hold = self.leader.session, self.node.hold
+        if holder is None or hold is None:
+            return Takeover()
+        return hold.takeover(self.leader, gone=self.node.watches.observer.ended_itself(holder))
+
+    def _acquire(self, expected: int, members: int | None) -> None:
+        self.is_busy = True
+        knew, hold = self.pause, self.node.hold
+        if hold is not None and self.leader.session is not None:
+            hold.attempt(expected)
+        self.nats.call(
+            self.node, None,
+            lambda: self.nats.lead(
+                self.node.session, None, expected, knew, members=members, hold=self.host.holds
+            ),
+            RPC_TIMEOUT, self._acquired, expected,
+        )  # fmt: skip
+
     def _acquired(self, result: Any, expected: int) -> None:
         if result is UNANSWERED or result is REFUSED:
             self.nats.call(self.node, None, lambda: self.nats.bucket.leader, RPC_TIMEOUT, self._read_back)
             return
         self.is_busy = False
-        self.learn(LeaderRecord(result, self.node.session))
+        self.learn(LeaderRecord(result, self.node.session, hold=self.host.holds))
         if self.leader.revision == result:
             self.node.app.begin(result)
         self.node.step()

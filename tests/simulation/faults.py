@@ -237,7 +237,7 @@ def _expect_hand_over(world: World, node: Node) -> None:
         and section.state == "active"
         and node.may_work
         and not node.blocked
-        and bool(others)
+        and len(others) == len(world.hosts) - 1 > 0
         and all(n.settled_since() > 2.5 for n in (node, *others))
         and node.app.end_takes < 0.5
         and not nats.bucket.pause[1]

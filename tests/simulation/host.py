@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from .world import World
 
 if TYPE_CHECKING:
+    from phalanx.decide.hold import Member
+
     from .keeper import Keeper
     from .node import Node
     from .things import Lock, Thing
@@ -34,6 +36,9 @@ class Host:
         """What ``registered.json`` names, and what is left of it."""
         self.things: list[Thing] = []
         self.lock: Lock = Lock()
+        self.holds = world.holds and (index == 0 or world.rng.random() < 0.85)
+        self.member: Member | None = None
+        """The memory of a process that only begins another session: what it has promised it knows still."""
         self.lives = 0
         self.up = True
         self.starting = False

@@ -36,6 +36,8 @@ class Keeper(Process):
         self.warden: Warden | None = None
         self.vouched = False
         """It has seen that nothing is left of what was registered."""
+        self._extended = float("-inf")
+        """Until when what is registered may go on without the session."""
         self._told = float("-inf")
         self._next_tick = 0.0
         self._wake_at = float("inf")
@@ -52,6 +54,11 @@ class Keeper(Process):
             return False
         holder = self.holder
         return not holder.is_ended and not holder.is_expired and self.host.clock() < holder.valid_until
+
+    @property
+    def ends_at(self) -> float:
+        """When nothing of its node may run any more."""
+        return max(self.holder.valid_until, self._extended)
 
     # --- the loop
 
@@ -83,12 +90,13 @@ class Keeper(Process):
             return
         if self._gone is not None:
             self.watchdog.on_gone(self._gone)
-        if self.established and not valid:
+        held = bool(self.registered) and now < self._extended
+        if self.established and not valid and not held:
             self._say("on_lost", "ended by others" if holder.is_ended else "no majority in time")
             self.world.count("sessions lost by their keeper")
             self._end("session lost", kill=bool(self.registered))
             return
-        valid_until = holder.valid_until if self.established else now + timing.ttl
+        valid_until = self.ends_at if self.established else now + timing.ttl
         verdict = self.watchdog.verdict(now, valid_until, has_resources=bool(self.registered))
         if (
             verdict is not None
@@ -269,6 +277,12 @@ class Keeper(Process):
         if not self.ending:
             self.registered.append(section)
             self._say("app.on_registered", section)
+
+    def on_extend(self, until: float) -> None:
+        """The node has promises that reach so far."""
+        self.on_beat()
+        self._extended = max(self._extended, until)
+        self.step()
 
     def on_unregister(self, section: Section) -> None:
         """It has ended."""

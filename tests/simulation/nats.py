@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from phalanx.decide.hold import MemberList
 from phalanx.decide.session import SessionBody, StreamList
 from phalanx.types import Candidate, LeaderRecord, Nomination, SessionId
 
@@ -69,6 +72,7 @@ class Bucket:
 
     __slots__ = (
         "history",
+        "members",
         "named",
         "nomination",
         "offers",
@@ -88,6 +92,8 @@ class Bucket:
         self.nomination = NOT_NOMINATED
         self.named: set[Nomination] = set()
         """All that operators ever wrote."""
+        self.members: tuple[int, MemberList | None] = (0, None)
+        """Revision and content of the list of who may follow a session that is over."""
         self.on_server = 0
         self.ready_at = 0.0
 
@@ -260,11 +266,19 @@ class Nats:
     # --- operations on the bucket
 
     def lead(
-        self, session: SessionId | None, successor: str | None, expect: int, pause: Pausing = (0, False)
+        self,
+        session: SessionId | None,
+        successor: str | None,
+        expect: int,
+        pause: Pausing = (0, False),
+        *,
+        members: int | None = None,
+        hold: bool = False,
     ) -> Any:
-        """Compare-and-set of the leader key. *pause*: what its sender knew of one when it sent this."""
+        """Compare-and-set of the leader key. *pause*: what its sender knew of one when it sent this.
+        *members*: the revision at which the member list has to be."""
         world, bucket = self.world, self.bucket
-        if bucket.leader.revision != expect:
+        if bucket.leader.revision != expect or (members is not None and bucket.members[0] != members):
             return REFUSED
         if self.spurious and world.rng.random() < self.spurious:
             world.count("spurious refusals")
@@ -272,11 +286,37 @@ class Nats:
         if session is not None:
             world.take(session, bucket, pause)
         bucket.seq += 1
-        record = LeaderRecord(bucket.seq, session, successor)
+        record = LeaderRecord(bucket.seq, session, successor, hold=hold)
         bucket.history.append(record)
         world.log("nats", f"leader key at {bucket.seq}: {session or f'nobody, successor {successor}'}")
         self._publish("bucket", bucket.on_server, "on_bucket", "leader", record, expect)
         return bucket.seq
+
+    def write_members(self, members: MemberList, expect: int, epoch: int) -> Any:
+        """Compare-and-set of the member list, fenced with the leader's epoch."""
+        bucket = self.bucket
+        if bucket.members[0] != expect or bucket.leader.revision != epoch:
+            return REFUSED
+        if self.spurious and self.world.rng.random() < self.spurious:
+            return REFUSED
+        return self._write_members(members)
+
+    def _write_members(self, members: MemberList) -> int:
+        bucket = self.bucket
+        bucket.seq += 1
+        bucket.members = (bucket.seq, members)
+        self.world.log("nats", f"members at {bucket.seq}: {', '.join(members.nodes)}")
+        self._publish("bucket", bucket.on_server, "on_bucket", "members", bucket.members, 0)
+        return bucket.seq
+
+    def forget(self, name: str) -> None:
+        """An operator takes a node off the member list: never the one that leads, nor the last."""
+        _, members = self.bucket.members
+        leader = self.bucket.leader.session
+        leads = leader is not None and leader.node == name
+        if members is not None and name in members.nodes and len(members.nodes) > 1 and not leads:
+            nodes = {node: address for node, address in members.nodes.items() if node != name}
+            self._write_members(msgspec.structs.replace(members, nodes=nodes))
 
     def offer(self, candidate: Candidate) -> Any:
         """A node's offer to lead."""
@@ -328,7 +368,8 @@ class Nats:
         stale = len(history) > 1 and self.world.rng.random() < 0.1
         bucket = self.bucket
         leader = history[-2 if stale else -1]
-        return (leader, tuple(bucket.offers.values()), bucket.streams, bucket.pause, bucket.nomination)
+        offers = tuple(bucket.offers.values())
+        return (leader, offers, bucket.streams, bucket.pause, bucket.nomination, bucket.members)
 
     # --- watches
 

@@ -91,7 +91,11 @@ def link_cut(world: World) -> Undo:
 
 def host_isolated(world: World) -> Undo:
     """One host reaches no server."""
-    index = victim(world).index
+    return isolated(world, victim(world).index)
+
+
+def isolated(world: World, index: int) -> Undo:
+    """That host reaches no server."""
     return _cut(world, world.nats.link, [(index, s) for s in range(3)])
 
 

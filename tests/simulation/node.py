@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from phalanx.decide.keeper import Phase, next_phase_at, phase
 from phalanx.types import Candidate, SessionId
 
 from .app import App
 from .election import Election
+from .hold import Hold
 from .host import PIPE, Host, Process
 from .keeper import Keeper
 from .nats import RETRY, RPC_TIMEOUT, UNANSWERED
@@ -33,6 +36,7 @@ class Node(Process):
         self.keeper: Keeper | None = None
         self.watches, self.repair = Watches(self), Repair(self)
         self.election, self.app = Election(self), App(self)
+        self.hold = Hold(self) if self.world.holds else None
         self.watch_lag = self.watch_drop = 0.0
         self.valid_until = float("-inf")
         self.established = self.ready = self.ended = False
@@ -56,6 +60,14 @@ class Node(Process):
     def session_valid(self) -> bool:
         """As far as this node was told."""
         return self.ready and not self.ended and self.host.clock() < self.valid_until
+
+    def is_held(self, now: float) -> bool:
+        """Whether its section goes on by promises, whatever becomes of the session."""
+        return self.hold is not None and not self.ended and self.hold.is_held(now)
+
+    def right_until(self, now: float) -> float:
+        """Until when it may have an active section."""
+        return self.hold.right_until(now) if self.hold is not None else self.valid_until
 
     def settled_since(self) -> float:
         """How long nothing has been wrong with this node and its keeper; 0 if something is."""
@@ -96,6 +108,7 @@ class Node(Process):
     def _no_session(self) -> None:
         if not self.established:
             self.world.count("sessions given up before they were there")
+            self._begin_another("no session in time")
             self.die("no session in time")
 
     def on_established(self) -> None:
@@ -117,6 +130,8 @@ class Node(Process):
     def _offer(self) -> None:
         host = self.host
         offer = Candidate(self.session, not self.stopping, host.priority, no_failover=host.no_failover)
+        if host.holds:
+            offer = msgspec.structs.replace(offer, direct=host.name)
         self.nats.call(self, None, lambda: self.nats.offer(offer), RPC_TIMEOUT, self._offered)
 
     def _offered(self, result: Any) -> None:
@@ -143,10 +158,18 @@ class Node(Process):
 
     def _session_gone(self, why: str) -> None:
         if not self.ended:
+            self._begin_another(why)
             self.ended = True
             if self.app.section is not None and self.app.section.state != "starting":
                 self.world.count("nodes that fenced themselves")
             self._fence(why)
+
+    def _begin_another(self, why: str) -> None:
+        """It is the same process that does, where nothing of it was active; else a fence may have ended
+        it."""
+        if self.hold is not None and self.app.section is None:
+            self.host.member = self.hold.member
+            self.host.start_soon(0.1)
 
     def _fence(self, why: str) -> None:
         things = self.app.section_things if self.app.section is not None else []
@@ -165,7 +188,9 @@ class Node(Process):
             return
         moment = now + 0.3
         if self.app.section is not None:
-            moment = min(moment, next_phase_at(now, self.valid_until, self.timing))
+            moment = min(moment, next_phase_at(now, self.right_until(now), self.timing))
+            if self.hold is not None:
+                moment = min(moment, now + self.timing.renew_every / 2)
         if self.watches.observer is not None:
             moment = min(moment, self.watches.observer.next_check(now))
         self.tick_in(moment - now)
@@ -190,14 +215,22 @@ class Node(Process):
             if not self.alive:
                 return
             section = self.app.section
-            if section and now >= self.valid_until:
+            if section and now >= self.right_until(now):
                 self.world.fail("G1", f"{self.name} goes on in a section although its session has run out")
         if self.watches.observer is None:
             return
+        if self.hold is not None:
+            self._step_hold(self.hold, now)
         self.watches.bury(now)
         if self.repair.pending is not None:
             self.repair.settle()
         self.election.step(now)
+
+    def _step_hold(self, hold: Hold, now: float) -> None:
+        hold.step(now)
+        over = self.ready and now >= self.valid_until and self.app.section is None
+        if over and self.election.unreleased is None:
+            self.leave()  # what outlived the session has ended
 
     def _watch_deadline(self, now: float) -> None:
         rules = self.world.rules
@@ -205,9 +238,11 @@ class Node(Process):
             paused=self.election.paused
         ):
             return
-        match phase(now, self.valid_until, self.timing):
+        match phase(now, self.right_until(now), self.timing):
             case Phase.WORK:
                 away = self._disconnected_at
+                if self.is_held(now):
+                    return
                 if away is not None and now - away > self.timing.ttl and not self.election.paused:
                     self.app.end("this node's own connection is gone")
             case Phase.STAND_DOWN:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from random import Random
 from typing import TYPE_CHECKING
 
-from . import faults, network_faults
+from . import faults, hold_faults, network_faults
 from .fault import Undo
 from .node import Node
 
@@ -66,7 +66,11 @@ class Plan:
         if chaos_until > 6.5 and rng.random() < 0.06:
             self._pause_in_peace(chaos_from, chaos_until)
             return
-        kinds, weights = list(FAULTS), list(FAULTS.values())
+        if world.holds and rng.random() < 0.15:
+            self._hold_in_peace(chaos_from)
+            return
+        table = {**FAULTS, **hold_faults.FAULTS} if world.holds else FAULTS
+        kinds, weights = list(table), list(table.values())
         for number in range(rng.choice((1, 2, 3, 3, 4, 5, 6))):
             fault = rng.choices(kinds, weights)[0]
             at = rng.uniform(chaos_from, chaos_until - 1.0)
@@ -84,6 +88,17 @@ class Plan:
         world.at(at + 0.3, self._begin, 1, fault)
         world.at(at + 0.4, self._end, 1, fault.__name__)
         world.at(at + 4.0, self._end, 0, faults.app_paused.__name__)
+
+    def _hold_in_peace(self, chaos_from: float) -> None:
+        """NATS is gone for more than three TTLs and all nodes reach each other: the active one goes on. Or
+        one of them is not reached: then it does not."""
+        world, rng = self.world, self.world.rng
+        at, lasts = chaos_from + 4.0, 3.3 * world.timing.ttl
+        world.at(at, hold_faults.expect_hold, world, at + lasts)
+        world.at(at, self._begin, 0, hold_faults.nats_gone)
+        if rng.random() < 0.4:
+            world.at(at + rng.uniform(0.0, 2.0), self._begin, 1, hold_faults.peer_isolated)
+        world.at(at + lasts + 0.01, self._end, 0, hold_faults.nats_gone.__name__)
 
     def _begin(self, number: int, fault: Callable[[World], Undo]) -> None:
         world = self.world
@@ -115,6 +130,8 @@ class Plan:
         nats.slow_replies = [0.0] * len(nats.slow_replies)
         nats.slow_server = [0.0] * 3
         nats.loss = nats.lost_replies = nats.spurious = 0.0
+        if world.holds:
+            world.peers.heal()
         nats.changed()
         for host in world.hosts:
             host.up = True

@@ -13,6 +13,7 @@ from phalanx.decide.session import StreamList
 from phalanx.decide.timing import Timing
 
 from .breaks import Rules
+from .hold import Peers
 from .host import Host
 from .nats import Nats
 from .plan import Plan
@@ -25,9 +26,10 @@ election of the bucket, two sessions that expire one after the other."""
 BATCH = 50
 
 
-def build(seed: int, broken: str = "", *, tracing: bool = False) -> World:
-    """The platform of one schedule, before it starts."""
+def build(seed: int, broken: str = "", *, tracing: bool = False, holds: bool = False) -> World:
+    """The platform of one schedule, before it starts. *holds*: its app holds when NATS is lost."""
     world = World(seed, Rules(broken), tracing=tracing)
+    world.holds = holds or broken.startswith("hold-")
     rng = world.rng
     world.timing = Timing.of(
         2.0, renew_every=rng.choice((0.5,) * 8 + (0.4,) * 3 + (0.2,)), stall_limit=rng.choice((0.8, 2.0))
@@ -35,13 +37,17 @@ def build(seed: int, broken: str = "", *, tracing: bool = False) -> World:
     hosts = rng.choice((2, 2, 3, 3, 3, 4, 5))
     world.nats = Nats(world, hosts, StreamList(1, ("s1", "s2", "s3")))
     world.hosts = [Host(world, index) for index in range(hosts)]
+    world.peers = Peers(world, hosts)
     for host in world.hosts:
-        host.start_soon(0.4)
+        if world.holds and host.index and rng.random() < 0.15:
+            world.at(rng.uniform(2.0, 8.0), host.start_soon)  # it joins later
+        else:
+            host.start_soon(0.4)
     return world
 
 
 def _drive(world: World) -> None:
-    chaos_until = world.rng.uniform(5.0, 10.0)
+    chaos_until = world.rng.uniform(12.0, 16.0) if world.holds else world.rng.uniform(5.0, 10.0)
     plan = Plan(world, 1.2, chaos_until)
     _resync(world)
     world.run(chaos_until)
@@ -70,9 +76,9 @@ def _resync(world: World) -> None:
     world.after(world.rng.uniform(3.0, 5.0), _resync, world)
 
 
-def run_one(seed: int, broken: str = "", *, tracing: bool = False) -> Outcome:
+def run_one(seed: int, broken: str = "", *, tracing: bool = False, holds: bool = False) -> Outcome:
     """One schedule, from its seed."""
-    world = build(seed, broken, tracing=tracing)
+    world = build(seed, broken, tracing=tracing, holds=holds)
     outcome = Outcome(seed)
     try:
         _drive(world)
@@ -99,13 +105,13 @@ class Summary:
     seconds: float = 0.0
 
 
-def _batch(work: tuple[int, int, str]) -> tuple[int, Counter[str], list[Outcome], float]:
-    first, number, broken = work
+def _batch(work: tuple[int, int, str, bool]) -> tuple[int, Counter[str], list[Outcome], float]:
+    first, number, broken, holds = work
     coverage: Counter[str] = Counter()
     violations: list[Outcome] = []
     virtual = 0.0
     for seed in range(first, first + number):
-        outcome = run_one(seed, broken)
+        outcome = run_one(seed, broken, holds=holds)
         coverage.update(outcome.counts.keys())
         virtual += outcome.seconds
         if outcome.violation:
@@ -119,6 +125,7 @@ def run_many(
     jobs: int,
     broken: str = "",
     *,
+    holds: bool = False,
     seconds: float = 0.0,
     stop_at: int = 1,
     progress: Callable[[Summary], None] = lambda summary: None,
@@ -126,9 +133,9 @@ def run_many(
     """Schedules *first* … over *jobs* processes, until *stop_at* violations, or *seconds* have passed."""
     summary, began = Summary(), time.monotonic()
 
-    def batches() -> Iterator[tuple[int, int, str]]:
+    def batches() -> Iterator[tuple[int, int, str, bool]]:
         for at in range(first, first + number, BATCH):
-            yield at, min(BATCH, first + number - at), broken
+            yield at, min(BATCH, first + number - at), broken, holds
 
     def take(results: Iterator[tuple[int, Counter[str], list[Outcome], float]]) -> None:
         for done, coverage, violations, virtual in results:

@@ -54,7 +54,7 @@ class Thing:
             world, keeper = self.host.world, self.section.node.keeper
             self.dying = True
             if keeper is not None:
-                due = keeper.watchdog.kill_at(keeper.holder.valid_until)
+                due = keeper.watchdog.kill_at(keeper.ends_at)
                 self.late = self.host.clock() > due + 0.01
             longest = 0.08 if self.kind == PROGRAM else 0.005
             world.after(world.rng.uniform(0.001, longest), self.vanish, "killed")

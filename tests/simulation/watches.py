@@ -124,6 +124,9 @@ class Watches:
             self.node.election.learn_pause(value)
         elif what == "nomination":
             self.node.election.nomination = max(self.node.election.nomination, value, key=_revision)
+        elif what == "members":
+            if self.node.hold is not None:
+                self.node.hold.learn(*value)
         else:
             self.use_streams(value)
         self.node.step()
@@ -178,10 +181,12 @@ class Watches:
             self.node.timer(0.1, self._catch_up, "bucket")
             return
         again = self.asked.pop("bucket")
-        leader, offers, streams, pause, nomination = state
+        leader, offers, streams, pause, nomination, members = state
         self.node.election.learn(leader)
         self.node.election.learn_pause(pause)
         self.node.election.nomination = max(self.node.election.nomination, nomination, key=_revision)
+        if self.node.hold is not None:
+            self.node.hold.learn(*members)
         self.has_read_bucket = True
         for offer in offers:
             self.node.election.candidates.setdefault(offer.session.node, offer)

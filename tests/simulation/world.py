@@ -14,6 +14,7 @@ from phalanx.types import Nomination, SessionId
 from .breaks import Rules
 
 if TYPE_CHECKING:
+    from .hold import Peers
     from .host import Host
     from .nats import Bucket, Nats, Pausing
     from .node import Node
@@ -56,6 +57,9 @@ class World:
         self.timing = Timing()
         self.hosts: list[Host] = []
         self.nats: Nats
+        self.holds = False
+        """Whether there are nodes whose app holds when NATS is lost."""
+        self.peers: Peers
         self.disturbances = 0
         """How many faults have begun or ended so far: lets a check see that nothing happened between."""
         self.faults_active = 0

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from phalanx.decide.hold import Takeover
 from phalanx.types import Candidate, LeaderRecord, Nomination, SessionId
 
 HEAD_START_SECONDS = 0.030
@@ -31,6 +32,7 @@ class LeaderBody(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: str = ""
     unfenced: tuple[SessionId, ...] = ()
     fences: bool = False
+    hold: bool = False
 
 
 class View(msgspec.Struct, frozen=True):
@@ -59,6 +61,10 @@ class View(msgspec.Struct, frozen=True):
     nomination: Nomination | None = None
     paused: bool = False
     """Nobody takes the key, whatever has become of who held it."""
+    held: bool = False
+    """The reign of this node goes on without its session: its members have promised so."""
+    takeover: Takeover = Takeover()
+    """What it takes to follow a session that is over."""
 
 
 class Idle(msgspec.Struct, frozen=True):
@@ -72,9 +78,11 @@ class Wait(msgspec.Struct, frozen=True):
 
 
 class Acquire(msgspec.Struct, frozen=True):
-    """Replace the leader key by compare-and-set on this revision (0: create it)."""
+    """Replace the leader key by compare-and-set on this revision (0: create it). ``members``: only while the
+    member list is at that revision; None: whatever it is at."""
 
     expected_revision: int
+    members: int | None = None
 
 
 class Begin(msgspec.Struct, frozen=True):
@@ -134,7 +142,7 @@ def next_action(view: View, now: float, is_over: Callable[[SessionId], bool]) ->
     """What this node should do about the app's leader key."""
     mine = view.leader.session == view.me
     if view.leading is not None:
-        if not view.session_valid:
+        if not (view.session_valid or view.held):
             return Deposed("the session is no longer valid")
         if not mine or view.leader.revision != view.leading:
             holder = view.leader.session.node if view.leader.session else "nobody"
@@ -153,9 +161,14 @@ def next_action(view: View, now: float, is_over: Callable[[SessionId], bool]) ->
     if view.no_failover and named_successor(view.leader, view.nomination) != view.me.node:
         return Idle()
     start = max(view.vacant_since + _delay(view, is_over), view.not_before)
+    members = None
+    if view.leader.session is not None and not mine:
+        start, members = max(start, view.takeover.not_before), view.takeover.members
+    if start == float("inf"):
+        return Idle()
     if now < start:
         return Wait(start)
-    return Acquire(view.leader.revision)
+    return Acquire(view.leader.revision, members)
 
 
 def _delay(view: View, is_over: Callable[[SessionId], bool]) -> float:
