@@ -52,31 +52,30 @@ def peers_slow(world: World) -> Undo:
 
 
 def promises_late(world: World) -> Undo:
-    """What is sent to one host comes late; then NATS is lost, and then the others."""
-    host = victim(world)
-    world.peers.late[host.index] = world.rng.choice((0.5, 1.2, 1.7))
-    undos: list[Undo] = []
-    over = False
+    """A host loses NATS; what is sent to it comes later and later; then it loses the others."""
+    host, rng = victim(world), world.rng
+    undos: list[Undo] = [isolated(world, host.index)]
 
-    def lose_nats() -> None:
-        if not over:
-            alone = world.rng.random() < 0.7
-            undos.append(isolated(world, host.index) if alone else all_servers_killed(world))
+    def delay(seconds: float) -> None:
+        if undos:
+            world.peers.late[host.index] = seconds
 
     def lose_peers() -> None:
         others = [other.index for other in world.hosts if other is not host]
-        if not over:
+        if undos:
             undos.append(_cut(world.peers, [(host.index, other) for other in others]))
 
-    world.after(world.rng.uniform(0.1, 0.5), lose_nats)
-    world.after(world.rng.uniform(1.5, 6.0), lose_peers)
+    at = rng.uniform(1.0, 3.0)
+    for seconds in (0.4, 0.8, 1.2, 1.6):
+        world.after(at, delay, seconds)
+        at += rng.uniform(0.5, 1.0)
+    world.after(at, lose_peers)
 
     def undo() -> None:
-        nonlocal over
-        over = True
         world.peers.late[host.index] = 0.0
         for each in reversed(undos):
             each()
+        undos.clear()
 
     return undo
 

@@ -69,6 +69,9 @@ class Plan:
         if world.holds and rng.random() < 0.15:
             self._hold_in_peace(chaos_from)
             return
+        if world.holds and rng.random() < 0.06:
+            world.at(chaos_from + 3.5, self._begin, 0, hold_faults.promises_late)
+            return
         table = {**FAULTS, **hold_faults.FAULTS} if world.holds else FAULTS
         kinds, weights = list(table), list(table.values())
         for number in range(rng.choice((1, 2, 3, 3, 4, 5, 6))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from phalanx.decide.election import Acquire, Deposed, Idle, View, Wait, next_action
 from phalanx.decide.hold import (
@@ -102,7 +103,8 @@ def test_question_that_comes_twice_or_late_is_not_answered() -> None:
 
 def test_node_that_has_started_follows_nobody_for_the_longest_lease() -> None:
     """It may have promised in an earlier life: 1.05 times what the list says, or the TTL."""
-    assert follows(Member(TIMING, 100.0)) == Takeover(pytest.approx(102.1), 7)
+    found = follows(Member(TIMING, 100.0))
+    assert (found.not_before, found.members) == (pytest.approx(102.1), 7)
     longer = MemberList(LIST.nodes, 10.0)
     found = Member(TIMING, 100.0).takeover("n2", "wiki", HELD, longer, 7, gone=False)
     assert found.not_before == pytest.approx(110.5)
@@ -127,12 +129,17 @@ def test_reign_that_does_not_hold_or_has_ended_itself_is_open_to_all() -> None:
     assert follows(member, LeaderRecord(5, LEADER)) == Takeover()
 
 
-def view(takeover: Takeover, leader: LeaderRecord = HELD, **more: object) -> View:
+def view(takeover: Takeover, leader: LeaderRecord = HELD) -> View:
     """What n2 knows: n1's session is over since 10.0."""
     return View(
-        me=OTHER, session_valid=True, eligible=True, leader=leader, leader_over=True, vacant_since=10.0,
-        takeover=takeover, **more,
-    )  # fmt: skip
+        me=OTHER,
+        session_valid=True,
+        eligible=True,
+        leader=leader,
+        leader_over=True,
+        vacant_since=10.0,
+        takeover=takeover,
+    )
 
 
 def is_over(session: SessionId) -> bool:
@@ -155,11 +162,9 @@ def test_key_that_was_released_is_open_to_who_has_promised() -> None:
 
 def test_reign_outlives_its_session_only_while_it_is_held() -> None:
     """A leader without session and promises is deposed."""
-    leads = {"leading": 5, "me": LEADER, "session_valid": False}
-    base = view(Takeover())
-    fields = {name: getattr(base, name) for name in base.__struct_fields__} | leads
-    assert next_action(View(**fields | {"held": True}), 11.0, is_over) == Idle()
-    assert isinstance(next_action(View(**fields), 11.0, is_over), Deposed)
+    leads = replace(view(Takeover()), me=LEADER, leading=5, session_valid=False)
+    assert next_action(replace(leads, held=True), 11.0, is_over) == Idle()
+    assert isinstance(next_action(leads, 11.0, is_over), Deposed)
 
 
 # --- whose promises are needed, and how far they reach
@@ -241,7 +246,8 @@ def test_reign_without_a_session_ends_when_somebody_can_follow_it() -> None:
 def test_g1_leader_stops_before_the_giver_of_a_promise_follows(
     rate_of_leader: float, rate_of_member: float, there: float, back: float, ttl: float
 ) -> None:
-    """With clocks that are up to 5 % wrong, and messages as slow as may be; also after the giver's restart."""
+    """With clocks that are up to 5 % wrong, and messages as slow as may be; also after the giver's
+    restart."""
     timing = Timing.of(ttl)
     mine = Claim(timing, "n1")
     mine.on_list(7, MemberList({"n1": "", "n2": ""}, ttl))
