@@ -7,6 +7,7 @@ skip.
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import tempfile
@@ -58,6 +59,8 @@ class Reporter:
 
 def _run(items: list[pytest.Item]) -> dict[str, list[pytest.TestReport]]:
     """What became of each, by node id."""
+    # Its source is mounted read-only: what is not compiled would be compiled at each start of a process.
+    compileall.compile_dir(ROOT / "src", quiet=2)
     config, found = items[0].config, {item.nodeid: list[pytest.TestReport]() for item in items}
     with DockerDaemon() as dockerd, tempfile.TemporaryDirectory(prefix="phalanx-in-systemd-") as folder:
         reports = Path(folder) / "reports"

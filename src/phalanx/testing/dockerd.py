@@ -39,6 +39,10 @@ BUSYBOX_IMAGE = "phalanx-test/busybox"
 EMPTY_IMAGE = "phalanx-test/empty"
 SYSTEMD_IMAGE = "phalanx-test/systemd"
 
+CPU_SHARES = 16 * 1024
+"""A daemon's control group competes with each process outside as one: so many of theirs is what it gets, lest
+nodes in its containers starve, and lose their sessions, where other tests run beside."""
+
 _BRIDGES = "phxdk"
 # What a systemd inside needs of the host; --privileged would need more than a machine in a VM may give.
 _SYSTEMD_OPTIONS = (
@@ -99,6 +103,7 @@ class DockerDaemon:
             return
         if not self.bridge:
             self.bridge = _make_bridge()
+            _give_cpu(self.cgroup)
         for left in ("pid", "exec/containerd/containerd.pid"):  # of one that was killed
             (self.directory / left).unlink(missing_ok=True)
         command = [
@@ -293,6 +298,15 @@ def _ip(*arguments: str) -> None:
     done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False, timeout=10)
     if done.returncode != 0:
         raise DockerError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+
+
+def _give_cpu(cgroup: str) -> None:
+    """Where the controller is a hierarchy of its own (v1); in v2 dockerd makes the group, and weighs it."""
+    controller = Path("/sys/fs/cgroup/cpu")
+    if (controller / "cpu.shares").exists():
+        folder = controller / cgroup.lstrip("/")
+        folder.mkdir(exist_ok=True)
+        (folder / "cpu.shares").write_text(str(CPU_SHARES))
 
 
 def _in_cgroup(cgroup: str) -> set[int]:
