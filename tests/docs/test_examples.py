@@ -202,7 +202,7 @@ def test_tests_of_users_pass(block: Block, tmp_path: Path, ports: Ports) -> None
 @pytest.mark.parametrize("block", _of("app user"))
 async def test_client_of_an_app_user(block: Block) -> None:
     """The client of docs/nats.md, on a server with the permissions that `phalanx nats permissions` prints."""
-    users = ("prod-node", "prod-app-wiki", "prod-viewer")
+    users = ("prod-node", "prod-app-wiki", "prod-operator", "prod-viewer")
     conf = permissions.render("prod", ["wiki"], passwords={user: f"pw-{user}" for user in users})
     with NatsServer(extra=conf, system_user=False) as server:
         import nats

@@ -15,10 +15,11 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
 from phalanx.bus import permissions
+from phalanx.data.status import RESTORE_KEY
 from phalanx.errors import ConfigError
 from phalanx.testing.nats import NatsServer
 
-USERS = ("prod-node", "prod-viewer", "prod-app-wiki", "prod-app-shop")
+USERS = ("prod-node", "prod-operator", "prod-viewer", "prod-app-wiki", "prod-app-shop")
 
 
 class Door:
@@ -298,9 +299,7 @@ async def test_two_apps_may_call_a_third_when_told_so(door: Door) -> None:
         "prod",
         apps,
         calls={"wiki": ["mail"], "shop": ["mail"]},
-        passwords={
-            user: f"pw-{user}" for user in ("prod-node", "prod-viewer", *(f"prod-app-{a}" for a in apps))
-        },
+        passwords={user: f"pw-{user}" for user in (*USERS[:3], *(f"prod-app-{a}" for a in apps))},
     )
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(NatsServer(extra=conf, system_user=False))
@@ -318,12 +317,18 @@ async def test_two_apps_may_call_a_third_when_told_so(door: Door) -> None:
         assert await door.is_refused(await door.login("prod-app-none"), "prod._.api.mail.any.send")
 
 
+def test_operator_may_write_the_key_by_which_restores_are_asked_for() -> None:
+    """The bus knows its name by itself: it is the one that is used."""
+    assert f'"$KV.prod_wiki.{RESTORE_KEY}"' in permissions.render("prod", ["wiki"])
+
+
 def test_passwords_come_from_the_environment_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without passwords the text holds references only, which the server resolves."""
     conf = permissions.render("prod", ["my-wiki"])
     assert set(re.findall(r"password: (\S+)", conf)) == {
         "$PHALANX_NODE_PASSWORD",
         "$PHALANX_APP_MY_WIKI_PASSWORD",
+        "$PHALANX_OPERATOR_PASSWORD",
         "$PHALANX_VIEWER_PASSWORD",
     }
     for variable in re.findall(r"password: \$(\S+)", conf):

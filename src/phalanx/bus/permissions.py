@@ -7,6 +7,10 @@
     For programs outside the nodes that work with one app's KV, locks and API. (What runs *inside* a
     node uses the node's connection.) May write ``kv.`` and ``lock.`` keys of the app's bucket, never
     ``election.`` keys: who leads is the nodes' business. May read the whole bucket.
+``<platform>-operator``, in an account of its own
+    For people at the command line, and for ``Platform.client``: reads everything, asks nodes to act, writes
+    what an operator decides (pauses, planned switchovers, fence notes, restores). It cannot write what
+    nodes decide: leader keys, candidacies, sessions, logs; nor make or delete streams.
 ``<platform>-viewer``, in an account of its own
     For dashboards: reads the platform's state and audit log.
 
@@ -18,7 +22,9 @@ asker's own account. It also makes inboxes private. The permissions are there as
 refusal an error that the client sees, where an import that is missing would only be silence.
 
 A guest reaches JetStream as if it were in a domain with the platform's name: in nats-py
-``client.jetstream(domain="prod")``, with the CLI ``nats --js-domain prod``.
+``client.jetstream(domain="prod")``, with the CLI ``nats --js-domain prod``. The operator, whose client is
+ours, reaches it under its own name: his account imports the whole API, and his permissions alone say what of
+it he may use. An account that imports less than ``$JS.API.>`` is answered by its own, missing JetStream.
 
 No consumers for app users: a push consumer delivers to any subject of the account. They watch through
 the bucket's republished subjects and direct gets, as Phalanx itself does.
@@ -33,6 +39,10 @@ import msgspec
 from phalanx.errors import ConfigError
 from phalanx.names import RESERVED_APPS, Names
 from phalanx.types import is_dns_label
+
+_WHOLE_API = "$JS.API.>"
+_RESTORE_KEY = "db.restore"
+"""As in data.status, which the bus cannot import."""
 
 _HEADER = """\
 # Accounts and permissions of the Phalanx platform {platform}, for nats-server 2.15.
@@ -58,6 +68,11 @@ def viewer_user(platform: str) -> str:
     return f"{platform}-viewer"
 
 
+def operator_user(platform: str) -> str:
+    """The user, and its account, for people who operate the platform."""
+    return f"{platform}-operator"
+
+
 def password_variable(app: str) -> str:
     """The environment variable with the password of an app's user: ``PHALANX_APP_<APP>_PASSWORD``."""
     # Names hold no underscore, so no two apps share a variable.
@@ -65,17 +80,22 @@ def password_variable(app: str) -> str:
 
 
 NODE_PASSWORD_VARIABLE = "PHALANX_NODE_PASSWORD"
+OPERATOR_PASSWORD_VARIABLE = "PHALANX_OPERATOR_PASSWORD"
 VIEWER_PASSWORD_VARIABLE = "PHALANX_VIEWER_PASSWORD"
 
 
 class _Guest(msgspec.Struct, frozen=True):
-    """An account that sees a part of the platform's account. ``gathers``: services with many answers."""
+    """An account that sees a part of the platform's account. ``gathers``: services with many answers.
+
+    ``api``: what it may ask of JetStream under its own name; the account imports all of that then.
+    """
 
     name: str
     variable: str
     services: tuple[str, ...]
     gathers: tuple[str, ...]
     streams: tuple[str, ...]
+    api: tuple[str, ...] = ()
 
 
 def render(
@@ -94,7 +114,8 @@ def render(
     calls, passwords = calls or {}, passwords or {}
     _check(platform, apps, calls)
     names = Names(platform)
-    guests = [*(_app_guest(names, app, calls.get(app, ())) for app in apps), _viewer_guest(names)]
+    guests = [_app_guest(names, app, calls.get(app, ())) for app in apps]
+    guests += [_operator_guest(names, apps), _viewer_guest(names)]
     node = _login(node_user(platform), NODE_PASSWORD_VARIABLE, passwords)
     lines = [
         _HEADER.format(platform=platform, variable=NODE_PASSWORD_VARIABLE),
@@ -171,6 +192,32 @@ def _viewer_guest(names: Names) -> _Guest:
     )
 
 
+def _operator_guest(names: Names, apps: Sequence[str]) -> _Guest:
+    objects = [names.snapshots_bucket(app) for app in apps]
+    kept = (
+        *(names.pause_key(""), names.pause_key("*")),
+        *(names.switchover_key("*"), names.fenced_key(">"), names.member_key("*")),
+    )
+    return _Guest(
+        name=operator_user(names.platform),
+        variable=OPERATOR_PASSWORD_VARIABLE,
+        services=(
+            *(names.key_subject(names.platform_bucket, key) for key in kept),
+            *(names.key_subject(names.app_bucket(app), _RESTORE_KEY) for app in apps),
+            *(names.object_entries(bucket) for bucket in objects),
+            names.audit_subjects,
+        ),
+        gathers=(f"{names.platform}._.control.>",),
+        streams=(f"{names.platform}.*.watch.>", names.audit_subjects),
+        api=(
+            "INFO",
+            *(f"STREAM.{what}" for what in ("NAMES", "INFO.*", "MSG.GET.*")),
+            *("DIRECT.GET.*", "DIRECT.GET.*.>"),
+            *(f"STREAM.PURGE.{names.object_stream(bucket)}" for bucket in objects),
+        ),
+    )
+
+
 def _single_reads(stream: str) -> tuple[str, ...]:
     """Requests that read one stream; its name is in the subject, so they open no other."""
     return (
@@ -204,7 +251,7 @@ def _exports(guests: Sequence[_Guest]) -> list[str]:
     for guest in guests:
         kinds = (
             ('service: "{}"', guest.services),
-            ('service: "{}", response_type: stream', guest.gathers),
+            ('service: "{}", response_type: stream', (*guest.gathers, *((_WHOLE_API,) if guest.api else ()))),
             ('stream: "{}"', guest.streams),
         )
         for kind, subjects in kinds:
@@ -217,7 +264,9 @@ def _account(guest: _Guest, platform: str, passwords: Mapping[str, str]) -> list
     services = [
         (each, local) for each in (*guest.services, *guest.gathers) for local in _local(each, platform)
     ]
-    requests = [local for _, local in services]
+    requests = [local for _, local in services] + [f"$JS.API.{each}" for each in guest.api]
+    if guest.api:
+        services.append((_WHOLE_API, _WHOLE_API))
     return [
         f'  "{guest.name}" {{',
         f"    users: [ {{ {_login(guest.name, guest.variable, passwords)}",
