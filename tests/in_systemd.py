@@ -1,4 +1,4 @@
-"""Runs tests that are marked ``in_systemd`` where a systemd is process 1: in a container, all in one go.
+"""Runs tests that are marked ``in_systemd`` where a systemd is process 1: in a container, a file in one go.
 
 Nothing of that is seen by the tests, which run inside as anywhere. The reports come back, and each test has
 its own here. The container needs what ``phalanx.testing.dockerd`` needs; what is missing is an error, not a
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RUN_SECONDS = 1200.0
 """For all of them: some 1.5 s each on a quiet machine."""
 
-_reports_of = pytest.StashKey["dict[str, list[pytest.TestReport]]"]()
+_reports_of = pytest.StashKey["dict[Path, dict[str, list[pytest.TestReport]]]"]()
 
 
 def runs_elsewhere(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
@@ -32,11 +32,15 @@ def runs_elsewhere(item: pytest.Item, nextitem: pytest.Item | None) -> bool | No
     if INSIDE or item.get_closest_marker("in_systemd") is None:
         return None
     session = item.session
-    if _reports_of not in session.stash:
-        marked = [one for one in session.items if one.get_closest_marker("in_systemd") is not None]
-        session.stash[_reports_of] = _run(marked)
+    # Another process may have the other files.
+    of_files = session.stash.setdefault(_reports_of, {})
+    if item.path not in of_files:
+        of_file = [one for one in session.items if one.path == item.path]
+        of_files[item.path] = _run(
+            [one for one in of_file if one.get_closest_marker("in_systemd") is not None]
+        )
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for report in session.stash[_reports_of][item.nodeid]:
+    for report in of_files[item.path][item.nodeid]:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     # As after any test: what the next one does not share is torn down.
