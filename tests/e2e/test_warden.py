@@ -184,9 +184,9 @@ async def test_dead_warden_is_replaced_and_reported(nats_server: NatsServer, tmp
         )
         assert second != first
         assert system.process_start_time(first) == 0, "it was waited for"
-        await s.nodes.wait_until(lambda: holds_lock(second, node), 5, "the new one has no lock")
+        await s.nodes.wait_until(lambda: holds_lock(second, node), 20, "the new one has no lock")
         async with PlatformClient("test", NatsOptions(urls=tuple(nats_server.urls))) as client:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(20):
                 while not (found := [e for e in await client.audit() if e.action == "warden-exited"]):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
         assert f"process {first}) has ended: killed by signal 9" in found[0].reason
