@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from phalanx.decide.keeper import Phase, phase
 from phalanx.decide.pause import Cause, ends_section
+from phalanx.types import FenceNote, LeaderRecord
 
+from .fence import Fencing
 from .host import PIPE
 from .nats import REFUSED, RPC_TIMEOUT
 from .things import ADDRESS, PROGRAM, Thing
@@ -33,6 +35,8 @@ class App:
         self.successor: str | None = None
         self.held = ""
         """What would have ended the section, had there been no pause."""
+        self._fencing: Fencing | None = None
+        self._waits_for_fence = False
 
     def begin(self, epoch: int) -> None:
         if self.node.election.reign is not None or not self.node.session_valid():
@@ -45,9 +49,37 @@ class App:
         )
         self.section = section = Section(self.node, epoch)
         self.section_things = []
+        self._fencing = None
         self.world.log(self.node.name, f"reigns at epoch {epoch}")
         if self.node.hold is not None:
             self.node.hold.begin()
+        section.unfenced = self.node.election.leader.unfenced
+        if section.unfenced:
+            self._fencing = Fencing(
+                self.node, section, lambda: self._fenced(section), lambda why: self._not_fenced(section, why)
+            )
+            self._fencing.step()
+        else:
+            self._register(section)
+
+    def _fenced(self, section: Section) -> None:
+        section.unfenced = ()
+        self._register(section)
+
+    def _not_fenced(self, section: Section, why: str) -> None:
+        self._waits_for_fence = True
+        self.world.log(self.node.name, f"does not start: {why}")
+        self._over(section)
+
+    def on_fenced(self, note: FenceNote) -> None:
+        """Somebody says that nothing of a session runs any more: what waits for that is tried again."""
+        if self._fencing is not None:
+            self._fencing.on_note(note)
+        if self._waits_for_fence:
+            self._waits_for_fence = False
+            self.node.election.not_before = self.host.clock()
+
+    def _register(self, section: Section) -> None:
         keeper = self.node.keeper
         if keeper is not None:
             self.world.after(PIPE, keeper.run, keeper.on_register, section)
@@ -203,7 +235,8 @@ class App:
         if keeper is not None:
             self.world.after(PIPE, keeper.run, keeper.on_unregister, section)
         if not self.node.election.deposed:
-            self.node.election.unreleased = (epoch, self.successor)
+            record = LeaderRecord(0, None, self.successor, unfenced=section.unfenced)
+            self.node.election.unreleased = (epoch, record)
         self.node.election.not_before = self.host.clock() + 1.0
         self.node.step()
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import msgspec
 
 from phalanx.decide.election import choose_successor
+from phalanx.decide.fencing import to_be_fenced
 from phalanx.decide.hold import ALWAYS, NEVER, Claim, Member, MemberList, Takeover
 from phalanx.decide.pause import Cause, ends_section
 from phalanx.decide.session import Holder, Observer, StreamList, Tombstone
@@ -38,6 +39,8 @@ BREAKS = {
     "hold-unlisted-follows": "a node that is not on the member list takes over",
     "hold-missing-ignored": "a leader goes on with the promises of some of its members",
     "hold-promise-forgotten": "a promise binds its giver for less than its lease",
+    "not-fenced-without-a-command": "a node without a fence command starts what has to wait for one",
+    "unfenced-dropped": "who takes the key does not pass on whom others still had to fence",
     "node-ignores-deadline": "neither node nor keeper ends a section when its session runs out",
 }
 """Name → what is wrong with it."""
@@ -133,6 +136,14 @@ class Rules(msgspec.Struct, frozen=True):
         return ends_section(
             Cause.FAILED if self.broken == "paused-past-the-session" else Cause.SESSION_ENDS, paused=paused
         )
+
+    def to_be_fenced(
+        self, me: SessionId, leader: LeaderRecord, ended_itself: Callable[[SessionId], bool], *, fences: bool
+    ) -> tuple[SessionId, ...]:
+        """Whom a takeover has to have fenced."""
+        if self.broken == "unfenced-dropped":
+            leader = msgspec.structs.replace(leader, unfenced=())
+        return to_be_fenced(me, leader, ended_itself, fences=fences)
 
     def choose(
         self, me: SessionId, candidates: Iterable[Candidate], is_over: Callable[[SessionId], bool]

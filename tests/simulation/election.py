@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from phalanx.decide import election
 from phalanx.decide.hold import Takeover
 from phalanx.types import Candidate, LeaderRecord
@@ -28,7 +30,8 @@ class Election:
         self.nomination = NOT_NOMINATED
         self.reign: int | None = None
         self.last_reign = 0
-        self.unreleased: tuple[int, str | None] | None = None
+        self.unreleased: tuple[int, LeaderRecord] | None = None
+        """The epoch that is to be given back, and what the key says then."""
         self.deposed = False
         self.is_busy = False
         """A request about the leader key is under way."""
@@ -109,24 +112,27 @@ class Election:
         return hold.takeover(self.leader, gone=self.node.watches.observer.ended_itself(holder))
 
     def _acquire(self, expected: int, members: int | None) -> None:
+        nats, me, knew, hold = self.nats, self.node.session, self.pause, self.node.hold
+        fences = self.host.has_command
+        ended_itself = self.node.watches.observer.ended_itself
+        unfenced = self.world.rules.to_be_fenced(me, self.leader, ended_itself, fences=fences)
+        if unfenced and not fences:
+            self.world.count("to be fenced by others, passed on")
         self.is_busy = True
-        knew, hold = self.pause, self.node.hold
         if hold is not None and self.leader.session is not None:
             hold.attempt(expected)
-        self.nats.call(
-            self.node, None,
-            lambda: self.nats.lead(
-                self.node.session, None, expected, knew, members=members, hold=self.host.holds
-            ),
-            RPC_TIMEOUT, self._acquired, expected,
+        record = LeaderRecord(0, me, unfenced=unfenced, fences=fences, hold=self.host.holds)
+        nats.call(
+            self.node, None, lambda: nats.lead(record, expected, knew, members=members), RPC_TIMEOUT,
+            self._acquired, record,
         )  # fmt: skip
 
-    def _acquired(self, result: Any, expected: int) -> None:
+    def _acquired(self, result: Any, record: LeaderRecord) -> None:
         if result is UNANSWERED or result is REFUSED:
             self.nats.call(self.node, None, lambda: self.nats.bucket.leader, RPC_TIMEOUT, self._read_back)
             return
         self.is_busy = False
-        self.learn(LeaderRecord(result, self.node.session, hold=self.host.holds))
+        self.learn(msgspec.structs.replace(record, revision=result))
         if self.leader.revision == result:
             self.node.app.begin(result)
         self.node.step()
@@ -156,19 +162,14 @@ class Election:
 
     def _send_release(self) -> None:
         assert self.unreleased is not None
-        epoch, successor = self.unreleased
+        epoch, record = self.unreleased
+        nats = self.nats
         self.is_busy = True
-        self.nats.call(
-            self.node,
-            None,
-            lambda: self.nats.lead(None, successor, epoch),
-            RPC_TIMEOUT,
-            self._released,
-            epoch,
-            successor,
+        nats.call(
+            self.node, None, lambda: nats.lead(record, epoch), RPC_TIMEOUT, self._released, epoch, record
         )
 
-    def _released(self, result: Any, epoch: int, successor: str | None) -> None:
+    def _released(self, result: Any, epoch: int, record: LeaderRecord) -> None:
         self.is_busy = False
         if result is UNANSWERED:
             self._retry()
@@ -179,9 +180,9 @@ class Election:
                 self.node, None, lambda: self.nats.bucket.leader, RPC_TIMEOUT, self._release_read, epoch
             )
         else:
-            if successor is not None:
+            if record.successor is not None:
                 self.world.count("hand-overs to a named successor")
-            self.learn(LeaderRecord(result, None, successor))
+            self.learn(msgspec.structs.replace(record, revision=result))
             self._release_done()
 
     def _release_read(self, record: Any, epoch: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from phalanx.types import FenceNote
+
 from .fault import Undo, nothing, victim
 from .host import Host, Process
 from .network_faults import server_down
@@ -81,6 +83,29 @@ def _must_be_gone(world: World, warden: Process, things: list[Thing], since: int
         if any(thing.present for thing in things):
             world.fail("warden", f"something of {warden.host.name} runs 0.5 s after both were killed")
         world.count("wardens checked")
+
+
+def stays_down(host: Host) -> Undo:
+    """The node is not started again before this is undone."""
+    host.held += 1
+
+    def undo() -> None:
+        host.held = max(0, host.held - 1)
+        if host.node is None or not host.node.alive:
+            host.start_soon()
+
+    return undo
+
+
+def all_killed(world: World) -> Undo:
+    """SIGKILL of node, keeper and warden at once; nobody starts the node again. What ran runs on."""
+    host = victim(world)
+    undo = stays_down(host)
+    if host.keeper is not None:
+        _kill(host.keeper.warden)
+    _kill(host.keeper)
+    _kill(host.node)
+    return undo
 
 
 def warden_killed(world: World) -> Undo:
@@ -286,6 +311,40 @@ def sigterm(world: World) -> Undo:
         _expect_hand_over(world, node)
         node.run(node.terminate)
     return nothing
+
+
+def fence_command_fails(world: World) -> Undo:
+    """Everybody's fence command fails, or hangs."""
+    world.fence_problem = world.rng.choice(("fails", "hangs"))
+
+    def undo() -> None:
+        world.fence_problem = ""
+
+    return undo
+
+
+def host_said_to_be_off(world: World) -> Undo:
+    """For as long as this lasts, an operator says of each host that runs nothing any more that it is off."""
+    over = False
+
+    def look() -> None:
+        if over:
+            return
+        nats, present = world.nats, {t.host for host in world.hosts for t in host.things if t.present}
+        for host in world.hosts:
+            session = nats.bucket.living.get(host.name)
+            processes = (host.node, host.keeper, host.keeper.warden if host.keeper is not None else None)
+            silent = host not in present and not any(p is not None and p.alive for p in processes)
+            if session in world.over_at and silent:
+                nats.operator(lambda s=session: nats.note_fenced(FenceNote(s, "operator", world.now)))
+        world.after(0.3, look)
+
+    def undo() -> None:
+        nonlocal over
+        over = True
+
+    look()
+    return undo
 
 
 def connection_kicked(world: World) -> Undo:

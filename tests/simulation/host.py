@@ -30,6 +30,8 @@ class Host:
         self.priority = world.rng.choice((0, 0, 0, 1, 5))
         self.no_failover = index > 0 and world.rng.random() < 0.2
         """Never of the first one: somebody has to lead when nobody is named."""
+        self.has_command = False
+        """Whether its node declares a fence command."""
         from .things import Lock
 
         self.registered: list[Thing] = []
@@ -42,6 +44,8 @@ class Host:
         self.lives = 0
         self.up = True
         self.starting = False
+        self.held = 0
+        """By so many the node is kept from being started again."""
 
     def clock(self) -> float:
         """What CLOCK_BOOTTIME shows."""
@@ -53,6 +57,21 @@ class Host:
             thing.vanish("power loss")
         self.registered.clear()
 
+    def switch_off(self) -> None:
+        """By somebody's fence command: nothing of it runs any more. Some time later it is on again."""
+        self.up = False
+        self.power_off()
+        warden = self.keeper.warden if self.keeper is not None else None
+        for process in (warden, self.keeper, self.node):
+            if process is not None:
+                process.die("fenced")
+        self.world.after(self.world.rng.uniform(0.5, 3.0), self._switch_on)
+
+    def _switch_on(self) -> None:
+        self.up = True
+        if self.node is None or not self.node.alive:
+            self.start_soon()
+
     def start_soon(self, longest: float = 0.8) -> None:
         """A supervisor starts the node again, with a new session."""
         if not self.starting:
@@ -63,7 +82,7 @@ class Host:
         from .node import Node
 
         self.starting = False
-        if not self.up or (self.node is not None and self.node.alive):
+        if not self.up or self.held or (self.node is not None and self.node.alive):
             return
         self.lives += 1
         if self.keeper is not None and self.keeper.alive and self.keeper.stopped:

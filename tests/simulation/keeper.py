@@ -219,7 +219,8 @@ class Keeper(Process):
             return
         missing = [name for name in self._revisions if name not in self._buried]
         self._requests = len(missing)
-        body, nats = SessionBody(self.holder.streams.generation, True, "released", self.name), self.nats
+        generation, nats = self.holder.streams.generation, self.nats
+        body = SessionBody(generation, True, "released", self.name, released=True)
         for stream in missing:
             revision = self._revisions[stream]
             nats.call(

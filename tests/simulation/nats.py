@@ -15,7 +15,7 @@ import msgspec
 
 from phalanx.decide.hold import MemberList
 from phalanx.decide.session import SessionBody, StreamList
-from phalanx.types import Candidate, LeaderRecord, Nomination, SessionId
+from phalanx.types import Candidate, FenceNote, LeaderRecord, Nomination, SessionId
 
 if TYPE_CHECKING:
     from .host import Process
@@ -72,9 +72,11 @@ class Bucket:
 
     __slots__ = (
         "history",
+        "living",
         "members",
         "named",
         "nomination",
+        "notes",
         "offers",
         "on_server",
         "pause",
@@ -87,6 +89,10 @@ class Bucket:
         self.seq = 0
         self.history = [LeaderRecord(0)]
         self.offers: dict[str, Candidate] = {}
+        self.living: dict[str, SessionId] = {}
+        """The member keys: under which session each node lives, or did last."""
+        self.notes: dict[str, FenceNote] = {}
+        """By node: the last of its sessions that somebody has fenced, or has seen to be off."""
         self.streams = streams
         self.pause: Pausing = (0, False)
         self.nomination = NOT_NOMINATED
@@ -266,18 +272,11 @@ class Nats:
     # --- operations on the bucket
 
     def lead(
-        self,
-        session: SessionId | None,
-        successor: str | None,
-        expect: int,
-        pause: Pausing = (0, False),
-        *,
-        members: int | None = None,
-        hold: bool = False,
+        self, record: LeaderRecord, expect: int, pause: Pausing = (0, False), *, members: int | None = None
     ) -> Any:
         """Compare-and-set of the leader key. *pause*: what its sender knew of one when it sent this.
         *members*: the revision at which the member list has to be."""
-        world, bucket = self.world, self.bucket
+        world, bucket, session = self.world, self.bucket, record.session
         if bucket.leader.revision != expect or (members is not None and bucket.members[0] != members):
             return REFUSED
         if self.spurious and world.rng.random() < self.spurious:
@@ -286,9 +285,9 @@ class Nats:
         if session is not None:
             world.take(session, bucket, pause)
         bucket.seq += 1
-        record = LeaderRecord(bucket.seq, session, successor, hold=hold)
+        record = msgspec.structs.replace(record, revision=bucket.seq)
         bucket.history.append(record)
-        world.log("nats", f"leader key at {bucket.seq}: {session or f'nobody, successor {successor}'}")
+        world.log("nats", f"leader key at {bucket.seq}: {session or f'nobody, successor {record.successor}'}")
         self._publish("bucket", bucket.on_server, "on_bucket", "leader", record, expect)
         return bucket.seq
 
@@ -317,6 +316,20 @@ class Nats:
         if members is not None and name in members.nodes and len(members.nodes) > 1 and not leads:
             nodes = {node: address for node, address in members.nodes.items() if node != name}
             self._write_members(msgspec.structs.replace(members, nodes=nodes))
+
+    def claim(self, session: SessionId) -> Any:
+        """The member key of a node: it lives under this session now."""
+        self.bucket.seq += 1
+        self.bucket.living[session.node] = session
+        return self.bucket.seq
+
+    def note_fenced(self, note: FenceNote) -> Any:
+        """Somebody says that nothing of a session runs any more."""
+        bucket = self.bucket
+        bucket.seq += 1
+        bucket.notes[note.session.node] = note
+        self._publish("bucket", bucket.on_server, "on_bucket", "fenced", note, 0)
+        return bucket.seq
 
     def offer(self, candidate: Candidate) -> Any:
         """A node's offer to lead."""

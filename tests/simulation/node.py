@@ -123,9 +123,18 @@ class Node(Process):
             self.world.count("starts again under a new stream list")
             self.leave()
         else:
-            self.ready = True
-            self._offer()
-            self.step()
+            self._claim()
+
+    def _claim(self) -> None:
+        self.nats.call(self, None, lambda: self.nats.claim(self.session), RPC_TIMEOUT, self._claimed)
+
+    def _claimed(self, result: Any) -> None:
+        if result is UNANSWERED:
+            self.timer(RETRY, self._claim)
+            return
+        self.ready = True
+        self._offer()
+        self.step()
 
     def _offer(self) -> None:
         host = self.host

@@ -18,6 +18,7 @@ FAULTS: dict[Callable[[World], Undo], float] = {
     faults.keeper_killed: 2,
     faults.both_killed: 3,
     faults.warden_killed: 3,
+    faults.all_killed: 2,
     faults.host_died: 2,
     faults.node_stopped: 3,
     faults.keeper_stopped: 3,
@@ -30,6 +31,8 @@ FAULTS: dict[Callable[[World], Undo], float] = {
     faults.stepdown: 3,
     faults.sigterm: 2,
     faults.connection_kicked: 2,
+    faults.fence_command_fails: 1.5,
+    faults.host_said_to_be_off: 1,
     network_faults.server_killed: 3,
     network_faults.server_amnesia: 3,
     network_faults.server_wiped: 1,
@@ -65,6 +68,9 @@ class Plan:
         rng: Random = world.rng
         if chaos_until > 6.5 and rng.random() < 0.06:
             self._pause_in_peace(chaos_from, chaos_until)
+            return
+        if any(host.has_command for host in world.hosts) and rng.random() < 0.1:
+            self._leaders_vanish(chaos_from, chaos_until)
             return
         if world.holds and rng.random() < 0.15:
             self._hold_in_peace(chaos_from)
@@ -103,6 +109,21 @@ class Plan:
             world.at(at + rng.uniform(0.0, 2.0), self._begin, 1, hold_faults.peer_isolated)
         world.at(at + lasts + 0.01, self._end, 0, hold_faults.nats_gone.__name__)
 
+    def _leaders_vanish(self, chaos_from: float, chaos_until: float) -> None:
+        """One after the other, with what they ran left running; now and then something else with it."""
+        world, rng = self.world, self.world.rng
+        number, at = 0, rng.uniform(chaos_from, chaos_from + 1.0)
+        while at < chaos_until - 0.5:
+            fault = rng.choice((faults.all_killed, faults.all_killed, faults.both_stopped, faults.host_died))
+            world.at(at, self._begin, number, fault)
+            world.at(at + rng.choice((1.0, 2.3, 3.5, 6.0)), self._end, number, fault.__name__)
+            if rng.random() < 0.5:
+                other = rng.choice((faults.fence_command_fails, faults.host_said_to_be_off))
+                world.at(at + rng.uniform(0.0, 2.0), self._begin, number + 1, other)
+                world.at(at + rng.uniform(2.0, 3.5), self._end, number + 1, other.__name__)
+            number += 2
+            at += rng.uniform(1.0, 3.5)
+
     def _begin(self, number: int, fault: Callable[[World], Undo]) -> None:
         world = self.world
         world.disturbances += 1
@@ -132,12 +153,13 @@ class Plan:
         nats.slow_host = [0.0] * len(nats.slow_host)
         nats.slow_replies = [0.0] * len(nats.slow_replies)
         nats.slow_server = [0.0] * 3
+        world.fence_problem = ""
         nats.loss = nats.lost_replies = nats.spurious = 0.0
         if world.holds:
             world.peers.heal()
         nats.changed()
         for host in world.hosts:
-            host.up = True
+            host.up, host.held = True, 0
             warden = host.keeper.warden if host.keeper is not None else None
             for process in (warden, host.keeper, host.node):
                 if process is not None and process.alive:

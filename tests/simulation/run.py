@@ -38,7 +38,9 @@ def build(seed: int, broken: str = "", *, tracing: bool = False, holds: bool = F
     world.nats = Nats(world, hosts, StreamList(1, ("s1", "s2", "s3")))
     world.hosts = [Host(world, index) for index in range(hosts)]
     world.peers = Peers(world, hosts)
+    declaring = rng.choice((0.0, 0.0, 0.6, 1.0))
     for host in world.hosts:
+        host.has_command = rng.random() < declaring
         if world.holds and host.index and rng.random() < 0.15:
             world.at(rng.uniform(2.0, 8.0), host.start_soon)  # it joins later
         else:

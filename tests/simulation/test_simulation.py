@@ -33,12 +33,14 @@ MUST_HAPPEN = (
     "failures held in a pause",
     "fenced writes refused",
     "hand-overs to a named successor",
+    "hosts fenced",
     "leader changes",
     "led by a named node without failover",
     "lost replies",
     "nodes killed by their keeper in an active section",
     "left-overs ended by the next keeper",
     "nodes that fenced themselves",
+    "needed no fencing any more",
     "nominations",
     "pauses that ended while nobody was active",
     "programs that had to be killed",
@@ -54,6 +56,7 @@ MUST_HAPPEN = (
     "starts of a program that failed",
     "stream lists replaced",
     "things ended by a warden",
+    "to be fenced by others, passed on",
     "tombstones by observers",
     "tombstones refused",
     "wardens checked",
@@ -62,7 +65,12 @@ MUST_HAPPEN = (
 )
 """What a run of FEWEST schedules or more must have contained: who tries nothing finds nothing."""
 
-RARE = ("leader key taken in a pause by who had not heard of it",)
+RARE = (
+    "fence commands ended by an operator's word",
+    "fence commands that failed",
+    "leader key taken in a pause by who had not heard of it",
+    "not started by a node without a fence command",
+)
 """The same, of ten thousand or more."""
 
 

@@ -122,6 +122,8 @@ class Watches:
             self.node.election.candidates[value.session.node] = value
         elif what == "pause":
             self.node.election.learn_pause(value)
+        elif what == "fenced":
+            self.node.app.on_fenced(value)
         elif what == "nomination":
             self.node.election.nomination = max(self.node.election.nomination, value, key=_revision)
         elif what == "members":

@@ -42,6 +42,8 @@ class Section:
     began: float = -1.0
     successor: str | None = None
     """Whom its node named, before it ended."""
+    unfenced: tuple[SessionId, ...] = ()
+    """Whom its node has to have fenced before it starts anything."""
     excused: bool = False
     """Another one began while this one's host could neither run it nor end it (frozen, both stopped)."""
 
@@ -70,6 +72,11 @@ class World:
         self.begun: list[Section] = []
         """All sections, whether or not they still go on: some programs do not start."""
         self.last_fenced = 0
+        self.fence_problem = ""
+        """What is wrong with everybody's fence command: it "fails", or "hangs"; empty: nothing."""
+        self.owed: set[SessionId] = set()
+        """Leaders that had to be fenced when the leader key was taken from them: nothing of them may run when
+        the next section begins, whatever was dead or stood still there."""
         self.over_at: dict[SessionId, float] = {}
         self.digest = 0
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -121,6 +128,8 @@ class World:
         node = section.node
         begins = f"{node.name} begins at epoch {section.epoch}"
         for other in self.active:
+            if other.node.session in self.owed:
+                self.fail("fence", f"{begins} before {other.node.name}, active at {other.epoch}, is fenced")
             if other.node.may_work and (other.node.keeper_runs or not other.node.blocked):
                 self.fail("G1", f"{begins} while {other.node.name} is active at {other.epoch}")
             if other.node.keeper_runs:
@@ -148,6 +157,8 @@ class World:
             for thing in host.things:
                 if thing.present and thing.kind == "program" and thing.section is not section:
                     where = f"{begins} while the program of {thing.section.epoch} runs on {host.name}"
+                    if thing.section.node.session in self.owed:
+                        self.fail("fence", where)
                     if thing.is_guarded or host is section.node.host:
                         self.fail("G1", where)
                     self.count("excused: a program that nobody could end")
@@ -201,7 +212,9 @@ class World:
             if knew == bucket.pause:
                 self.fail("pause", f"{session} takes the leader key in a pause that it knows of")
             self.count("leader key taken in a pause by who had not heard of it")
-        host = self.host_of(session)
+        host, before = self.host_of(session), bucket.leader.session
+        if before not in (None, session) and (host.has_command or self.host_of(before).has_command):
+            self.owed.add(before)
         if host.no_failover:
             leader = bucket.leader
             nominated = Nomination(leader.revision, host.name, "operator") in bucket.named
