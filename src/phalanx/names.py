@@ -18,6 +18,8 @@ FENCE_KEY = "fence"
 CANDIDATE_KEYS = "election.candidate"
 NOMINATION_KEY = "election.nomination"
 SWITCHOVER_KEYS = "switchover"
+RING_KEYS = "ring"
+RING_PLAN_KEY = "ring.plan"
 
 
 class Names:
@@ -178,6 +180,16 @@ class Names:
     def candidate_key(node: str) -> str:
         """A node's offer to lead the app in whose bucket this key lies."""
         return f"{CANDIDATE_KEYS}.{node}"
+
+    @staticmethod
+    def ring_member_key(node: str) -> str:
+        """A node's offer to own partitions of the ring in whose bucket this key lies."""
+        return f"{RING_KEYS}.member.{node}"
+
+    @staticmethod
+    def partition_key(partition: int) -> str:
+        """Who owns that partition of the ring."""
+        return f"{RING_KEYS}.part.{partition}"
 
     # --- core subjects
 

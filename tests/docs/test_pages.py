@@ -30,6 +30,8 @@ from phalanx.data import (
 )
 from phalanx.data.wal_files import LogState
 from phalanx.decide.election import LeaderBody
+from phalanx.decide.ring_ownership import PartitionBody
+from phalanx.decide.ring_plan import RingMember, RingPlan
 from phalanx.decide.session import SessionBody, StreamList
 from phalanx.names import Names
 from phalanx.observe.audit import AuditEntry
@@ -65,6 +67,9 @@ VALUES: dict[str, Any] = {
     "FenceNote": FenceNote,
     "AppRegistration": membership.AppRegistration,
     "leader": LeaderBody,
+    "RingMember": RingMember,
+    "RingPlan": RingPlan,
+    "PartitionBody": PartitionBody,
     "Candidate": Candidate,
     "Nomination": Nomination,
     "PlannedSwitchover": PlannedSwitchover,

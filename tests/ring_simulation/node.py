@@ -274,9 +274,8 @@ class Node:
             if revision > self._member_revisions.get(key, 0):
                 self._member_revisions[key] = revision
                 self._members[f"n{key - MEMBER}"] = value
-                if key == MEMBER + self.host and value != self._offered:
-                    # What an earlier life of this node had sent has arrived after all: say it again.
-                    self.world.count("offers of earlier lives that came late")
+                if key == MEMBER + self.host and value != self._offer():
+                    # What was sent long ago, or by an earlier life, may have arrived after all: say it again.
                     self._offered = None
         else:
             self.own.on_record(key, revision, value)
@@ -330,7 +329,7 @@ class Node:
         offer = self._offer()
         if offer == self._offered or self._offering:
             return
-        self._offering = True
+        self._offering, self._offered = True, None
 
         def done(result: Any) -> None:
             self._offering = False

@@ -29,10 +29,9 @@ from phalanx.types import SessionId
 
 class PartitionBody(msgspec.Struct, frozen=True, omit_defaults=True):
     """What a partition's key holds; the revision is the epoch and comes with the record. ``session`` None:
-    it was released, and ``reason`` says why."""
+    it was given back."""
 
     session: SessionId | None = None
-    reason: str = ""
 
 
 class Write(msgspec.Struct, frozen=True):

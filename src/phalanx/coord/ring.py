@@ -1,0 +1,375 @@
+"""One ring on this node: watches its keys, plans, takes partitions and gives them back.
+
+It decides nothing: :mod:`phalanx.decide.ring_plan` and :mod:`phalanx.decide.ring_ownership` do. What it asks
+of single partitions is pipelined, so that hundreds change hands within some round trips to NATS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from phalanx import system
+from phalanx.aio import Background, wait_at_most
+from phalanx.coord.register import Register
+from phalanx.coord.watch import Watch
+from phalanx.decide.ring_ownership import Begin, End, Ownership, PartitionBody, Read, Write
+from phalanx.decide.ring_plan import SETTLE_SECONDS, Planner, Propose, RingMember, RingPlan, Wait, wanted
+from phalanx.decide.timing import Timing
+from phalanx.errors import BusError, ConfigError, WrongRevision
+from phalanx.names import RING_KEYS, RING_PLAN_KEY, Names
+from phalanx.ports import Bus, Connection, Fence, Record
+from phalanx.types import SessionId
+
+log = logging.getLogger("phalanx.ring")
+
+MOST_UNDER_WAY = 256
+"""Requests about single partitions that wait for an answer at a time."""
+
+REQUEST_TIMEOUT_SECONDS = 1.0
+RETRY_SECONDS = 0.1
+STALE_SECONDS = 0.2
+"""An answer older than what was seen may be that of a server which does not know yet that it leads no more:
+it is asked for again after this."""
+
+_body_of = msgspec.json.Decoder(PartitionBody).decode
+_member_of = msgspec.json.Decoder(RingMember).decode
+_plan_of = msgspec.json.Decoder(RingPlan).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class RingSession(Protocol):
+    """What a ring needs of the node's session (:class:`phalanx.coord.session.Session`)."""
+
+    @property
+    def id(self) -> SessionId: ...
+    @property
+    def timing(self) -> Timing: ...
+    @property
+    def valid_until(self) -> float: ...
+    @property
+    def is_valid(self) -> bool: ...
+    @property
+    def may_begin(self) -> bool: ...
+    def on_change(self, callback: Callable[[], None]) -> None: ...
+    def off_change(self, callback: Callable[[], None]) -> None: ...
+
+
+class RingPartitions:
+    """The partitions of one app's ring, for one session of this node.
+
+    *on_begin* is told of each partition that this node owns from now on, with the fence for its writes;
+    *on_end* of each that it has to cease to own: why, and whether that has to be at once. Call
+    :meth:`ended` when nothing of it runs any more. Neither may block.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        names: Names,
+        app: str,
+        session: RingSession,
+        register: Register,
+        partitions: int,
+        *,
+        on_begin: Callable[[int, Fence], None],
+        on_end: Callable[[int, str, bool], None],
+        settle_seconds: float = SETTLE_SECONDS,
+    ) -> None:
+        self._bus, self._names, self._app = bus, names, app
+        self._session, self._register, self._count = session, register, partitions
+        self._on_begin, self._on_end = on_begin, on_end
+        self._bucket = names.app_bucket(app)
+        self._stream = names.bucket_stream(self._bucket)
+        self._own = Ownership(session.id, partitions, register.is_over)
+        self._planner = Planner(session.id.node, partitions, settle_seconds=settle_seconds)
+        self.members: dict[str, RingMember] = {}
+        """The offers of all nodes, also of those that are gone."""
+        self._offer = RingMember(session.id, 1, False, "starting")
+        self._offered: RingMember | None = None
+        self._offer_revision = 0
+        self._offering = self._proposing = False
+        self._noted: set[SessionId] = set()
+        self._refused: ConfigError | None = None
+        self._waiting: deque[Write | Read] = deque()
+        """At most one for each partition."""
+        self._under_way = 0
+        self._background = Background(log)
+        self._changed = asyncio.Event()
+        self._clear = asyncio.Event()
+        self._leaving = False
+        self._watch = Watch(
+            bus,
+            self._stream,
+            f"{names.key_subject(self._bucket, RING_KEYS)}.>",
+            watch_prefix=f"{names.watch_prefix(app)}.{RING_KEYS}",
+            on_record=self._on_record,
+        )
+
+    # --- for the app
+
+    @property
+    def plan(self) -> RingPlan | None:
+        """Who shall own what; None before there is a plan."""
+        return self._planner.plan
+
+    @property
+    def held(self) -> list[int]:
+        """The partitions that this node owns, or is ceasing to own."""
+        return self._own.held
+
+    def epoch(self, partition: int) -> int:
+        """The epoch under which this node owns *partition*; 0 if it does not."""
+        return self._own.epoch(partition) if self._session.is_valid else 0
+
+    def owner(self, partition: int) -> tuple[int, SessionId | None]:
+        """What the key of *partition* says, as far as is known here: its epoch, and whose it is."""
+        return self._own.holder(partition)
+
+    def offer(self, *, ready: bool, weight: int = 1, reason: str = "") -> None:
+        """Whether this node may be planned in, and with which weight; *reason*: why not."""
+        self._offer = RingMember(self._session.id, weight, ready and not self._leaving, reason)
+        self._changed.set()
+
+    def set_aside(self, partition: int, aside: bool) -> None:
+        """Leave *partition* alone for a while: it has failed here."""
+        self._own.set_aside(partition, aside)
+        self._changed.set()
+
+    def ended(self, partition: int) -> None:
+        """Nothing of *partition* runs here any more."""
+        self._own.on_ended(partition)
+        self._changed.set()
+
+    async def leave(self, timeout: float) -> bool:
+        """Give everything back and take nothing any more; whether that was done within *timeout* seconds."""
+        self._leaving = True
+        self.offer(ready=False, weight=self._offer.weight, reason="the node is stopping")
+        self._own.leave()
+        return await wait_at_most(self._clear, timeout)
+
+    # --- the loop
+
+    async def run(self) -> None:
+        """Watch and act until cancelled. Raises ConfigError if the ring has another number of partitions."""
+        stop_listening = self._bus.on_connection(self._on_connection)
+        self._register.on_over(self._on_session_over)
+        self._session.on_change(self._changed.set)
+        try:
+            await self._watch.start()
+            while self._refused is None:
+                self._changed.clear()
+                wait = self._step()
+                await wait_at_most(self._changed, None if wait is None else max(0.001, wait))
+            raise self._refused
+        finally:
+            stop_listening()
+            self._register.off_over(self._on_session_over)
+            self._session.off_change(self._changed.set)
+            for session in self._noted:
+                self._register.unnote(session)
+            self._noted.clear()
+            await self._background.close()
+            await self._watch.close()
+
+    def _step(self) -> float | None:
+        """Do what is due; after how many seconds to look again (None: when something changes)."""
+        session, now = self._session, system.now()
+        valid, may_begin = session.is_valid, session.may_begin
+        for action in self._own.step(valid=valid, may_begin=may_begin):
+            match action:
+                case Begin(partition, epoch):
+                    self._on_begin(partition, Fence(self._subject(partition), epoch))
+                case End(partition, _, reason, hard):
+                    self._on_end(partition, reason, hard)
+                case Write() | Read():
+                    self._waiting.append(action)
+        self._send()
+        self._note_sessions()
+        moments: list[float] = []
+        if valid:
+            ends = session.valid_until
+            moments.append(session.timing.stand_down_at(ends) if may_begin else ends)
+            self._tell_offer()
+            if (look_at := self._plan(now)) is not None:
+                moments.append(look_at)
+        if self._leaving and self._own.is_clear:
+            self._clear.set()
+        return min(moments) - now if moments else None
+
+    def _subject(self, partition: int) -> str:
+        return self._names.key_subject(self._bucket, self._names.partition_key(partition))
+
+    def _note_sessions(self) -> None:
+        """The register judges whoever is named by a key, even if no session stream holds it."""
+        named = {*self._own.holders(), *(member.session for member in self.members.values())}
+        for session in named - self._noted:
+            self._register.note(session)
+        for session in self._noted - named:
+            self._register.unnote(session)
+        self._noted = named
+
+    # --- single partitions
+
+    def _send(self) -> None:
+        while self._waiting and self._under_way < MOST_UNDER_WAY:
+            action = self._waiting.popleft()
+            self._under_way += 1
+            work = self._write(action) if isinstance(action, Write) else self._read(action)
+            self._background.spawn(work, f"ring {self._app} partition")
+
+    async def _write(self, action: Write) -> None:
+        number, body = action.partition, PartitionBody(self._session.id if action.take else None)
+        try:
+            revision = await self._bus.write(
+                self._subject(number),
+                _encode(body),
+                expect=action.expected_revision,
+                timeout=REQUEST_TIMEOUT_SECONDS,
+            )
+        except WrongRevision:
+            self._own.on_not_written(number)
+        except BusError as error:
+            log.warning("app %s: the key of partition %d: %s", self._app, number, error)
+            await asyncio.sleep(RETRY_SECONDS)
+            self._own.on_not_written(number)
+        else:
+            self._own.on_written(number, revision, take=action.take)
+        self._answered()
+
+    async def _read(self, action: Read) -> None:
+        number = action.partition
+        try:
+            revision, session = await self._stored(number)
+            if revision < self._own.holder(number)[0]:
+                await asyncio.sleep(STALE_SECONDS)
+                revision, session = await self._stored(number)
+        except BusError as error:
+            log.warning("app %s: reading the key of partition %d: %s", self._app, number, error)
+            await asyncio.sleep(RETRY_SECONDS)
+            self._own.on_not_read(number)
+        else:
+            if revision < self._own.holder(number)[0]:
+                log.error("app %s: partition %d went back to revision %d", self._app, number, revision)
+                self._watch.forget(self._subject(number))
+            self._own.on_read(number, revision, session)
+        self._answered()
+
+    def _answered(self) -> None:
+        self._under_way -= 1
+        self._send()
+        self._changed.set()
+
+    async def _stored(self, partition: int) -> tuple[int, SessionId | None]:
+        """What the stream's leader has."""
+        subject = self._subject(partition)
+        record = await self._bus.read(self._stream, subject, timeout=REQUEST_TIMEOUT_SECONDS)
+        return (record.revision, _holder_in(record)) if record is not None else (0, None)
+
+    # --- membership and plan
+
+    def _tell_offer(self) -> None:
+        if self._offer != self._offered and not self._offering:
+            # Until it is answered nobody knows what is stored.
+            self._offering, self._offered = True, None
+            self._background.spawn(self._publish_offer(self._offer), f"ring {self._app} offer")
+
+    async def _publish_offer(self, offer: RingMember) -> None:
+        key = self._names.ring_member_key(self._session.id.node)
+        subject = self._names.key_subject(self._bucket, key)
+        try:
+            revision = await self._bus.write(subject, _encode(offer), timeout=REQUEST_TIMEOUT_SECONDS)
+        except BusError as error:
+            log.warning("app %s: the offer to own partitions: %s", self._app, error)
+            await asyncio.sleep(RETRY_SECONDS)
+        else:
+            # Unless something that was sent earlier has been stored since.
+            self._offered = offer if revision >= self._offer_revision else None
+        self._offering = False
+        self._changed.set()
+
+    def _plan(self, now: float) -> float | None:
+        """Do what is due about the plan; the moment to look again."""
+        self._planner.on_members(wanted(self.members, self._register.is_over), now)
+        action = None if self._proposing else self._planner.next_action(now)
+        if isinstance(action, Propose):
+            self._proposing = True
+            self._background.spawn(self._propose(action), f"ring {self._app} plan")
+        return action.until if isinstance(action, Wait) else None
+
+    async def _propose(self, action: Propose) -> None:
+        subject = self._names.key_subject(self._bucket, RING_PLAN_KEY)
+        try:
+            try:
+                revision = await self._bus.write(
+                    subject,
+                    _encode(action.plan),
+                    expect=action.expected_revision,
+                    timeout=REQUEST_TIMEOUT_SECONDS,
+                )
+            except WrongRevision:
+                # Another node was faster; or it was our own, or a spurious refusal: read back.
+                record = await self._bus.read(self._stream, subject, timeout=REQUEST_TIMEOUT_SECONDS)
+                if record is not None:
+                    self._learn_plan(record.revision, None if record.removed else _plan_of(record.data))
+            else:
+                self._learn_plan(revision, action.plan)
+        except BusError as error:
+            log.warning("app %s: the plan of the ring: %s", self._app, error)
+            await asyncio.sleep(RETRY_SECONDS)
+        self._proposing = False
+        self._changed.set()
+
+    def _learn_plan(self, revision: int, plan: RingPlan | None) -> None:
+        if plan is not None and len(plan.owners) != self._count:
+            self._refused = ConfigError(
+                "pattern.partitions",
+                self._count,
+                f"the ring of app {self._app} has {len(plan.owners)} partitions",
+                "a ring keeps its number of partitions, as data lies by it: declare that one, or a new app",
+            )
+        elif revision > self._planner.revision:
+            self._planner.on_plan(revision, plan, system.now())
+            self._own.on_plan(plan.owner_names() if plan is not None else (None,) * self._count)
+
+    # --- what was seen
+
+    def _on_connection(self, event: Connection) -> None:
+        if event is Connection.CONNECTED:
+            self._own.on_reconnected()
+            self._changed.set()
+
+    def _on_session_over(self, session: SessionId) -> None:
+        self._own.on_session_over(session)
+        self._changed.set()
+
+    def _on_record(self, record: Record) -> None:
+        key = record.subject.removeprefix(self._names.key_subject(self._bucket, f"{RING_KEYS}."))
+        kind, _, rest = key.partition(".")
+        if kind == "plan":
+            self._learn_plan(record.revision, None if record.removed else _plan_of(record.data))
+        elif kind == "member":
+            self._on_member(rest, record)
+        elif kind == "part" and rest.isdecimal() and int(rest) < self._count:
+            self._own.on_record(int(rest), record.revision, _holder_in(record))
+        self._changed.set()
+
+    def _on_member(self, node: str, record: Record) -> None:
+        if record.removed:
+            self.members.pop(node, None)
+        else:
+            self.members[node] = _member_of(record.data)
+        if node == self._session.id.node:
+            self._offer_revision = max(self._offer_revision, record.revision)
+            if self.members.get(node) != self._offer:
+                # What was sent long ago, or by an earlier life, may have arrived after all: say it again.
+                self._offered = None
+
+
+def _holder_in(record: Record) -> SessionId | None:
+    return None if record.removed else _body_of(record.data).session
