@@ -1,10 +1,15 @@
-"""For all tests: those that need a systemd run where there is one (tests/in_systemd.py)."""
+"""For all tests: Hypothesis takes no time; what needs a systemd runs where there is one (in_systemd.py)."""
 
 from __future__ import annotations
 
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says something of the machine, and of the tests beside it.
+settings.register_profile("phalanx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("phalanx")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -193,8 +193,9 @@ def test_stopped_and_vforking_processes_do_not_delay_the_kill(section: Section) 
 
 
 @pytest.mark.alone
+@pytest.mark.alone
 def test_plain_program_is_killed_in_milliseconds(section: Section) -> None:
-    """G4: a failover does not wait for the search (the best of up to twenty: other tests run beside it)."""
+    """G4: a failover does not wait for the search (the best of up to twenty)."""
     seconds: list[float] = [1.0]
     for count in range(1, 21):
         if min(seconds) < 0.03:
