@@ -187,8 +187,8 @@ async def test_g1_second_sigterm_leaves_no_section_behind(nats_server: NatsServe
 
 STUCK_APP = """
 import os
-import phalanx.node
-phalanx.node.STUCK_SECONDS = 1.0
+import phalanx.node.sessions
+phalanx.node.sessions.STUCK_SECONDS = 1.0
 stuck = p.app("stuck")
 
 @stuck.on_active
@@ -235,8 +235,8 @@ async def test_app_that_does_not_end_holds_no_other_app(nats_server: NatsServer,
 
 
 LATE_APP = """
-import phalanx.node
-phalanx.node.STUCK_SECONDS = 0.5
+import phalanx.node.sessions
+phalanx.node.sessions.STUCK_SECONDS = 0.5
 late, go = p.app("late"), asyncio.Event()
 
 @late.on_active
