@@ -1028,7 +1028,7 @@ async def test_watch_since_through_a_server_restart(nats_server: NatsServer) -> 
         lease = await kv.put("lease", 0, ttl=1)
         async with kv.watch("", int, since=since) as changes:
             assert told(await next_of(changes)) == ("lease", 0, lease)
-            client: Any = bus._client  # pyright: ignore[reportPrivateUsage]
+            client: Any = bus._link.client  # pyright: ignore[reportPrivateUsage]
             connect, gate = client._connect_to_server, asyncio.Event()
 
             async def late(server: Any) -> None:

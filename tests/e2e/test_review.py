@@ -143,15 +143,15 @@ async def test_bus_survives_a_reopening_that_fails_in_an_unexpected_way(nats_ser
     bus = await connected(nats_server)
     got: list[bytes] = []
     await bus.subscribe("s", lambda m: got.append(m.data))
-    right = bus._options
-    bus._options = NatsOptions(urls=right.urls, tls_ca="/nonexistent.pem")
-    bus._start_reopening("a test")
+    right = bus._link._options
+    bus._link._options = NatsOptions(urls=right.urls, tls_ca="/nonexistent.pem")
+    bus._link._start_reopening("a test")
     async with asyncio.timeout(10):
         while bus.is_connected:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         late = await bus.subscribe("t", lambda m: got.append(m.data))
         await asyncio.sleep(0.3)  # at least one try fails
-        bus._options = right
+        bus._link._options = right
         while not bus.is_connected:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         while got != [b"1", b"2"]:
