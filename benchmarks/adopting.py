@@ -1,4 +1,4 @@
-"""What a client sees of a container whose node restarts in a pause: nothing, if the container runs on."""
+"""What a client sees of a process or a container whose node restarts in a pause: nothing, if it runs on."""
 
 from __future__ import annotations
 
@@ -29,18 +29,31 @@ _REQUEST_SECONDS = 1.0
 _POLL_SECONDS = 0.003
 
 
-async def adopt(run: Run) -> None:
-    """Failed requests during a restart of the node, by SIGTERM and by SIGKILL in turn."""
+async def process(run: Run) -> None:
+    """Failed requests during a restart of the node, by SIGTERM and by SIGKILL in turn: of a process."""
+    await _adopt(run, 'type = "process"\n')
+
+
+async def container(run: Run) -> None:
+    """The same of a container."""
+    with DockerDaemon() as dockerd:
+        await _adopt(
+            run,
+            f'type = "docker"\nimage = "{dockerd.busybox_image()}"\nnetwork = "host"\n'
+            f'socket = "{dockerd.socket}"\n',
+        )
+
+
+async def _adopt(run: Run, backend: str) -> None:
     ports = Ports()
     address = f"{HOST}:{ports.take()}"
     try:
         with (
-            DockerDaemon() as dockerd,
             NatsServer() as nats,
             tempfile.TemporaryDirectory(prefix="phalanx-adopt-") as folder,
         ):
             toml = Path(folder) / "phalanx.toml"
-            toml.write_text(_toml(dockerd, address))
+            toml.write_text(_toml(backend, address))
             command = [sys.executable, "-m", "phalanx.cli.main", "run", str(toml)]
             with Nodes(command, nats.urls, count=2) as nodes:
                 async with PlatformClient("bench", NatsOptions(urls=tuple(nats.urls))) as client:
@@ -49,12 +62,11 @@ async def adopt(run: Run) -> None:
         ports.close()
 
 
-def _toml(dockerd: DockerDaemon, address: str) -> str:
+def _toml(backend: str, address: str) -> str:
     return (
         f'[platform]\nname = "bench"\n[timings]\nttl = "{_TTL_SECONDS}s"\n'
-        '[apps.wiki]\npattern = "active-passive"\n[apps.wiki.backend]\ntype = "docker"\n'
-        f'image = "{dockerd.busybox_image()}"\ncommand = ["busybox", "httpd", "-f", "-p", "{address}"]\n'
-        f'network = "host"\nsocket = "{dockerd.socket}"\n'
+        f'[apps.wiki]\npattern = "active-passive"\n[apps.wiki.backend]\n{backend}'
+        f'command = ["busybox", "httpd", "-f", "-p", "{address}"]\n'
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.figures import Run
 from phalanx import config, system
-from phalanx.backends import make_backend
+from phalanx.backends import Holder, make_backend
 from phalanx.backends.engine import Engine
 from phalanx.keeper.fencing import Registry
 from phalanx.ports import SectionContext
@@ -36,7 +36,7 @@ async def process(run: Run) -> None:
     def declare(command: list[str]) -> config.Backend:
         return config.Process(command, ready=_check(command), ready_timeout=READY_TIMEOUT)
 
-    await measure(run, declare, _bare_process)
+    await measure(run, declare, _bare_process, holds=True)
 
 
 async def container(run: Run) -> None:
@@ -61,10 +61,17 @@ def _check(command: list[str]) -> config.TcpCheck:
     return config.TcpCheck(command[-1], interval=0.1, timeout=1.0)
 
 
-async def measure(run: Run, declare: Callable[[list[str]], config.Backend], bare: Bare) -> None:
-    """Each run starts the program once bare and once by Phalanx, in turn: the difference counts."""
+async def measure(
+    run: Run, declare: Callable[[list[str]], config.Backend], bare: Bare, *, holds: bool = False
+) -> None:
+    """Each run starts the program once bare and once by Phalanx, in turn: the difference counts.
+
+    *holds*: with the holder of processes, which a node has from its own start on.
+    """
     ports = Ports()
-    with tempfile.TemporaryDirectory(prefix="phalanx-overhead-") as folder:
+    async with contextlib.AsyncExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="phalanx-overhead-"))
+        holder = await stack.enter_async_context(Holder(Path(folder))) if holds else None
         registry = Registry(Path(folder))
 
         async def register(resource: Resource) -> None:
@@ -77,7 +84,7 @@ async def measure(run: Run, declare: Callable[[list[str]], config.Backend], bare
                 await _answers(command[-1])
                 by_hand = system.now() - began
             section = SectionContext("bench", "n1", "wiki", epoch, register, registry.remove)
-            backend = make_backend(declare(command), "bench", "n1")
+            backend = make_backend(declare(command), "bench", "n1", holder)
             began = system.now()
             running = await backend.start(section)
             await running.wait_ready()
