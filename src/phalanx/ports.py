@@ -336,9 +336,17 @@ class AddressClaim(NamedTuple):
 class SectionAddresses(Protocol):
     """The virtual addresses of an app, as its active section goes through them."""
 
-    async def acquire(self, section: SectionContext) -> None:
+    async def acquire(self, section: SectionContext, left: Sequence[Resource] = ()) -> None:
         """Take all of them: register, see that nobody else has them, add, announce. From then on they are
-        verified and their lifetime is prolonged. Raises AddressError, SessionLost; then none is left."""
+        verified and their lifetime is prolonged. Raises AddressError, SessionLost; then none is left.
+
+        *left*: those that an earlier life of the node has left in a pause, and that are here: they go on as
+        they are.
+        """
+        ...
+
+    async def leave(self) -> None:
+        """Let go of all of them as they are: the node ends in a pause, and its keeper prolongs them."""
         ...
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Protocol
 
 from phalanx import system
@@ -53,7 +53,7 @@ class Section:
         on_step: Callable[[str, float, str], None],
         paused: Callable[[], bool] = lambda: False,
         on_held: Callable[[str], None] = lambda problem: None,
-        adopted: Resource | None = None,
+        adopted: Sequence[Resource] = (),
     ) -> None:
         self.reign = reign
         self._resources, self._hooks, self.program, self._context = resources, hooks, program, context
@@ -61,7 +61,8 @@ class Section:
         self._on_active_timeout, self._on_passive_timeout = on_active_timeout, on_passive_timeout
         self._on_role, self._on_step = on_role, on_step
         self._paused, self._on_held, self._again = paused, on_held, asyncio.Event()
-        self._adopted = adopted
+        self._adopted_program = next((one for one in adopted if one.kind not in ("section", "vip")), None)
+        self._adopted_addresses = [one for one in adopted if one.kind == "vip"]
         self.is_left = False
         """Whether its program was left running, for the node's next life."""
         self._hard = asyncio.Event()
@@ -175,11 +176,11 @@ class Section:
                     await self._fence_previous()
                 case Step.VIP:
                     assert self._addresses is not None
-                    await self._addresses.acquire(self._resources)
+                    await self._addresses.acquire(self._resources, self._adopted_addresses)
                 case Step.BACKEND:
                     assert self.program is not None
-                    if self._adopted is not None:
-                        await self.program.adopt(self._adopted)
+                    if self._adopted_program is not None:
+                        await self.program.adopt(self._adopted_program)
                     else:
                         await self.program.start()
                 case Step.READY:
@@ -294,6 +295,8 @@ class Section:
         if self.is_left:
             if self.program is not None:
                 self.program.leave()
+            if self._addresses is not None:
+                await self._addresses.leave()
             return
         self._on_role(Role.STANDING_DOWN)
         self._context.cancelled_event.set()

@@ -96,15 +96,13 @@ class DeclaredApp:
         """Why what it runs is bound to end with the node, by its kind; empty if it is not."""
         if self.config.database is not None:
             return "its database is captured by the node"
-        if self.addresses is not None:
-            return "its addresses are kept by the node"
         if self.backend is None or "on_active" in self.hooks or "on_passive" in self.hooks:
             return "its hooks are code inside the node"
         return ""
 
     @property
     def can_adopt(self) -> bool:
-        """Whether all that it runs can outlive a node, by its kind: a program of its own and nothing else."""
+        """Whether all that it runs can outlive a node, by its kind: a program of its own, and addresses."""
         return not self.bound_because
 
 

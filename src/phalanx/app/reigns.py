@@ -85,8 +85,8 @@ class Reigns:
 
     async def _run_section(self, term: Term, reign: Reign) -> Section:
         context, resources = self._contexts(term, reign)
-        adopted = next((resource for resource in term.adopted if resource.epoch == resources.epoch), None)
-        if adopted is not None:
+        adopted = [resource for resource in term.adopted if resource.epoch == resources.epoch]
+        if adopted:
             reign.unfenced = ()  # it was fenced before that could run: by now it may have returned
         app = self._app
         section = Section(

@@ -7,6 +7,7 @@ import logging
 
 from phalanx import system
 from phalanx.keeper import fencing, wire
+from phalanx.keeper.addresses import Prolonging
 from phalanx.keeper.link import NodeLink
 from phalanx.keeper.renewing import Renewer
 from phalanx.keeper.wardens import Wardens
@@ -28,12 +29,26 @@ class Ending:
     ) -> None:
         self._start, self._renewer, self._registry = start, renewer, registry
         self._link, self._wardens = link, wardens
+        self._prolonging: Prolonging | None = None
+
+    def prolong_addresses(self) -> None:
+        """Keep what is registered of them on this host, as a node would, until something ends."""
+        if self._prolonging is None:
+            holder, period = self._renewer.holder, self._start.timing.renew_every
+            self._prolonging = Prolonging(self._registry.resources, lambda: holder.valid_until, period)
+
+    async def stop_prolonging(self) -> None:
+        """Return once nobody here puts an address anywhere. Twice is harmless."""
+        prolonging, self._prolonging = self._prolonging, None
+        if prolonging is not None:
+            await prolonging.stop()
 
     async def end_resources(self, resources: list[Resource], *, kill_node: bool) -> None:
         """Return when *resources* (and the node) are gone.
 
         What does not die yet must not run without a session, if it can be held.
         """
+        await self.stop_prolonging()
         killing = asyncio.create_task(self._kill(resources, kill_node), name="keeper kill")
         while not killing.done():
             await asyncio.wait({killing}, timeout=self._start.timing.renew_every)

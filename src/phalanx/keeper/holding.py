@@ -54,6 +54,7 @@ class Holding:
             await self._hold()
         finally:
             self._end_absence()
+            await self._ending.stop_prolonging()
 
     async def _hold(self) -> None:
         start, renewer, watchdog, wishes = self._start, self._renewer, self._watchdog, self._wishes
@@ -139,6 +140,7 @@ class Holding:
         self._watchdog.on_away(system.now())
         self._absence = away.Absence(self._renewer.bus, self._names, session, self._wake.set)
         await self._absence.begin(Path(self._start.state_dir), self._wishes.keep)
+        self._ending.prolong_addresses()
         leaves = self._wishes.leave is not None
         if leaves:
             self._link.say(wire.Left())
@@ -182,6 +184,7 @@ class Holding:
                 await away.release_key(self._renewer.bus, self._names, app, start.session)
             except BusError as error:
                 log.warning("app %s: its leader key is given back later: %s", app, error)
+        self._ending.prolong_addresses()
         absence.look_anew(self._wishes.keep)
 
     async def _be_taken_up(self, transport: asyncio.WriteTransport, pid: int, wish: wire.Attach) -> None:

@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
+from ipaddress import ip_interface
 from pathlib import Path
 
-from phalanx import child
+from phalanx import child, netlink
 from phalanx.aio import wait_at_most
 from phalanx.config import VirtualIP
 from phalanx.errors import AddressError
@@ -16,6 +18,7 @@ from phalanx.net import asking, kernel
 from phalanx.net.held import Held
 from phalanx.net.placing import place
 from phalanx.ports import AddressClaim, SectionContext
+from phalanx.types import Resource
 
 log = logging.getLogger("phalanx.net")
 
@@ -153,24 +156,33 @@ class Addresses:
 
     # --- having them
 
-    async def acquire(self, section: SectionContext) -> None:
+    async def acquire(self, section: SectionContext, left: Sequence[Resource] = ()) -> None:
         """See ``ports.SectionAddresses.acquire``."""
         async with self._turn:
             self._lost = asyncio.get_running_loop().create_future()
             try:
-                await self._take_all(section)
+                await self._take_all(section, left)
             except BaseException:
                 await child.finish(asyncio.create_task(self._drop_patiently(), name=f"{self._app} addresses"))
                 raise
 
-    async def _take_all(self, section: SectionContext) -> None:
+    async def _take_all(self, section: SectionContext, left: Sequence[Resource]) -> None:
         network = await self._look()
+        earlier = {resource.details.get("address", ""): resource for resource in left}
+        for address, resource in earlier.items():
+            if address not in {declared.address for declared in self._declared}:
+                await self._end_left_over(section, resource)
         for declared in self._declared:
             lifetime = float(declared.lifetime) if declared.lifetime is not None else self._ttl_seconds
             link = place(self._app, declared, network)
             self._held.append(Held(declared, lifetime, link, section, self._on_lost))
         # At the same time: most of it is waiting for nobody to answer.
-        taking = [asyncio.create_task(held.take(), name=f"{self._app} taking {held}") for held in self._held]
+        taking = [
+            asyncio.create_task(
+                self._take(held, section, earlier.get(declared.address)), name=f"{self._app} taking {held}"
+            )
+            for held, declared in zip(self._held, self._declared, strict=True)
+        ]
         try:
             await asyncio.gather(*taking)
         except BaseException:
@@ -178,6 +190,33 @@ class Addresses:
                 task.cancel()
             await asyncio.gather(*taking, return_exceptions=True)
             raise
+
+    async def _take(self, held: Held, section: SectionContext, earlier: Resource | None) -> None:
+        if earlier is not None:
+            if await held.take_up(earlier):
+                return
+            log.warning("app %s: %s is not here any more; it is taken anew", self._app, held)
+            section.unregister(earlier.id)
+            held.begin_anew()
+        await held.take()
+
+    async def _end_left_over(self, section: SectionContext, resource: Resource) -> None:
+        """It is not declared any more. Raises AddressError."""
+        address = ip_interface(resource.details["address"]).ip
+        created = int(resource.details.get("created") or 0)
+        try:
+            await child.finish(child.in_thread(partial(netlink.withdraw, address, created=created)))
+        except OSError as error:
+            problem = error.strerror or str(error)
+            raise AddressError(self._app, str(address), "release", problem) from error
+        section.unregister(resource.id)
+
+    async def leave(self) -> None:
+        """See ``ports.SectionAddresses.leave``."""
+        async with self._turn:
+            for held in self._held:
+                await held.leave()
+            self._held.clear()
 
     @property
     def lost(self) -> asyncio.Future[AddressError]:

@@ -69,9 +69,17 @@ class Held:
         self._most = math.ceil(lifetime_seconds)
         owner = f"{section.platform}/{section.node}/{section.app}"
         self._label = kernel.label_of(link.name, owner) if self._address.version == 4 else ""
-        details = {"address": declared.address, "interface": link.name, "label": self._label}
+        details = {
+            "address": declared.address,
+            "interface": link.name,
+            "label": self._label,
+            "lifetime": str(self._most),
+            **({"fixed": "yes"} if declared.lifetime is not None else {}),
+        }
         resource_id = f"{section.app}.{section.epoch}.vip.{self._address.ip}.{secrets.token_hex(4)}"
-        self._resource = Resource("vip", resource_id, section.app, section.epoch, details=details)
+        self._resource = self._own_resource = Resource(
+            "vip", resource_id, section.app, section.epoch, details=details
+        )
         self._created = 0
         self._segment: Segment | None = None
         self._claim: packets.Claim | None = None
@@ -106,12 +114,42 @@ class Held:
         self._created = await self._in_thread("acquire", self._put)
         # From now on a keeper that acts late cannot take a newer section's for this one.
         details = {**self._resource.details, "created": str(self._created)}
-        self._resource = msgspec.structs.replace(self._resource, details=details)
+        self._resource = msgspec.structs.replace(self._resource, details=details, adoptable=True)
         self._holds = True
         self._announce()
         await self._section.register(self._resource)
         self._own(self._keep(), f"{self._section.app} keeping {self._declared.address}")
         log.info("app %s: has taken %s", self._section.app, self, extra={"app": self._section.app})
+
+    async def take_up(self, resource: Resource) -> bool:
+        """Go on with *resource*, which an earlier life of the node has put there; nobody is asked for it, as we
+        have it. False if it is not here any more. Raises AddressError, SessionLost.
+        """
+        created = int(resource.details.get("created") or 0)
+        self._resource, self._created = resource, created
+        if not created or not await self._in_thread("acquire", self._prolong_what_is_here):
+            return False
+        if self._link.mac:
+            self._open_segment()
+        self._holds = True
+        self._announce()
+        await self._section.register(self._resource)
+        self._own(self._keep(), f"{self._section.app} keeping {self._declared.address}")
+        log.info("app %s: has adopted %s", self._section.app, self, extra={"app": self._section.app})
+        return True
+
+    def begin_anew(self) -> None:
+        """What an earlier life has left is not here: :meth:`take` takes it as if there had been none."""
+        self._resource, self._created = self._own_resource, 0
+
+    def _prolong_what_is_here(self) -> bool:
+        found = self._find()
+        if found is None or found.created != self._created:
+            return False
+        if not (lifetime := self._lifetime()):
+            raise OSError(errno.ETIME, "the session is over")
+        kernel.put(self._link.index, self._address, lifetime, self._label)
+        return True
 
     def _clean(self) -> None:
         """Remove what a crashed run has left: this address anywhere, if it is one of ours. Blocks."""
@@ -310,14 +348,18 @@ class Held:
 
     # --- giving it back
 
-    async def drop(self) -> None:
-        """Reset its connections, remove it, see that it is gone, unregister. Raises AddressError."""
+    async def leave(self) -> None:
+        """Let go of it as it is: the keeper prolongs it from now on."""
         self._holds = False
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._segment is not None:
             self._segment.close()
+
+    async def drop(self) -> None:
+        """Reset its connections, remove it, see that it is gone, unregister. Raises AddressError."""
+        await self.leave()
         withdrawn = await self._in_thread("release", partial(netlink.withdraw, self._address.ip))
         if withdrawn.problem:
             log.warning("app %s: connections of %s: %s", self._section.app, self, withdrawn.problem)
