@@ -122,7 +122,7 @@ class Held:
         log.info("app %s: has taken %s", self._section.app, self, extra={"app": self._section.app})
 
     async def take_up(self, resource: Resource) -> bool:
-        """Go on with *resource*, which an earlier life of the node has put there; nobody is asked for it, as we
+        """Go on with *resource*, which an earlier life of the node has put there; nobody is asked for it: we
         have it. False if it is not here any more. Raises AddressError, SessionLost.
         """
         created = int(resource.details.get("created") or 0)
