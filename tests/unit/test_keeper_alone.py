@@ -41,7 +41,7 @@ async def test_g1_what_a_dying_node_begins_at_the_last_moment_is_ended_too(
     registry.add(other)
     start: Any = SimpleNamespace(platform="test", session=SessionId.new("n1"), state_dir=str(tmp_path))
     renewer: Any = SimpleNamespace(bus=None)
-    ending: Any = SimpleNamespace(end_resources=end)
+    ending: Any = SimpleNamespace(end_resources=end, prolong_addresses=lambda: None)
     link = NodeLink(os.getpid(), lambda message: None, lambda: None)
     watchdog = Watchdog(Timing.of(2.0), 0.0)
     holding = Holding(start, renewer, watchdog, registry, link, wishes, ending, asyncio.Event())
