@@ -7,7 +7,8 @@ this package too, stays small.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+import typing
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from phalanx.app import ActiveContext, App, AppContext, HealthChange, LeaderChange
@@ -43,10 +44,14 @@ if TYPE_CHECKING:
         BusError,
         BusTimeout,
         BusUnavailable,
+        Busy,
+        CallError,
+        CallTimeout,
         ConfigError,
         DatabaseError,
         Fenced,
         FenceFailed,
+        HandlerFailed,
         HookFailed,
         IdentityError,
         InternalError,
@@ -55,7 +60,11 @@ if TYPE_CHECKING:
         LockTimeout,
         NatsUnusable,
         NodeIdTaken,
+        NoHandlers,
+        NoInstance,
+        NoLeader,
         NotActive,
+        OutcomeUnknown,
         Paused,
         PhalanxError,
         ReplicaUnavailable,
@@ -63,9 +72,19 @@ if TYPE_CHECKING:
         SessionLost,
         StartError,
         SyncTimeout,
+        TooDeep,
+        TooLarge,
+        UnknownApp,
+        UnknownMethod,
         WrongRevision,
+        WrongRoute,
+        WrongType,
         WrongValue,
     )
+    from phalanx.messaging.calling import Api
+    from phalanx.messaging.context import CallContext
+    from phalanx.messaging.routes import Any as Any
+    from phalanx.messaging.routes import Leader, Node
     from phalanx.platform import Platform
     from phalanx.types import AppStatus, Health, Member, NodeStatus, Position, Role
     from phalanx.version import VERSION as __version__  # noqa: N811
@@ -102,10 +121,14 @@ _WHERE = {
         "BusError",
         "BusTimeout",
         "BusUnavailable",
+        "Busy",
+        "CallError",
+        "CallTimeout",
         "ConfigError",
         "DatabaseError",
         "FenceFailed",
         "Fenced",
+        "HandlerFailed",
         "HookFailed",
         "IdentityError",
         "InternalError",
@@ -113,8 +136,12 @@ _WHERE = {
         "LockLost",
         "LockTimeout",
         "NatsUnusable",
+        "NoHandlers",
+        "NoInstance",
+        "NoLeader",
         "NodeIdTaken",
         "NotActive",
+        "OutcomeUnknown",
         "Paused",
         "PhalanxError",
         "ReplicaUnavailable",
@@ -122,11 +149,20 @@ _WHERE = {
         "SessionLost",
         "StartError",
         "SyncTimeout",
+        "TooDeep",
+        "TooLarge",
+        "UnknownApp",
+        "UnknownMethod",
         "WrongRevision",
+        "WrongRoute",
+        "WrongType",
         "WrongValue",
     ),
     "phalanx.coord.codec": ("Entry", "Removed"),
     "phalanx.coord.locks": ("Lock",),
+    "phalanx.messaging.calling": ("Api",),
+    "phalanx.messaging.context": ("CallContext",),
+    "phalanx.messaging.routes": ("Any", "Leader", "Node"),
     "phalanx.platform": ("Platform",),
     "phalanx.types": ("AppStatus", "Health", "Member", "NodeStatus", "Position", "Role"),
 }
@@ -163,6 +199,11 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "Entry",
     "Removed",
     "Lock",
+    "Api",
+    "CallContext",
+    "Leader",
+    "Any",
+    "Node",
     "Role",
     "Health",
     "AppStatus",
@@ -197,11 +238,25 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "ReplicaUnavailable",
     "StaleConnection",
     "InternalError",
+    "CallError",
+    "UnknownApp",
+    "UnknownMethod",
+    "NoHandlers",
+    "WrongRoute",
+    "WrongType",
+    "TooLarge",
+    "TooDeep",
+    "Busy",
+    "NoLeader",
+    "NoInstance",
+    "CallTimeout",
+    "OutcomeUnknown",
+    "HandlerFailed",
     "__version__",
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     if name == "__version__":
         from phalanx.version import VERSION
 

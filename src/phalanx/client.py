@@ -43,6 +43,7 @@ from phalanx.errors import (
     StepDownFailed,
     WrongRevision,
 )
+from phalanx.messaging.calling import Api, Caller
 from phalanx.names import RESERVED_APPS, SWITCHOVER_KEYS, Names
 from phalanx.observe.audit import AuditEntry, follow_audit, read_audit
 from phalanx.ports import Message, Record
@@ -127,6 +128,7 @@ class PlatformClient:
             )
         self.names, self._options, self._timeout = Names(platform), nats, timeout
         self._bus: NatsBus | None = None
+        self._caller: Caller | None = None
 
     async def __aenter__(self) -> Self:
         self._bus = await NatsBus.connect(
@@ -137,6 +139,9 @@ class PlatformClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        caller, self._caller = self._caller, None
+        if caller is not None:
+            await caller.close()
         bus, self._bus = self._bus, None
         if bus is not None:
             await bus.close()
@@ -157,6 +162,16 @@ class PlatformClient:
     def operator(self) -> OperatorClient:
         """What an operator does with its apps besides :meth:`step_down`, and what explains their state."""
         return OperatorClient(self)
+
+    def api(self, app: str) -> Api:
+        """The calls of *app*, to be made inside the ``async with``. Raises ConfigError."""
+        return Api(app, self._calls)
+
+    def _calls(self) -> Caller:
+        bus = self.bus
+        if self._caller is None:
+            self._caller = Caller(lambda: bus, self.names, caller())
+        return self._caller
 
     # --- looking
 

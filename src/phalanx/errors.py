@@ -23,6 +23,18 @@
     ├── KeyExists                 KV create of a key that is there
     ├── WrongValue                a value can't be stored, or is not of the type that was asked for
     ├── RevisionCompacted         not all changes since a revision are there any more
+    ├── CallError                 a call to an app failed: ``code``; handlers raise it with their own
+    │   ├── UnknownApp            the platform has no such app
+    │   ├── UnknownMethod         the app has no such handler
+    │   ├── NoHandlers            the app answers no calls at all
+    │   ├── WrongRoute            only the active instance answers that method
+    │   ├── WrongType             the request, or the answer, is not of the declared type: ``path``
+    │   ├── TooLarge, TooDeep     it does not fit into a message; it is nested too deeply
+    │   ├── Busy                  as many calls as the handler takes at a time are under way
+    │   ├── NoLeader, NoInstance  nobody was there to answer before the deadline; it was not begun
+    │   ├── CallTimeout           not answered before the deadline
+    │   ├── OutcomeUnknown        whoever had begun it is gone: it may have been carried out or not
+    │   └── HandlerFailed         the handler raised something else; the log of its node says what
     ├── LockTimeout               a lock was not free before the deadline
     ├── LockLost                  a held lock is gone (with the session, or taken back)
     ├── HookFailed                a hook raised, or overran its deadline
@@ -224,6 +236,90 @@ class RevisionCompacted(PhalanxError):
             f"KV changes after revision {revision}: {f'key {key!r}: ' if key else ''}{problem}; "
             "read the present state again (a watch without since), or raise kv_history"
         )
+
+
+class CallError(PhalanxError):
+    """A call to an app failed. A handler raises it to answer with a code of its own::
+
+        raise CallError("sold-out", "nothing is left of it", details={"item": 7})
+
+    ``code``: a word for programs, as on the wire (docs/calls.md). ``message``: for people. ``started``:
+    whether the handler may have begun; if not, trying again repeats nothing. ``path``: where in the request
+    (``$.items[0]``) the reason lies, ``details``: more for programs, ``node``: who answered; each empty or
+    None where there is none.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        app: str = "",
+        method: str = "",
+        node: str = "",
+        path: str = "",
+        started: bool = True,
+        details: object = None,
+    ) -> None:
+        self.code, self.message, self.app, self.method = code, _one_line(message), app, method
+        self.node, self.path, self.started, self.details = node, path, started, details
+        where = f"call {app}.{method}: " if app else ""
+        super().__init__(f"{where}{self.message} ({code})")
+
+
+class UnknownApp(CallError):
+    """The platform has no app of that name."""
+
+
+class UnknownMethod(CallError):
+    """The app has no handler of that name."""
+
+
+class NoHandlers(CallError):
+    """The app declares no handlers at all."""
+
+
+class WrongRoute(CallError):
+    """Only the active instance answers that method, and this was another one."""
+
+
+class WrongType(CallError):
+    """A request or an answer is not of the declared type, or of no known content type; ``path``: where."""
+
+
+class TooLarge(CallError):
+    """A request or an answer does not fit into one message of the server (its ``max_payload``)."""
+
+
+class TooDeep(CallError):
+    """A request or an answer is nested too deeply."""
+
+
+class Busy(CallError):
+    """As many calls are under way as the handler takes at a time, and were until the deadline."""
+
+
+class NoLeader(CallError):
+    """No node was active for the app before the deadline. The call was not begun."""
+
+
+class NoInstance(CallError):
+    """No node was there to answer before the deadline. The call was not begun."""
+
+
+class CallTimeout(CallError):
+    """No answer before the deadline. Unless ``started`` is false the call may have been carried out."""
+
+
+class OutcomeUnknown(CallError):
+    """Whoever had begun the call lost its leadership or its connection: it may have been carried out.
+
+    Not repeated by itself, as it was not declared idempotent.
+    """
+
+
+class HandlerFailed(CallError):
+    """The handler raised an error that is none of these. The log of its node has the traceback."""
 
 
 class LockTimeout(PhalanxError):

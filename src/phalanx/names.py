@@ -212,3 +212,39 @@ class Names:
     def confirm_subject(self, app: str) -> str:
         """Standbys answer here once they have an app's log on disk up to some sequence."""
         return f"{self.platform}.{app}.db.confirm"
+
+    # --- calls between apps: ``<platform>._.api.<app>.<route>.<method>``
+
+    def call_leader_subject(self, app: str, method: str = "*") -> str:
+        """A call to the active instance, for callers that know no more; ``*``: all methods."""
+        return f"{self.platform}._.api.{app}.leader.{method}"
+
+    def call_any_subject(self, app: str, method: str = "*") -> str:
+        """A call to any instance that is ready: they form one queue group."""
+        return f"{self.platform}._.api.{app}.any.{method}"
+
+    def call_node_subject(self, app: str, node: str, method: str = "*") -> str:
+        """A call to the instance on one node."""
+        return f"{self.platform}._.api.{app}.node.{node}.{method}"
+
+    def call_who_subject(self, app: str) -> str:
+        """Any instance answers here who leads the app, and which methods may be repeated."""
+        return f"{self.platform}._.api.{app}.who"
+
+    def call_cancel_subject(self, app: str) -> str:
+        """Where callers say that they no longer wait for a call."""
+        return f"{self.platform}._.api.{app}.cancel"
+
+    def leader_watch_subject(self, app: str) -> str:
+        """Where the leader key of *app* is republished."""
+        return f"{self.watch_prefix(app)}.{LEADER_KEY}"
+
+    @staticmethod
+    def service_subject(verb: str, name: str = "", instance: str = "") -> str:
+        """The NATS micro protocol (ADR-32): PING, INFO or STATS of all services, of one, of one instance."""
+        return ".".join(part for part in ("$SRV", verb, name, instance) if part)
+
+    @staticmethod
+    def last_token(subject: str) -> str:
+        """What follows the last dot: the method of a call."""
+        return subject.rpartition(".")[2]

@@ -40,6 +40,7 @@ from phalanx.ending import EXIT_FAILED, Ending, leave
 from phalanx.errors import AddressError, BackendError, ConfigError, PhalanxError, StartError
 from phalanx.hooks import CANCEL_SECONDS
 from phalanx.left_overs import end_left_overs
+from phalanx.messaging.calling import Api
 from phalanx.net import make_addresses
 from phalanx.node import Node
 from phalanx.observe.logs import configure_logging
@@ -158,6 +159,10 @@ class Platform:
     def apps(self) -> Mapping[str, App]:
         """The declared apps by name."""
         return dict(self._apps)
+
+    def api(self, app: str) -> Api:
+        """The calls of *app*, wherever it runs, to be made while this platform runs. Raises ConfigError."""
+        return Api(app, lambda: self._live.caller)
 
     # --- running in one's own loop
 

@@ -409,6 +409,19 @@ class SectionDatabase(Protocol):
         ...
 
 
+class SectionCalls(Protocol):
+    """The calls that an app answers while it is active, as its active section goes through them."""
+
+    async def begin(self, epoch: int, active: Any) -> None:
+        """Answer from now on; *active* is what handlers get of the section. Raises BusError."""
+        ...
+
+    async def end(self, *, graceful: bool) -> None:
+        """Begin no call any more, and return when none runs. *graceful*: those under way may end, within a
+        deadline; else they are cancelled. Raises HookFailed if one does not end."""
+        ...
+
+
 class Clock(Protocol):
     """Seconds that pass at a steady rate, also while the machine sleeps. Never wall time."""
 

@@ -18,7 +18,7 @@ from phalanx.decide.activation import Step, Undo, steps, undoing
 from phalanx.decide.pause import Cause, ends_section
 from phalanx.errors import AddressError, BackendError, HookFailed, PhalanxError
 from phalanx.hooks import Hooks, HookStuck
-from phalanx.ports import SectionAddresses, SectionContext, SectionDatabase
+from phalanx.ports import SectionAddresses, SectionCalls, SectionContext, SectionDatabase
 from phalanx.program import Program
 from phalanx.types import Resource, Role
 
@@ -46,6 +46,7 @@ class Section:
         *,
         database: SectionDatabase | None = None,
         addresses: SectionAddresses | None = None,
+        calls: SectionCalls | None = None,
         fence_previous: Callable[[], Awaitable[None]] | None = None,
         on_active_timeout: float,
         on_passive_timeout: float,
@@ -58,6 +59,7 @@ class Section:
         self.reign = reign
         self._resources, self._hooks, self.program, self._context = resources, hooks, program, context
         self._database, self._addresses, self._fence_previous = database, addresses, fence_previous
+        self._calls = calls
         self._on_active_timeout, self._on_passive_timeout = on_active_timeout, on_passive_timeout
         self._on_role, self._on_step = on_role, on_step
         self._paused, self._on_held, self._again = paused, on_held, asyncio.Event()
@@ -157,6 +159,7 @@ class Section:
             "has_backend": self.program is not None,
             "has_database": self._database is not None,
             "has_vip": self._addresses is not None,
+            "has_calls": self._calls is not None,
             "needs_fence": self._fence_previous is not None,
         }
         for step in steps(has_hooks=has_hooks, **parts):
@@ -188,6 +191,9 @@ class Section:
                     await self.program.wait_ready()
                 case Step.ON_ACTIVE:
                     await self._run_on_active()
+                case Step.CALLS:
+                    assert self._calls is not None
+                    await self._calls.begin(self._resources.epoch, self._context)
             self._on_step(step, system.now() - began, "")
         self.step = ""
 
@@ -319,6 +325,9 @@ class Section:
             began = system.now()
             problem = ""
             match undo:
+                case Undo.END_CALLS:
+                    assert self._calls is not None
+                    await self._calls.end(graceful=graceful)
                 case Undo.END_ON_ACTIVE:
                     await self._end_on_active(graceful)
                 case Undo.ON_PASSIVE:
@@ -341,6 +350,7 @@ class Section:
 
     def _forget(self, undo: Undo) -> None:
         undone: dict[Undo, tuple[Step, ...]] = {
+            Undo.END_CALLS: (Step.CALLS,),
             Undo.ON_PASSIVE: (Step.ON_ACTIVE,),
             Undo.STOP_BACKEND: (Step.READY, Step.BACKEND),
             Undo.RELEASE_VIP: (Step.VIP,),

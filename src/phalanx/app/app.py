@@ -26,6 +26,7 @@ from phalanx.coord.locks import Lock, Locks
 from phalanx.coord.register import Register
 from phalanx.coord.session import Session
 from phalanx.errors import HookFailed, NotActive, StartError
+from phalanx.messaging.serving import CallServer
 from phalanx.observe.health import HealthMonitor
 from phalanx.ports import Backend, SectionAddresses
 from phalanx.program import RestartPolicy
@@ -60,6 +61,7 @@ class App(DeclaredApp):
         self.database: AppDatabase | None = None
         """The app's database on this node, while the node runs and the app declares one."""
         self._database_control: DatabaseControl | None = None
+        self._calls: CallServer | None = None
 
     # --- what is so
 
@@ -283,6 +285,8 @@ class App(DeclaredApp):
             except HookFailed as error:
                 self._candidacy.barred = str(error)
                 self._on_hook_failed(str(error))
+        self._calls = CallServer(self.name, self.node, self.handlers, parts.bus, parts.names, self._kv)
+        await self._calls.open()
         self._candidacy.is_started = True
 
     async def _start_database(self, parts: NodeParts) -> None:
@@ -308,6 +312,8 @@ class App(DeclaredApp):
         """Run ``on_stop``. The active section has ended before."""
         if not self._candidacy.is_started:
             return
+        if self._calls is not None:
+            await self._calls.close()
         try:
             await self.hooks.call("on_stop", AppContext(self.name, self.node, self.kv))
         except HookFailed as error:
@@ -331,6 +337,7 @@ class App(DeclaredApp):
             session,
             register,
             self.database,
+            self._calls if self.handlers else None,
             highest=self._highest_epoch,
             paused=lambda: self.is_paused,
             on_leader=self._on_leader,
@@ -350,6 +357,8 @@ class App(DeclaredApp):
                     await self._reigns.run(term, reign)
         finally:
             self._highest_epoch = term.election.highest
+            if self._calls is not None:
+                self._calls.on_leader(None, self._highest_epoch)
             await term.locks.close()
             self._term = candidacy.election = None
             if candidacy.is_started:
@@ -385,6 +394,8 @@ class App(DeclaredApp):
     def _on_leader(self, old: LeaderRecord, new: LeaderRecord) -> None:
         before = old.session.node if old.session is not None else None
         after = new.session.node if new.session is not None else None
+        if self._calls is not None:
+            self._calls.on_leader(after, new.revision)
         if before != after or old.revision == 0:
             change = LeaderChange(self.name, after, before, new.revision, new.reason)
             self._news.tell("on_leader_change", change)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from phalanx.config import AppConfig
 from phalanx.errors import AddressError, BackendError
 from phalanx.hooks import Hooks
+from phalanx.messaging.handlers import DEFAULT_CONCURRENCY, Handlers
 from phalanx.ports import AddressClaim, Backend, SectionAddresses
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -29,6 +30,8 @@ class DeclaredApp:
         self.config, self.name = config, config.name
         self.backend, self.addresses = backend, addresses
         self.hooks = Hooks(config.name, config.hook_timeouts, on_hook_run)
+        self.handlers = Handlers(config.name)
+        """The calls that it answers."""
 
     def on_start(self, function: F) -> F:
         """Runs once when the node starts, before it may become active. A failure bars the node."""
@@ -64,6 +67,36 @@ class DeclaredApp:
         self.hooks.add("on_health_change", function)
         return function
 
+    def handle(
+        self,
+        method: str,
+        *,
+        idempotent: bool = False,
+        anywhere: bool = False,
+        concurrency: int = DEFAULT_CONCURRENCY,
+        request: Any = None,
+    ) -> Callable[[F], F]:
+        """Answer calls of *method* by other apps: ``async def place(order: Order, ctx) -> Receipt``.
+
+        The request is checked against the annotation (or *request*), before the function runs. It runs while
+        this node is active for the app; *anywhere*: also on standbys, for callers that ask for Any or a Node.
+        *idempotent*: a call may be made again although it may have been carried out. *concurrency*: calls
+        that run at a time on one node, 1 to 65536; more are answered "busy". Raises ConfigError.
+        """
+
+        def declare(function: F) -> F:
+            self.handlers.add(
+                method,
+                function,
+                idempotent=idempotent,
+                anywhere=anywhere,
+                concurrency=concurrency,
+                request=request,
+            )
+            return function
+
+        return declare
+
     async def check(self) -> None:
         """Look for what would keep its backend and its addresses from this host; makes nothing.
 
@@ -98,6 +131,8 @@ class DeclaredApp:
             return "its database is captured by the node"
         if self.backend is None or "on_active" in self.hooks or "on_passive" in self.hooks:
             return "its hooks are code inside the node"
+        if self.handlers:
+            return "its handlers are code inside the node"
         return ""
 
     @property

@@ -96,6 +96,7 @@ class Reigns:
             Program(app.backend, resources, self._policy) if app.backend is not None else None,
             context,
             database=term.database,
+            calls=term.calls,
             addresses=app.addresses,
             fence_previous=(lambda: self._fence_previous(term, reign)) if reign.unfenced else None,
             on_active_timeout=float(app.config.hook_timeouts.on_active),

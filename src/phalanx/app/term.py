@@ -11,6 +11,7 @@ from phalanx.coord.election import Election
 from phalanx.coord.locks import Locks
 from phalanx.coord.register import Register
 from phalanx.coord.session import Session
+from phalanx.ports import SectionCalls
 from phalanx.types import LeaderRecord, Resource, Succession
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Term:
         session: Session,
         register: Register,
         database: AppDatabase | None,
+        calls: SectionCalls | None,
         *,
         highest: int,
         paused: Callable[[], bool],
@@ -38,7 +40,7 @@ class Term:
         on_acquired: Callable[[Succession], None],
     ) -> None:
         self._app = app
-        self.parts, self.session, self.database = parts, session, database
+        self.parts, self.session, self.database, self.calls = parts, session, database, calls
         self.keeps_key = False
         """The node ends in a pause: the leader key stays as it is, and nobody else takes over."""
         self.locks = Locks(parts.bus, parts.names, app.name, session, register)

@@ -43,12 +43,16 @@ class Step(StrEnum):
     ON_ACTIVE = "on_active"
     """The hook has returned, or has said that it serves."""
     CAPTURED = "captured"
-    """What is committed goes into the log. Last, as what writes starts just as long as Litestream does."""
+    """What is committed goes into the log. Late, as what writes starts just as long as Litestream does."""
+    CALLS = "calls"
+    """Calls to the leader are answered. Last: whoever is answered finds the app wholly active."""
 
 
 class Undo(StrEnum):
     """One step of standing down."""
 
+    END_CALLS = "end-calls"
+    """No call is begun any more, those under way may end, within a deadline."""
     END_ON_ACTIVE = "end-on_active"
     ON_PASSIVE = "on_passive"
     STOP_BACKEND = "stop-backend"
@@ -65,11 +69,12 @@ def steps(
     has_hooks: bool,
     has_database: bool = False,
     has_vip: bool = False,
+    has_calls: bool = False,
     needs_fence: bool = False,
 ) -> tuple[Step, ...]:
     """What becoming active takes. *needs_fence*: the previous leader is to be fenced first."""
     wanted = {
-        Step.REGISTER: has_hooks,
+        Step.REGISTER: has_hooks or has_calls,
         Step.FENCE: needs_fence,
         Step.SEAL: has_database,
         Step.PROMOTE: has_database,
@@ -79,6 +84,7 @@ def steps(
         Step.READY: has_backend,
         Step.ON_ACTIVE: has_hooks,
         Step.CAPTURED: has_database,
+        Step.CALLS: has_calls,
     }
     return tuple(step for step in Step if wanted[step])
 
@@ -91,6 +97,8 @@ def undoing(begun: Iterable[Step], *, graceful: bool) -> tuple[Undo, ...]:
     """
     done = set(begun)
     plan: list[Undo] = []
+    if Step.CALLS in done:
+        plan.append(Undo.END_CALLS)
     if Step.ON_ACTIVE in done:
         plan.append(Undo.END_ON_ACTIVE)
         if graceful:

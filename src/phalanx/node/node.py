@@ -35,6 +35,7 @@ from phalanx.errors import (
     StartError,
 )
 from phalanx.founding import START_PATIENCE_SECONDS, Founding, patiently
+from phalanx.messaging.calling import Caller
 from phalanx.names import Names
 from phalanx.node.keeping import Keeping
 from phalanx.node.opening import lock_data_dir, start_server
@@ -75,6 +76,7 @@ class Node:
         self.data_dir = Path(str(config.data_dir))
         self.journal: Journal
         self.bus: NatsBus
+        self.caller: Caller
         self.state: PlatformState
         self._register: Register
         self._sessions: Sessions | None = None
@@ -180,6 +182,8 @@ class Node:
         )
         stack.push_async_callback(self.bus.close)
         stack.push_async_callback(self._background.close)
+        self.caller = Caller(lambda: self.bus, self.names, self.node)
+        stack.push_async_callback(self.caller.close)
         stack.callback(self.bus.on_connection(self._on_connection))
         await self._found()
         delivering = asyncio.create_task(audit.run(self.bus), name="audit delivery")

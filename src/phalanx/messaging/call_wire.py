@@ -1,0 +1,142 @@
+"""The wire format of calls: headers, error codes, the body of an error. See docs/calls.md.
+
+A request is a core NATS request. Everything but its subject may be left out: a client that knows only NATS
+sends JSON and reads the headers of an answer, of which those of an error are those of NATS micro (ADR-32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from phalanx import errors
+from phalanx.messaging.content import CONTENT_TYPES, JSON
+
+CONTENT_TYPE = "Content-Type"
+"""``application/json`` (the default) or ``application/msgpack``; the answer comes in the same."""
+CALL_ID = "Phalanx-Call"
+"""Names the call in logs, and in a cancellation. Unique; at most 64 characters."""
+TIMEOUT_MS = "Phalanx-Timeout-Ms"
+"""How long the caller still waits, counted from the receipt."""
+EPOCH = "Phalanx-Epoch"
+"""In a request: only the leader of this reign, or of a later one, may begin it. In an answer: whose it is."""
+NODE = "Phalanx-Node"
+"""Which node has answered."""
+CALLER = "Phalanx-Caller"
+"""Who calls: a node id, or what a client calls itself. For logs; nobody has checked it."""
+ERROR = "Phalanx-Error"
+"""The code of an error; absent from an answer that is none."""
+MICRO_ERROR = "Nats-Service-Error"
+MICRO_CODE = "Nats-Service-Error-Code"
+
+DEFAULT_TIMEOUT_SECONDS = 5.0
+"""For calls that say nothing."""
+
+MOVED = "moved"
+"""Not begun: this node does not lead (any more). Callers of ours go on to it; others may try again."""
+
+_NUMBERS = {
+    "unknown-app": 404,
+    "unknown-method": 404,
+    "no-handlers": 404,
+    "wrong-route": 421,
+    MOVED: 421,
+    "wrong-type": 400,
+    "content-type": 415,
+    "too-large": 413,
+    "too-deep": 400,
+    "busy": 429,
+    "no-leader": 503,
+    "no-instance": 503,
+    "deadline": 504,
+    "interrupted": 503,
+    "failed": 500,
+}
+"""The numbers for ``Nats-Service-Error-Code``, as in HTTP; 400 for the codes of applications."""
+
+_KINDS: dict[str, type[errors.CallError]] = {
+    "unknown-app": errors.UnknownApp,
+    "unknown-method": errors.UnknownMethod,
+    "no-handlers": errors.NoHandlers,
+    "wrong-route": errors.WrongRoute,
+    "wrong-type": errors.WrongType,
+    "content-type": errors.WrongType,
+    "too-large": errors.TooLarge,
+    "too-deep": errors.TooDeep,
+    "busy": errors.Busy,
+    "no-leader": errors.NoLeader,
+    "no-instance": errors.NoInstance,
+    "deadline": errors.CallTimeout,
+    "interrupted": errors.OutcomeUnknown,
+    "failed": errors.HandlerFailed,
+}
+
+RESERVED_CODES = frozenset(_NUMBERS)
+
+
+class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The body of an error, always JSON."""
+
+    code: str
+    message: str
+    path: str = ""
+    started: bool = False
+    details: object = None
+
+
+class Leading(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The answer to ``who``: the leader as an instance knows it (empty: nobody), and what may be repeated."""
+
+    node: str = ""
+    epoch: int = 0
+    idempotent: tuple[str, ...] = ()
+
+
+_encode = msgspec.json.Encoder(enc_hook=str).encode
+_decode_problem = msgspec.json.Decoder(Problem).decode
+
+
+def refusal(problem: Problem) -> tuple[bytes, dict[str, str]]:
+    """Data and headers of the answer that says *problem*."""
+    return _encode(problem), {
+        CONTENT_TYPE: JSON,
+        ERROR: problem.code,
+        MICRO_ERROR: problem.message,
+        MICRO_CODE: str(_NUMBERS.get(problem.code, 400)),
+    }
+
+
+def problem_of(data: bytes, headers: Mapping[str, str]) -> Problem | None:
+    """The error that an answer is; None if it is none."""
+    code = headers.get(ERROR)
+    if code is None:
+        return None
+    try:
+        return _decode_problem(data)
+    except msgspec.MsgspecError:
+        return Problem(code, headers.get(MICRO_ERROR, code), started=True)
+
+
+def error_of(problem: Problem, app: str, method: str, node: str = "") -> errors.CallError:
+    """The exception for *problem*."""
+    kind = _KINDS.get(problem.code, errors.CallError)
+    return kind(
+        problem.code,
+        problem.message,
+        app=app,
+        method=method,
+        node=node,
+        path=problem.path,
+        started=problem.started,
+        details=problem.details,
+    )
+
+
+def content_type_of(headers: Mapping[str, str]) -> str | None:
+    """The content type of a message; None for one that is not ours to read."""
+    given = headers.get(CONTENT_TYPE)
+    if given is None:
+        return JSON
+    kind = given.partition(";")[0].strip().lower()
+    return kind if kind in CONTENT_TYPES else None

@@ -1,0 +1,367 @@
+"""Calls to apps, from wherever there is a connection: routing, deadlines, and what is tried again.
+
+What is tried again, until the deadline: whatever provably was not begun (nobody there, "moved", "busy", not
+connected), and calls of methods that are declared idempotent also when they may have been.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any as Value
+from typing import TypeVar
+
+from phalanx import system
+from phalanx.aio import Background
+from phalanx.decide.backoff import Backoff
+from phalanx.errors import (
+    BusError,
+    BusTimeout,
+    BusUnavailable,
+    CallError,
+    CallTimeout,
+    ConfigError,
+    NoInstance,
+    NoLeader,
+    OutcomeUnknown,
+    PhalanxError,
+    TooDeep,
+    TooLarge,
+    UnknownApp,
+    WrongType,
+)
+from phalanx.messaging import call_wire as wire
+from phalanx.messaging.content import CONTENT_TYPES, JSON, ContentError, encode, shape_of
+from phalanx.messaging.context import DEADLINE
+from phalanx.messaging.leading import LeaderView
+from phalanx.messaging.routes import Leader, Node, Route
+from phalanx.messaging.serving import HEADER_ROOM_BYTES
+from phalanx.names import RESERVED_APPS, Names
+from phalanx.ports import Bus, Message
+from phalanx.types import is_dns_label
+
+log = logging.getLogger("phalanx.calls")
+
+T = TypeVar("T")
+
+_WHATEVER: Value = Value
+
+RETRY = Backoff(first=0.01, longest=0.5)
+"""Delays between tries at whoever is busy or not there; each is varied by half."""
+
+KNOWN_APP_SECONDS = 0.5
+"""How long the look may take whether the platform has such an app."""
+
+MAX_TIMEOUT_SECONDS = 86400.0
+
+
+class _Call:
+    """One call, over all its tries."""
+
+    __slots__ = (
+        "app", "busy", "content_type", "data", "deadline", "headers", "id", "idempotent", "may_have_begun",
+        "method", "tries", "why",
+    )  # fmt: skip
+
+    def __init__(
+        self, app: str, method: str, data: bytes, content_type: str, deadline: float, idempotent: bool | None
+    ) -> None:
+        self.app, self.method, self.data, self.content_type = app, method, data, content_type
+        self.deadline, self.idempotent = deadline, idempotent
+        self.headers: dict[str, str] = {}
+        self.id = ""
+        self.tries = 0
+        self.may_have_begun = False
+        """Whether an earlier try may have been carried out."""
+        self.why = ""
+        """Why the last try came to nothing."""
+        self.busy: CallError | None = None
+        """What the last one was answered, if that was "busy"."""
+
+    def delay(self) -> float:
+        """Before the next try."""
+        self.tries += 1
+        return RETRY.delay(self.tries) * random.uniform(0.5, 1.5)
+
+    def failed(self, kind: type[CallError], code: str, message: str) -> CallError:
+        """The error for the caller."""
+        why = f"{message}{f': {self.why}' if self.why else ''}"
+        return kind(code, why, app=self.app, method=self.method, started=self.may_have_begun)
+
+
+class Caller:
+    """Makes calls over one connection. ``name``: what it calls itself. End it with :meth:`close`."""
+
+    def __init__(self, bus: Callable[[], Bus], names: Names, name: str) -> None:
+        self._bus, self._names, self._name = bus, names, name
+        self._views: dict[str, LeaderView] = {}
+        self._opening = asyncio.Lock()
+        self._prefix, self._numbers = secrets.token_hex(6), itertools.count(1)
+        self._background = Background(log)
+        self._known: set[str] = set()
+
+    async def close(self) -> None:
+        """End what is followed. Calls under way fail with the connection."""
+        for view in self._views.values():
+            await view.close()
+        self._views.clear()
+        await self._background.close()
+
+    async def call(
+        self,
+        app: str,
+        method: str,
+        request: object,
+        *,
+        returns: Value,
+        to: Route,
+        timeout: float,
+        idempotent: bool | None,
+        content_type: str,
+        headers: Mapping[str, str] | None,
+    ) -> Value:
+        """See :meth:`Api.call`."""
+        deadline = min(system.now() + timeout, DEADLINE.get())
+        call = _Call(app, method, b"", content_type, deadline, idempotent)
+        call.data = self._encoded(call, request)
+        call.id = f"{self._prefix}-{next(self._numbers)}"
+        call.headers = {
+            **(headers or {}),
+            wire.CONTENT_TYPE: content_type,
+            wire.CALL_ID: call.id,
+            wire.CALLER: self._name,
+        }
+        try:
+            view = self._views.get(app) or await self._view(app)
+            answer = await self._to_leader(call, view) if to is Leader else await self._to(call, view, to)
+        except asyncio.CancelledError:
+            self._background.spawn(self._cancel(app, call.id), f"cancel call {call.id}")
+            raise
+        return self._decoded(call, answer, returns)
+
+    def _encoded(self, call: _Call, request: object) -> bytes:
+        try:
+            data = encode(request, call.content_type)
+        except ContentError as error:
+            kind, code = (TooDeep, "too-deep") if error.too_deep else (WrongType, "wrong-type")
+            raise call.failed(kind, code, f"the request: {error}") from error
+        if len(data) > (most := self._bus().max_payload - HEADER_ROOM_BYTES):
+            problem = (
+                f"the request has {len(data)} bytes, more than the {most} of a message; send a reference"
+            )
+            raise call.failed(TooLarge, "too-large", problem)
+        return data
+
+    def _decoded(self, call: _Call, answer: Message, returns: Value) -> Value:
+        content_type = wire.content_type_of(answer.headers)
+        node = answer.headers.get(wire.NODE, "")
+        path = "$"
+        if content_type is None:
+            problem = f"the answer has content type {answer.headers.get(wire.CONTENT_TYPE)!r}"
+        else:
+            try:
+                return shape_of(returns).decode(answer.data, content_type)
+            except ContentError as error:
+                problem, path = f"the answer is not of the type asked for: {error}", error.path
+        raise WrongType(
+            "wrong-type", problem, app=call.app, method=call.method, node=node, path=path, started=True
+        )
+
+    async def _cancel(self, app: str, call_id: str) -> None:
+        try:
+            await self._bus().publish(self._names.call_cancel_subject(app), call_id.encode())
+        except PhalanxError as error:
+            log.debug("cancelling call %s: %s", call_id, error)
+
+    # --- who is there
+
+    async def _view(self, app: str) -> LeaderView:
+        async with self._opening:
+            view = self._views.get(app)
+            if view is None:
+                view = LeaderView(self._bus(), self._names, app)
+                await view.start()
+                self._views[app] = view
+        return view
+
+    async def _check_known(self, call: _Call) -> None:
+        """Nobody of the app is there: raises UnknownApp if there never was, as far as we may know that."""
+        if call.app in self._known:
+            return
+        bucket = self._names.platform_bucket
+        subject = self._names.key_subject(bucket, self._names.app_key(call.app))
+        left = min(KNOWN_APP_SECONDS, call.deadline - system.now())
+        if left <= 0:
+            return
+        try:
+            found = await self._bus().read(self._names.bucket_stream(bucket), subject, timeout=left)
+        except BusError as error:
+            log.debug("whether there is an app %s: %s", call.app, error)
+            return
+        if found is None or found.removed:
+            problem = f"platform {self._names.platform} has no app {call.app}; phalanx status lists them"
+            raise call.failed(UnknownApp, "unknown-app", problem)
+        self._known.add(call.app)
+
+    # --- routes
+
+    async def _to_leader(self, call: _Call, view: LeaderView) -> Message:
+        if not view.answered and not await view.ask(call.deadline):
+            await self._check_known(call)
+        while True:
+            left = call.deadline - system.now()
+            if left <= 0:
+                raise self._too_late(call, NoLeader, "no-leader", "no leader before the deadline")
+            node, epoch = view.node, view.epoch
+            if not node:
+                call.why = call.why or "no node leads"
+                await view.wait(call.deadline)
+                continue
+            subject = self._names.call_node_subject(call.app, node, call.method)
+            answer = await self._try(call, view, subject, left, epoch)
+            if answer is not None:
+                return answer
+            if view.node == node and view.epoch == epoch:
+                await view.wait(call.deadline, call.delay())
+
+    async def _to(self, call: _Call, view: LeaderView, to: Route) -> Message:
+        names = self._names
+        subject = names.call_any_subject(call.app, call.method)
+        if isinstance(to, Node):
+            subject = names.call_node_subject(call.app, to.node, call.method)
+        if call.idempotent is None and not view.answered:
+            await view.ask(call.deadline)
+        while True:
+            left = call.deadline - system.now()
+            if left <= 0:
+                what = f"{to} was not there" if isinstance(to, Node) else "no instance was ready"
+                raise self._too_late(call, NoInstance, "no-instance", f"{what} before the deadline")
+            answer = await self._try(call, view, subject, left, None)
+            if answer is not None:
+                return answer
+            if not view.answered:
+                await self._check_known(call)
+            await asyncio.sleep(max(0.0, min(call.delay(), call.deadline - system.now())))
+
+    def _too_late(self, call: _Call, kind: type[CallError], code: str, message: str) -> CallError:
+        if call.busy is not None and not call.may_have_begun:
+            return call.busy
+        if call.may_have_begun:
+            return call.failed(CallTimeout, "deadline", "not answered before the deadline")
+        return call.failed(kind, code, message)
+
+    # --- one try
+
+    async def _try(
+        self, call: _Call, view: LeaderView, subject: str, left: float, epoch: int | None
+    ) -> Message | None:
+        """One request: its answer, or None if another one may be made. Raises CallError."""
+        headers = {**call.headers, wire.TIMEOUT_MS: str(max(1, int(left * 1000)))}
+        call.busy = None
+        scope = asyncio.timeout(None)
+        if epoch is not None:
+            headers[wire.EPOCH] = str(epoch)
+            view.in_flight[scope] = epoch
+        try:
+            async with scope:
+                answer = await self._bus().request(subject, call.data, headers=headers, timeout=left)
+        except BusUnavailable as error:
+            call.why = error.description
+            return None
+        except BusTimeout as error:
+            if system.now() >= call.deadline:
+                call.may_have_begun = True
+                raise call.failed(CallTimeout, "deadline", "no answer before the deadline") from error
+            return self._interrupted(call, view, error.description)
+        except BusError as error:
+            return self._interrupted(call, view, error.description)
+        except TimeoutError:
+            return self._interrupted(call, view, f"epoch {epoch} is over")
+        finally:
+            if epoch is not None:
+                view.in_flight.pop(scope, None)
+        return self._judge(call, view, answer, epoch)
+
+    def _judge(self, call: _Call, view: LeaderView, answer: Message, epoch: int | None) -> Message | None:
+        headers = answer.headers
+        problem = wire.problem_of(answer.data, headers) if headers else None
+        if problem is None or problem.started:
+            given = headers.get(wire.EPOCH, "")
+            if epoch is not None and given.isdigit() and int(given) < view.epoch:
+                return self._interrupted(call, view, f"the answer is of epoch {given}, which is over")
+        if problem is None:
+            return answer
+        call.why = problem.message
+        if problem.code == wire.MOVED:
+            if epoch is not None:
+                view.is_over(epoch)
+            return None
+        if problem.code == "interrupted":
+            return self._interrupted(call, view, problem.message)
+        error = wire.error_of(problem, call.app, call.method, headers.get(wire.NODE, ""))
+        if problem.code == "busy" and not problem.started:
+            call.busy = error
+            return None
+        raise error
+
+    def _interrupted(self, call: _Call, view: LeaderView, why: str) -> None:
+        """A try that may have been carried out was broken off. Returns if it may be made again."""
+        call.why, call.may_have_begun = why, True
+        idempotent = call.idempotent if call.idempotent is not None else call.method in view.idempotent
+        if not idempotent:
+            raise call.failed(OutcomeUnknown, "interrupted", "it may have been carried out or not")
+
+
+class Api:
+    """The calls of one app, from another. Made by ``platform.api("orders")`` or ``client.api("orders")``."""
+
+    def __init__(self, app: str, caller: Callable[[], Caller]) -> None:
+        if not isinstance(app, str) or not is_dns_label(app) or app in RESERVED_APPS:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError("api", app, "no name of an app", "use 1-63 of a-z, 0-9 and inner hyphens")
+        self.app, self._caller = app, caller
+
+    async def call(
+        self,
+        method: str,
+        request: object = None,
+        *,
+        returns: type[T] = _WHATEVER,
+        to: Route = Leader,
+        timeout: float = 5.0,
+        idempotent: bool | None = None,
+        content_type: str = JSON,
+        headers: Mapping[str, str] | None = None,
+    ) -> T:
+        """Call *method* with *request*; its answer, as *returns* (any type of msgspec's; pydantic models).
+
+        *to*: Leader (waits through a failover), Any, Node("n2"). *timeout*: seconds, 0.001 to 86400; a call
+        made inside of a handler never waits longer than that handler's caller does. *idempotent*: whether it
+        may be made again although it may have been carried out; None: as its handler was declared. *headers*
+        reach the handler as ``ctx.headers``.
+
+        Raises CallError and its kinds, ConfigError for arguments that are wrong. If this is cancelled, so is
+        the handler.
+        """
+        if isinstance(timeout, bool) or not 0.001 <= timeout <= MAX_TIMEOUT_SECONDS:
+            raise ConfigError("timeout", timeout, "out of range", "choose 0.001 to 86400 seconds")
+        if not isinstance(to, Route):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError("to", to, "no route", "use phalanx.Leader, phalanx.Any or phalanx.Node(name)")
+        if content_type not in CONTENT_TYPES:
+            raise ConfigError("content_type", content_type, "not known", f"use {' or '.join(CONTENT_TYPES)}")
+        if not method or not method.replace("-", "").replace("_", "").isalnum():
+            raise ConfigError("method", method, "no name of a method", "use letters, 0-9, _ and -")
+        return await self._caller().call(
+            self.app,
+            method,
+            request,
+            returns=returns,
+            to=to,
+            timeout=timeout,
+            idempotent=idempotent,
+            content_type=content_type,
+            headers=headers,
+        )

@@ -1,0 +1,128 @@
+"""Who leads an app, as a caller knows it: asked once, then followed on the leader key's watch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+import msgspec
+
+from phalanx import system
+from phalanx.aio import wait_at_most
+from phalanx.decide.election import LeaderBody
+from phalanx.errors import BusError, BusUnavailable
+from phalanx.messaging.call_wire import Leading
+from phalanx.names import Names
+from phalanx.ports import Bus, Message, Subscription
+
+log = logging.getLogger("phalanx.calls")
+
+ASK_AGAIN_SECONDS = 0.25
+"""Between questions who leads while somebody waits for it: a message of the watch may have been lost."""
+
+ASK_TIMEOUT_SECONDS = 0.5
+
+_leader_of = msgspec.json.Decoder(LeaderBody).decode
+_leading_of = msgspec.json.Decoder(Leading).decode
+
+
+class LeaderView:
+    """The leader of one app. ``epoch`` is the newest reign that was heard of, and only grows."""
+
+    def __init__(self, bus: Bus, names: Names, app: str) -> None:
+        self._bus, self._names, self._app = bus, names, app
+        self.node = ""
+        """Who leads under ``epoch``; empty: that reign is over, and no later one is known."""
+        self.epoch = 0
+        self._revision = 0
+        self.idempotent: frozenset[str] = frozenset()
+        self.answered = False
+        """Whether an instance has ever said who leads: then there is such an app."""
+        self.in_flight: dict[asyncio.Timeout, int] = {}
+        """Calls under way, and under which epoch: they end when a later one begins."""
+        self._changed = asyncio.Event()
+        self._subscription: Subscription | None = None
+        self._asking: asyncio.Task[bool] | None = None
+
+    async def start(self) -> None:
+        """Begin to follow. Raises BusError."""
+        subject = self._names.leader_watch_subject(self._app)
+        self._subscription = await self._bus.subscribe(subject, self._on_record)
+
+    async def close(self) -> None:
+        """Follow no more."""
+        asking, self._asking = self._asking, None
+        if asking is not None:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            await subscription.unsubscribe()
+
+    def _on_record(self, message: Message) -> None:
+        revision = message.headers.get("Nats-Sequence", "")
+        if not revision.isdigit():
+            return
+        with contextlib.suppress(msgspec.MsgspecError):
+            session = _leader_of(message.data).session
+            self.learn(session.node if session is not None else "", int(revision))
+
+    def learn(self, node: str, revision: int) -> None:
+        """The leader key had this *revision*, and named *node* (empty: nobody)."""
+        if revision <= self._revision:
+            return
+        self._revision, self.node = revision, node
+        if node:
+            self.epoch = revision
+            now = asyncio.get_running_loop().time()
+            for scope, epoch in self.in_flight.items():
+                if epoch < revision and scope.when() is None:
+                    scope.reschedule(now)
+        self._wake()
+
+    def is_over(self, epoch: int) -> None:
+        """Whoever led under *epoch* says that it does not any more."""
+        if self.epoch == epoch:
+            self.node = ""
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def ask(self, until: float) -> bool:
+        """Ask any instance who leads, until *until* (``system.now()``) at most; whether one has answered.
+
+        Several who ask at once share one answer.
+        """
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask(), name=f"who leads {self._app}")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(until - system.now()):
+                return await asyncio.shield(self._asking)
+        return False
+
+    async def _ask(self) -> bool:
+        try:
+            answer = await self._bus.request(
+                self._names.call_who_subject(self._app), timeout=ASK_TIMEOUT_SECONDS
+            )
+            leading = _leading_of(answer.data)
+        except BusUnavailable:
+            return False
+        except (BusError, msgspec.MsgspecError) as error:
+            log.debug("who leads %s: %s", self._app, error)
+            return False
+        self.answered = True
+        self.idempotent = frozenset(leading.idempotent)
+        self.learn(leading.node, leading.epoch)
+        if leading.node and leading.epoch == self.epoch:
+            self.node = leading.node
+        self._wake()
+        return True
+
+    async def wait(self, until: float, seconds: float = ASK_AGAIN_SECONDS) -> None:
+        """Wait for news, for *seconds* and until *until* (``system.now()``) at most; then ask."""
+        changed = self._changed
+        if not await wait_at_most(changed, min(seconds, until - system.now())) and system.now() < until:
+            await self.ask(until)

@@ -1,0 +1,42 @@
+"""To whom a call goes."""
+
+from __future__ import annotations
+
+import msgspec
+
+from phalanx.errors import ConfigError
+from phalanx.types import is_dns_label
+
+
+class Route(msgspec.Struct, frozen=True):
+    """To whom a call goes: :data:`Leader`, :data:`Any`, or :class:`Node`."""
+
+
+class _Leader(Route, frozen=True):
+    def __str__(self) -> str:
+        return "leader"
+
+
+class _Any(Route, frozen=True):
+    def __str__(self) -> str:
+        return "any"
+
+
+class Node(Route, frozen=True):
+    """The instance on one node. Raises ConfigError for what cannot be a node id."""
+
+    node: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.node, str) or not is_dns_label(self.node):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError("to", self.node, "not a node id", "use 1-63 of a-z, 0-9 and inner hyphens")
+
+    def __str__(self) -> str:
+        return f"node {self.node}"
+
+
+Leader = _Leader()
+"""The active instance; the call waits through a failover, within its deadline."""
+
+Any = _Any()
+"""Any instance that is ready, also a standby: for methods that are declared ``anywhere``."""

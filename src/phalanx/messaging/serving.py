@@ -1,0 +1,358 @@
+"""The calls to one app on one node: who may begin, what runs, and how it ends.
+
+Handlers of the active instance run inside the active section, as its last step: no call begins before it is
+wholly active, and none runs on when it has ended. What comes for a reign that is about to begin is held until
+it has; what comes for one that is over is answered "moved", so that whoever called goes on elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from typing import Any
+
+from phalanx import system
+from phalanx.errors import BusError, CallError, Fenced, HookFailed, NotActive, PhalanxError, SessionLost
+from phalanx.messaging import call_wire as wire
+from phalanx.messaging.content import ContentError, encode
+from phalanx.messaging.context import DEADLINE, CallContext
+from phalanx.messaging.handlers import Handler, Handlers
+from phalanx.messaging.micro import MicroService
+from phalanx.names import Names
+from phalanx.ports import Bus, Message, Subscription
+
+log = logging.getLogger("phalanx.calls")
+
+DRAIN_SECONDS = 2.0
+"""How long calls that run may go on when the active section stands down."""
+
+CANCEL_SECONDS = 1.0
+"""How long a handler may take to end after it was cancelled."""
+
+MAX_HELD = 1024
+"""Calls that wait for this node to become active; more are answered "busy"."""
+
+HEADER_ROOM_BYTES = 4096
+"""What of the largest message is kept for headers."""
+
+_NEVER_AGAIN = 1 << 63
+"""No reign has so high an epoch."""
+
+
+class _Call:
+    """One request, as far as it is known without its body. ``epoch``: for the leader of that reign or a later
+    one; None: for this very node, whatever it is."""
+
+    __slots__ = ("content_type", "deadline", "epoch", "id", "message", "method", "node_route")
+
+    def __init__(self, message: Message, *, to_leader: bool, node_route: bool) -> None:
+        headers = message.headers
+        self.message, self.method = message, Names.last_token(message.subject)
+        self.content_type = wire.content_type_of(headers)
+        self.id = headers.get(wire.CALL_ID, "")[:64]
+        self.deadline = system.now() + _seconds(headers.get(wire.TIMEOUT_MS))
+        epoch = headers.get(wire.EPOCH, "0" if to_leader else "")
+        self.epoch = int(epoch) if epoch.isdigit() else None
+        self.node_route = node_route
+
+
+class CallServer:
+    """What one app answers on this node. ``open`` and ``close`` with the node, ``begin`` and ``end`` with the
+    active section."""
+
+    def __init__(self, app: str, node: str, handlers: Handlers, bus: Bus, names: Names, kv: Any) -> None:
+        self._app, self._node, self._handlers = app, node, handlers
+        self._bus, self._names, self._kv = bus, names, kv
+        self._subscriptions: list[Subscription] = []
+        self._leader_subscription: Subscription | None = None
+        self._active: Any = None
+        self._epoch = 0
+        """That of the section whose calls are answered now; 0: none."""
+        self._over = 0
+        """No call begins here for a reign up to this one."""
+        self._leading = wire.Leading(idempotent=handlers.idempotent)
+        self._held: deque[_Call] = deque()
+        self._running: dict[asyncio.Task[None], int] = {}
+        """What runs, and in the section of which epoch; 0: in none."""
+        self._by_id: dict[str, asyncio.Task[None]] = {}
+        self._draining = 0
+        self._micro = MicroService(app, node, handlers, bus, names)
+
+    # --- with the node
+
+    async def open(self) -> None:
+        """Begin to answer. Raises BusError."""
+        self._handlers.is_served = True
+        bus, names, app = self._bus, self._names, self._app
+        queue = f"{names.platform}.{app}"
+        wanted = (
+            (names.call_who_subject(app), self._on_who, queue),
+            (names.call_cancel_subject(app), self._on_cancel, ""),
+            (names.call_node_subject(app, self._node), self._on_node, ""),
+            (names.call_any_subject(app), self._on_any, queue),
+        )
+        for subject, on_message, group in wanted:
+            self._subscriptions.append(await bus.subscribe(subject, on_message, queue=group))
+        if not self._handlers:
+            leader = await bus.subscribe(names.call_leader_subject(app), self._on_any, queue=queue)
+            self._subscriptions.append(leader)
+        else:
+            await self._micro.open()
+
+    async def close(self) -> None:
+        """Answer no more. The active section has ended before; what else runs is cancelled."""
+        self._handlers.is_served = False
+        for subscription in self._subscriptions:
+            await subscription.unsubscribe()
+        self._subscriptions.clear()
+        await self._micro.close()
+        self._over = _NEVER_AGAIN
+        self._look_at_held()
+        for task in list(self._running):
+            task.cancel()
+        if self._running:
+            await asyncio.wait(set(self._running), timeout=CANCEL_SECONDS)
+
+    # --- with the section
+
+    async def begin(self, epoch: int, active: Any) -> None:
+        """From now on calls to the leader run, in the section of *epoch*."""
+        self._active, self._epoch = active, epoch
+        subject = self._names.call_leader_subject(self._app)
+        self._leader_subscription = await self._bus.subscribe(subject, self._on_leader_call)
+        self._look_at_held()
+
+    async def end(self, *, graceful: bool) -> None:
+        """See SectionCalls: what runs has DRAIN_SECONDS to end, if *graceful*.
+
+        Raises HookFailed if a handler does not end: then the section has not ended.
+        """
+        epoch = self._epoch or self._draining
+        if self._epoch:
+            self._draining, self._epoch = self._epoch, 0
+        self._over = max(self._over, epoch)
+        self._look_at_held()
+        try:
+            if graceful and (tasks := self._in_section()):
+                await asyncio.wait(tasks, timeout=DRAIN_SECONDS)
+        finally:
+            self._draining = 0
+        await self._end_leader_subscription()
+        for task in self._in_section():
+            task.cancel()
+        if tasks := self._in_section():
+            await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
+        if left := self._in_section():
+            names = ", ".join(sorted({task.get_name() for task in left}))
+            problem = f"{names}: does not end, {CANCEL_SECONDS:g} s after it was cancelled"
+            raise HookFailed(self._app, "call handler", problem)
+        self._active = None
+
+    def _in_section(self) -> set[asyncio.Task[None]]:
+        return {task for task, epoch in self._running.items() if epoch}
+
+    async def _end_leader_subscription(self) -> None:
+        subscription, self._leader_subscription = self._leader_subscription, None
+        if subscription is not None:
+            await subscription.unsubscribe()
+
+    def on_leader(self, node: str | None, epoch: int) -> None:
+        """The leader key says that *node* leads under *epoch*; None: that nobody does since."""
+        self._leading = wire.Leading(node or "", epoch, self._handlers.idempotent)
+        if node != self._node:
+            self._over = max(self._over, epoch)
+            self._look_at_held()
+
+    # --- what comes
+
+    def _on_leader_call(self, message: Message) -> None:
+        self._consider(_Call(message, to_leader=True, node_route=False))
+
+    def _on_node(self, message: Message) -> None:
+        self._consider(_Call(message, to_leader=False, node_route=True))
+
+    def _on_any(self, message: Message) -> None:
+        self._consider(_Call(message, to_leader=False, node_route=False))
+
+    async def _on_who(self, message: Message) -> None:
+        if message.reply:
+            await self._send(message, encode(self._leading, wire.JSON), {})
+
+    def _on_cancel(self, message: Message) -> None:
+        task = self._by_id.get(message.data.decode(errors="replace"))
+        if task is not None:
+            task.cancel()
+
+    def _consider(self, call: _Call) -> None:
+        """Begin it, hold it, or say why not."""
+        handler = self._handlers.by_name.get(call.method)
+        if handler is None:
+            self._refuse(call, *self._unknown(call.method))
+        elif call.epoch is not None:
+            if self._epoch and self._epoch >= call.epoch:
+                self._begin_call(call, handler)
+            elif call.epoch <= self._over or not call.node_route:
+                self._refuse(call, wire.MOVED, f"node {self._node} does not lead app {self._app} (any more)")
+            else:
+                self._hold(call)
+        elif self._epoch or handler.anywhere:
+            self._begin_call(call, handler)
+        else:
+            problem = f"only the active instance answers {call.method}, and node {self._node} is not active"
+            self._refuse(call, "wrong-route", f"{problem}; call it with to=Leader")
+
+    def _unknown(self, method: str) -> tuple[str, str]:
+        if not self._handlers:
+            return "no-handlers", f"app {self._app} answers no calls; declare some with @app.handle(name)"
+        known = ", ".join(sorted(self._handlers.by_name))
+        return "unknown-method", f"app {self._app} has no method {method}; it has: {known}"
+
+    def _hold(self, call: _Call) -> None:
+        if len(self._held) >= MAX_HELD:
+            now = system.now()
+            self._held = deque(held for held in self._held if held.deadline > now)
+        if len(self._held) >= MAX_HELD:
+            self._refuse(call, "busy", f"{MAX_HELD} calls wait for node {self._node} to become active")
+        else:
+            self._held.append(call)
+
+    def _look_at_held(self) -> None:
+        held, self._held = self._held, deque()
+        now = system.now()
+        for call in held:
+            if call.deadline > now:
+                self._consider(call)
+
+    # --- one call
+
+    def _begin_call(self, call: _Call, handler: Handler) -> None:
+        if handler.running >= handler.concurrency:
+            problem = f"{handler.concurrency} calls of {handler.name} run on node {self._node} already"
+            self._refuse(call, "busy", problem)
+            return
+        content_type = call.content_type
+        if content_type is None:
+            problem = f"content type {call.message.headers.get(wire.CONTENT_TYPE)!r} is not known"
+            self._refuse(call, "content-type", f"{problem}; use application/json or application/msgpack")
+            return
+        request = None
+        if handler.takes_request:
+            try:
+                request = handler.shape.decode(call.message.data or b"null", content_type)
+            except ContentError as error:
+                code = "too-deep" if error.too_deep else "wrong-type"
+                self._refuse(call, code, f"the request: {error}", error.path)
+                return
+        handler.running += 1
+        handler.requests += 1
+        epoch = self._epoch
+        task = asyncio.create_task(self._run(call, handler, request, content_type, epoch))
+        task.set_name(f"call {self._app}.{handler.name}")
+        self._running[task] = epoch
+        if call.id:
+            self._by_id[call.id] = task
+        task.add_done_callback(lambda task: self._ended(task, call, handler))
+
+    def _ended(self, task: asyncio.Task[None], call: _Call, handler: Handler) -> None:
+        handler.running -= 1
+        self._running.pop(task, None)
+        if call.id:
+            self._by_id.pop(call.id, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s could not be answered", task.get_name(), exc_info=error)
+
+    async def _run(self, call: _Call, handler: Handler, request: Any, content_type: str, epoch: int) -> None:
+        active = self._active if epoch else None
+        context = CallContext(
+            self._app,
+            self._node,
+            handler.name,
+            call_id=call.id,
+            caller=call.message.headers.get(wire.CALLER, ""),
+            headers=call.message.headers,
+            deadline=call.deadline,
+            epoch=epoch,
+            active=active,
+            kv=active.kv if active is not None else self._kv,
+        )
+        DEADLINE.set(call.deadline)
+        began = time.perf_counter_ns()
+        try:
+            async with asyncio.timeout(call.deadline - system.now()):
+                answer = await handler.call(request, context)
+            if epoch and epoch not in (self._epoch, self._draining):
+                raise NotActive(self._app)
+            data = encode(answer, content_type)
+            if len(data) > self._bus.max_payload - HEADER_ROOM_BYTES:
+                raise CallError("too-large", f"the answer has {len(data)} bytes, which fit into no message")
+            headers = {wire.CONTENT_TYPE: content_type} if content_type != wire.JSON else {}
+        except BaseException as error:
+            problem = self._problem(handler, call, error, epoch)
+            data, headers = wire.refusal(problem)
+            handler.errors += 1
+            handler.last_error = f"{problem.code}: {problem.message}"
+            if isinstance(error, asyncio.CancelledError):
+                # Whoever cancelled waits for the end, which must not wait for the connection.
+                await self._send(call.message, data, headers, epoch)
+                raise
+        finally:
+            handler.processing_ns += time.perf_counter_ns() - began
+        await self._send(call.message, data, headers, epoch)
+
+    def _problem(self, handler: Handler, call: _Call, error: BaseException, epoch: int) -> wire.Problem:
+        """What the caller is told: never a traceback. That is in the log."""
+        what = f"{self._app}.{handler.name} (call {call.id or '?'})"
+        match error:
+            case CallError():
+                return wire.Problem(error.code, error.message, error.path, True, error.details)
+            case asyncio.CancelledError() | NotActive() | Fenced() | SessionLost():
+                log.info("%s was interrupted on epoch %d: %s", what, epoch, error)
+                problem = f"node {self._node} stopped it before its end"
+                return wire.Problem("interrupted", problem, started=True)
+            case TimeoutError() if system.now() >= call.deadline:
+                log.info("%s overran its caller's deadline and was cancelled", what)
+                return wire.Problem("deadline", "the handler overran the deadline", started=True)
+            case ContentError():
+                log.error("%s: its answer cannot be sent: %s", what, error)
+                code = "too-deep" if error.too_deep else "failed"
+                return wire.Problem(code, f"the answer cannot be sent: {error}", error.path, True)
+            case _:
+                log.error("%s failed", what, exc_info=error)
+                problem = (
+                    f"the handler failed; the log of node {self._node} says more of call {call.id or '?'}"
+                )
+                return wire.Problem("failed", problem, started=True)
+
+    def _refuse(self, call: _Call, code: str, message: str, path: str = "") -> None:
+        """Answer that it was not begun."""
+        handler = self._handlers.by_name.get(call.method)
+        if handler is not None and code != wire.MOVED:
+            handler.requests += 1
+            handler.errors += 1
+            handler.last_error = f"{code}: {message}"
+        data, headers = wire.refusal(wire.Problem(code, message, path))
+        self._spawn(self._send(call.message, data, headers))
+
+    def _spawn(self, work: Any) -> None:
+        task: asyncio.Task[None] = asyncio.create_task(work, name=f"answer of {self._app}")
+        self._running[task] = 0
+        task.add_done_callback(lambda task: self._running.pop(task, None))
+
+    async def _send(self, message: Message, data: bytes, headers: dict[str, str], epoch: int = 0) -> None:
+        if not message.reply:
+            return
+        headers[wire.NODE] = self._node
+        if epoch:
+            headers[wire.EPOCH] = str(epoch)
+        try:
+            await self._bus.publish(message.reply, data, headers=headers)
+        except (BusError, PhalanxError) as error:
+            log.warning("an answer of %s could not be sent: %s", self._app, error)
+
+
+def _seconds(milliseconds: str | None) -> float:
+    if milliseconds is None or not milliseconds.isdigit():
+        return wire.DEFAULT_TIMEOUT_SECONDS
+    return min(int(milliseconds), 86_400_000) / 1000
