@@ -7,7 +7,8 @@
             print(node.node, node.answers)
         await client.step_down("wiki", to="n2", reason="maintenance of n1")
 
-It logs in to NATS with the caller's own credentials; what those may not do, it cannot do.
+It logs in to NATS with the caller's own credentials; what those may not do, it cannot do. In a plain ``with``
+it is a :class:`SyncClient`, for code without an event loop.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 
@@ -27,6 +28,7 @@ from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.client_db import DatabaseClient, caller
 from phalanx.client_operator import OperatorClient
+from phalanx.client_sync import LoopThread, SyncApi
 from phalanx.config import NatsOptions
 from phalanx.control import StepDownReply, StepDownRequest
 from phalanx.coord.election import read_leader
@@ -129,6 +131,7 @@ class PlatformClient:
         self.names, self._options, self._timeout = Names(platform), nats, timeout
         self._bus: NatsBus | None = None
         self._caller: Caller | None = None
+        self._thread: LoopThread | None = None
 
     async def __aenter__(self) -> Self:
         self._bus = await NatsBus.connect(
@@ -145,6 +148,25 @@ class PlatformClient:
         bus, self._bus = self._bus, None
         if bus is not None:
             await bus.close()
+
+    def __enter__(self) -> SyncClient:
+        self._thread = thread = LoopThread(f"phalanx client of {self.names.platform}")
+        try:
+            thread.run(self.__aenter__())
+        except BaseException:
+            thread.close()
+            raise
+        return SyncClient(self, thread)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            try:
+                thread.run(self.__aexit__(kind, error, trace))
+            finally:
+                thread.close()
 
     @property
     def bus(self) -> NatsBus:
@@ -503,6 +525,21 @@ class PlatformClient:
             yield entry
 
 
+class SyncClient:
+    """A client in a plain ``with``. From any thread but that of its own loop."""
+
+    def __init__(self, client: PlatformClient, thread: LoopThread) -> None:
+        self.client, self._thread = client, thread
+
+    def api(self, app: str) -> SyncApi:
+        """The calls of *app*. Raises ConfigError."""
+        return SyncApi(self.client.api(app), self._thread)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Anything else: ``client.run(client.client.nodes())``."""
+        return self._thread.run(work)
+
+
 class _State(msgspec.Struct, frozen=True):
     """What the platform's bucket says."""
 
@@ -598,4 +635,4 @@ def _active_of(nodes: Iterable[NodeView], app: str, *roles: Role) -> tuple[str, 
     return node, epoch
 
 
-__all__ = ["HandOver", "NodeView", "PauseDone", "PlatformClient"]
+__all__ = ["HandOver", "NodeView", "PauseDone", "PlatformClient", "SyncClient"]

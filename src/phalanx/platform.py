@@ -14,6 +14,7 @@ from typing import Any, Self
 from phalanx import preflight, system
 from phalanx.app import App
 from phalanx.backends import Holder, make_backend
+from phalanx.client import PlatformClient
 from phalanx.config import (
     ActivePassive,
     AppConfig,
@@ -108,6 +109,24 @@ class Platform:
         for app in apps:
             platform._add(app)
         return platform
+
+    @classmethod
+    def client(
+        cls,
+        name: str,
+        nats: str | Sequence[str] | NatsOptions | None = None,
+        *,
+        timeout: float = 5.0,
+    ) -> PlatformClient:
+        """A client of the platform *name*, in a process that is no node of it.
+
+        As ``async with`` (then :meth:`PlatformClient.api`), or as ``with`` for code without an event loop.
+        *nats*: else PHALANX_NATS. *timeout*: how long connecting may take, in seconds. Raises ConfigError.
+        """
+        servers = build_platform(name, node="client", nats=nats).nats
+        if not isinstance(servers, NatsOptions):
+            raise ConfigError("nats", "embedded", "a client starts no server", "give the URLs of servers")
+        return PlatformClient(name, servers, timeout=timeout)
 
     # --- declaring
 

@@ -13,6 +13,7 @@ from typing import Any as Value
 
 import msgspec
 import pytest
+from tests.e2e.cli import Cli
 
 import phalanx
 from phalanx import (
@@ -32,6 +33,7 @@ from phalanx import (
     OutcomeUnknown,
     Platform,
     Role,
+    Secret,
     TooDeep,
     TooLarge,
     UnknownApp,
@@ -39,6 +41,7 @@ from phalanx import (
     WrongRoute,
     WrongType,
 )
+from phalanx.bus import permissions
 from phalanx.bus.connection import NatsBus
 from phalanx.client import PlatformClient
 from phalanx.messaging import call_wire as wire
@@ -495,3 +498,83 @@ async def test_nats_micro_shows_the_app(nats_server: NatsServer, tmp_path: Path)
             assert fail["processing_time"] >= fail["average_processing_time"] > 0
         finally:
             await bus.close()
+
+
+async def test_synchronous_client(nats_server: NatsServer, tmp_path: Path) -> None:
+    """A plain ``with`` in a thread without a loop; errors are raised there."""
+
+    def work() -> Receipt:
+        with Platform.client("test", nats_server.urls) as client:
+            with pytest.raises(UnknownMethod):
+                client.api("orders").call("pay", timeout=10)
+            assert [view.node for view in client.run(client.client.nodes())] == ["n1"]
+            return client.api("orders").call("place", Order([Item("x", 5)]), returns=Receipt, timeout=10)
+
+    async with node(nats_server, tmp_path) as (platform, _):
+        await platform.wait_for_role("orders", Role.ACTIVE)
+        assert await asyncio.to_thread(work) == Receipt(5, "n1")
+
+
+async def test_command_line(nats_server: NatsServer, tmp_path: Path) -> None:
+    """``phalanx call`` prints the answer as JSON; what is wrong with the input ends with exit code 2."""
+    cli = Cli(nats_server.url(), tmp_path, "test")
+    async with node(nats_server, tmp_path) as (platform, _):
+        await platform.wait_for_role("orders", Role.ACTIVE)
+        out, _ = await cli.call("call", "orders", "place", '{"items": [{"name": "x", "count": 2}]}')
+        assert json.loads(out) == {"number": 2, "node": "n1"}
+        out, _ = await cli.call("call", "orders", "where", "--to", "any")
+        assert json.loads(out) == "n1"
+        out, _ = await cli.call("call", "orders", "where", "--to", "n1")
+        assert json.loads(out) == "n1"
+        assert "$.items" in await cli.refused("call", "orders", "place", '{"items": 1}')
+        assert "it has: echo" in await cli.refused("call", "orders", "pay")
+        assert "has no app nobody" in await cli.refused("call", "nobody", "pay")
+        assert "write JSON" in await cli.refused("call", "orders", "place", "{,}")
+        assert "--to" in await cli.refused("call", "orders", "place", "--to", "N 1")
+        assert "--wait" in await cli.refused("call", "orders", "place", "--wait", "0")
+        assert "sold-out" in await cli.refused("call", "orders", "fail", '"own"', code=1)
+        assert "CALLER:APP" in await cli.refused("nats", "permissions", "--platform", "p", "--calls", "shop")
+        text, _ = await cli.call(
+            "nats", "permissions", "--platform", "p", "--app", "a", "--app", "b", "--calls", "a:b"
+        )
+        assert 'stream: { account: "p", subject: "p.b.watch.kv.election.leader" }' in text
+        assert "was not there" in await cli.refused(
+            "call", "orders", "where", "--to", "n7", "--wait", "0.3", code=1
+        )
+
+
+async def test_g5_app_user_calls_only_what_it_may(tmp_path: Path) -> None:
+    """With the rendered permissions: shop may call orders, and follows its hand-overs; nothing of plain."""
+    users = ("test-node", "test-viewer", "test-app-shop", "test-app-orders", "test-app-plain")
+    conf = permissions.render(
+        "test",
+        ["shop", "orders", "plain"],
+        calls={"shop": ["orders"]},
+        passwords={user: f"pw-{user}" for user in users},
+    )
+    with NatsServer(extra=conf, system_user=False) as server:
+        login = NatsOptions(urls=tuple(server.urls), user="test-node", password=Secret("pw-test-node"))
+        guest = NatsOptions(
+            urls=tuple(server.urls), user="test-app-shop", password=Secret("pw-test-app-shop")
+        )
+        platform = Platform(
+            "test", node="n1", nats=login, data_dir=str(tmp_path / "n1"), http={"enabled": False}
+        )
+        orders = Orders(platform.app("orders"))
+        platform.app("plain").handle("echo")(_echo)
+        async with platform, PlatformClient("test", guest) as client:
+            await platform.wait_for_role("orders", Role.ACTIVE)
+            await platform.wait_for_role("plain", Role.ACTIVE)
+            api = client.api("orders")
+            assert await api.call("echo", 1, timeout=10) == 1
+            assert await api.call("where", to=phalanx.Any, timeout=10) == "n1"
+            call = asyncio.create_task(api.call("wait", 30, timeout=30))
+            await eventually(lambda: orders.placed)
+            call.cancel()
+            await eventually(lambda: orders.cancelled)
+            epoch = orders.app.epoch
+            await orders.app.step_down()
+            assert await api.call("echo", 2, timeout=20) == 2
+            assert orders.app.epoch > epoch
+            with pytest.raises(NoLeader):
+                await client.api("plain").call("echo", 1, timeout=0.5)

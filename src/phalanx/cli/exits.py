@@ -7,9 +7,16 @@ from phalanx.errors import (
     BusUnavailable,
     ConfigError,
     NatsUnusable,
+    NoHandlers,
     PhalanxError,
     PlatformNotFound,
     StartError,
+    TooDeep,
+    TooLarge,
+    UnknownApp,
+    UnknownMethod,
+    WrongRoute,
+    WrongType,
 )
 
 OK = 0
@@ -32,6 +39,9 @@ EPILOGUE = (
 )
 
 
+_WRONG_CALLS = (UnknownApp, UnknownMethod, NoHandlers, WrongRoute, WrongType, TooLarge, TooDeep)
+
+
 class Failed(PhalanxError):
     """A command failed with what its message says; exit code 1."""
 
@@ -41,5 +51,7 @@ def code_of(error: PhalanxError) -> int:
     if isinstance(error, NatsUnusable | PlatformNotFound | BusUnavailable | BusTimeout):
         return UNREACHABLE
     if isinstance(error, ConfigError | StartError):
+        return BAD_INPUT
+    if isinstance(error, _WRONG_CALLS) and not error.started:
         return BAD_INPUT
     return NO

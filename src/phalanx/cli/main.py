@@ -37,6 +37,7 @@ COMMANDS = {
     "switchover": "switchover:switchover",
     "failover": "failover:failover",
     "why": "why:why",
+    "call": "call:call",
     "audit": "audit:audit",
     "config": "check:config",
     "nats": "permissions:nats",

@@ -22,6 +22,10 @@ def permissions(
     *,
     platform: Annotated[str | None, Parameter(help="The platform's name, instead of a file.")] = None,
     app: Annotated[list[str] | None, Parameter(help="An app's name; may be given several times.")] = None,
+    calls: Annotated[
+        list[str] | None,
+        Parameter(help="CALLER:APP lets the user of CALLER call APP; may be given several times."),
+    ] = None,
     json: Annotated[bool, Parameter(help="As JSON: the text is one field of it.")] = False,
 ) -> int:
     """Print accounts and permissions for nats-server that keep apps apart.
@@ -29,12 +33,22 @@ def permissions(
     The text is to be included in the servers' configuration; passwords come from their environment.
     """
     name, apps = _what(file, platform, app or [])
-    text = render(name, apps)
+    text = render(name, apps, calls=_calls(calls or []))
     if json:
         output.emit({"platform": name, "apps": apps, "configuration": text}, pretty=True)
     else:
         print(text, end="" if text.endswith("\n") else "\n")
     return exits.OK
+
+
+def _calls(pairs: list[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for pair in pairs:
+        caller, colon, called = pair.partition(":")
+        if not (caller and colon and called):
+            raise ConfigError("--calls", pair, "not CALLER:APP", "write two apps, such as shop:orders")
+        found.setdefault(caller, []).append(called)
+    return found
 
 
 def _what(file: str | None, platform: str | None, apps: list[str]) -> tuple[str, list[str]]:

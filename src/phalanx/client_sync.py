@@ -1,0 +1,81 @@
+"""Calls from code without an event loop: what :class:`PlatformClient` is inside of a plain ``with``."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Coroutine, Mapping
+from typing import Any as Value
+from typing import TypeVar
+
+from phalanx.messaging.calling import Api
+from phalanx.messaging.content import JSON
+from phalanx.messaging.routes import Leader, Route
+
+T = TypeVar("T")
+
+_WHATEVER: Value = Value
+
+
+class LoopThread:
+    """An event loop in a thread of its own. End it with :meth:`close`."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Value, Value, T]) -> T:
+        """Run *work* there and wait for its end. If waiting is interrupted, *work* is cancelled.
+
+        Raises RuntimeError when called from that very thread, or after the close.
+        """
+        if threading.current_thread() is self._thread or not self._thread.is_alive():
+            work.close()
+            raise RuntimeError("a synchronous client waits for its own thread; use it as async with there")
+        future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        """End the thread; nothing runs there any more by then."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+class SyncApi:
+    """See :class:`phalanx.Api`. From any thread."""
+
+    def __init__(self, api: Api, thread: LoopThread) -> None:
+        self._api, self._thread = api, thread
+        self.app = api.app
+
+    def call(
+        self,
+        method: str,
+        request: object = None,
+        *,
+        returns: type[T] = _WHATEVER,
+        to: Route = Leader,
+        timeout: float = 5.0,
+        idempotent: bool | None = None,
+        content_type: str = JSON,
+        headers: Mapping[str, str] | None = None,
+    ) -> T:
+        """See :meth:`phalanx.Api.call`."""
+        work = self._api.call(
+            method,
+            request,
+            returns=returns,
+            to=to,
+            timeout=timeout,
+            idempotent=idempotent,
+            content_type=content_type,
+            headers=headers,
+        )
+        return self._thread.run(work)
