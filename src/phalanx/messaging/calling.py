@@ -53,6 +53,10 @@ _WHATEVER: Value = Value
 RETRY = Backoff(first=0.01, longest=0.5)
 """Delays between tries at whoever is busy or not there; each is varied by half."""
 
+MOVED_SECONDS = 2.0
+"""How long a leader that was followed by another may take to say of a call "moved", or that it was ended:
+a hand-over is often faster than that answer. Calls that may be repeated do not wait for it."""
+
 KNOWN_APP_SECONDS = 0.5
 """How long the look may take whether the platform has such an app."""
 
@@ -265,7 +269,7 @@ class Caller:
         scope = asyncio.timeout(None)
         if epoch is not None:
             headers[wire.EPOCH] = str(epoch)
-            view.in_flight[scope] = epoch
+            view.in_flight[scope] = epoch, 0.0 if self._may_repeat(call, view) else MOVED_SECONDS
         try:
             async with scope:
                 answer = await self._bus().request(subject, call.data, headers=headers, timeout=left)
@@ -311,9 +315,11 @@ class Caller:
     def _interrupted(self, call: _Call, view: LeaderView, why: str) -> None:
         """A try that may have been carried out was broken off. Returns if it may be made again."""
         call.why, call.may_have_begun = why, True
-        idempotent = call.idempotent if call.idempotent is not None else call.method in view.idempotent
-        if not idempotent:
+        if not self._may_repeat(call, view):
             raise call.failed(OutcomeUnknown, "interrupted", "it may have been carried out or not")
+
+    def _may_repeat(self, call: _Call, view: LeaderView) -> bool:
+        return call.idempotent if call.idempotent is not None else call.method in view.idempotent
 
 
 class Api:

@@ -39,8 +39,8 @@ class LeaderView:
         self.idempotent: frozenset[str] = frozenset()
         self.answered = False
         """Whether an instance has ever said who leads: then there is such an app."""
-        self.in_flight: dict[asyncio.Timeout, int] = {}
-        """Calls under way, and under which epoch: they end when a later one begins."""
+        self.in_flight: dict[asyncio.Timeout, tuple[int, float]] = {}
+        """Calls under way: under which epoch, and how many seconds after a later one has begun they end."""
         self._changed = asyncio.Event()
         self._subscription: Subscription | None = None
         self._asking: asyncio.Task[bool] | None = None
@@ -76,9 +76,9 @@ class LeaderView:
         if node:
             self.epoch = revision
             now = asyncio.get_running_loop().time()
-            for scope, epoch in self.in_flight.items():
+            for scope, (epoch, seconds) in self.in_flight.items():
                 if epoch < revision and scope.when() is None:
-                    scope.reschedule(now)
+                    scope.reschedule(now + seconds)
         self._wake()
 
     def is_over(self, epoch: int) -> None:
