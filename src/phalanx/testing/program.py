@@ -19,6 +19,7 @@ from phalanx import (
     ActiveContext,
     ActivePassive,
     App,
+    CallContext,
     EmbeddedNats,
     Fence,
     Logging,
@@ -41,7 +42,8 @@ class Settings(msgspec.Struct, kw_only=True):
     ``{node}`` in it; while active a row is committed every ``commit_seconds``, and every ``sync_every``
     rows ``db.sync()`` is awaited; ``no_failover``: nodes that never take over by
     themselves. ``database_options`` are more fields of its declaration; ``storms`` and
-    ``stop_file``: see ``committing.Committer``. ``fence``: fields of the fence declaration."""
+    ``stop_file``: see ``committing.Committer``. ``calls``: each app answers ``write`` and ``read``, which
+    is idempotent, with the node's name. ``fence``: fields of the fence declaration."""
 
     history: str
     platform: str = "test"
@@ -71,6 +73,7 @@ class Settings(msgspec.Struct, kw_only=True):
     sync_every: int = 10
     storms: bool = False
     stop_file: str = ""
+    calls: bool = False
     log_level: str = "info"
 
 
@@ -137,6 +140,16 @@ def _committer(
     ).run()
 
 
+def _answer_calls(app: App) -> None:
+    @app.handle("write")
+    async def write(ctx: CallContext) -> str:  # pyright: ignore[reportUnusedFunction]
+        return ctx.node
+
+    @app.handle("read", idempotent=True)
+    async def read(ctx: CallContext) -> str:  # pyright: ignore[reportUnusedFunction]
+        return ctx.node
+
+
 def build(settings: Settings) -> Platform:
     """The platform with its apps."""
     history = History(settings.history)
@@ -165,6 +178,8 @@ def build(settings: Settings) -> Platform:
         app = platform.app(name, pattern, backend=backend, database=database)
         if settings.lasting:
             app.backend = LastingBackend(settings.lasting)
+        if settings.calls:
+            _answer_calls(app)
         if settings.hooks:
 
             async def on_active(ctx: ActiveContext, app: App = app) -> None:
