@@ -215,6 +215,10 @@ class Names:
 
     # --- calls between apps: ``<platform>._.api.<app>.<route>.<method>``
 
+    def call_subjects(self, app: str) -> str:
+        """All that has to do with calls to *app*."""
+        return f"{self.platform}._.api.{app}.>"
+
     def call_leader_subject(self, app: str, method: str = "*") -> str:
         """A call to the active instance, for callers that know no more; ``*``: all methods."""
         return f"{self.platform}._.api.{app}.leader.{method}"

@@ -545,18 +545,20 @@ async def test_command_line(nats_server: NatsServer, tmp_path: Path) -> None:
 
 async def test_g5_app_user_calls_only_what_it_may(tmp_path: Path) -> None:
     """With the rendered permissions: shop may call orders, and follows its hand-overs; nothing of plain."""
-    users = ("test-node", "test-viewer", "test-app-shop", "test-app-orders", "test-app-plain")
+    users = ["node", "viewer", "operator", "app-shop", "app-orders", "app-plain"]
     conf = permissions.render(
         "test",
         ["shop", "orders", "plain"],
         calls={"shop": ["orders"]},
-        passwords={user: f"pw-{user}" for user in users},
+        passwords={f"test-{user}": f"pw-test-{user}" for user in users},
     )
     with NatsServer(extra=conf, system_user=False) as server:
         login = NatsOptions(urls=tuple(server.urls), user="test-node", password=Secret("pw-test-node"))
         guest = NatsOptions(
             urls=tuple(server.urls), user="test-app-shop", password=Secret("pw-test-app-shop")
         )
+        password = Secret("pw-test-operator")
+        operator = NatsOptions(urls=tuple(server.urls), user="test-operator", password=password)
         platform = Platform(
             "test", node="n1", nats=login, data_dir=str(tmp_path / "n1"), http={"enabled": False}
         )
@@ -578,3 +580,5 @@ async def test_g5_app_user_calls_only_what_it_may(tmp_path: Path) -> None:
             assert orders.app.epoch > epoch
             with pytest.raises(NoLeader):
                 await client.api("plain").call("echo", 1, timeout=0.5)
+            async with PlatformClient("test", operator) as by_hand:
+                assert await by_hand.api("plain").call("echo", 1, timeout=20) == 1

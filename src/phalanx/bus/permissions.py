@@ -167,7 +167,7 @@ def _app_guest(names: Names, app: str, calls: Sequence[str]) -> _Guest:
             names.key_subject(bucket, "kv.>"),
             names.key_subject(bucket, "lock.>"),
             *_single_reads(stream),
-            *(f"{names.platform}._.api.{each}.>" for each in called),
+            *(names.call_subjects(each) for each in called),
         ),
         gathers=(*_batch_reads(stream), *_discovery(called)),
         streams=(
@@ -207,6 +207,7 @@ def _operator_guest(names: Names, apps: Sequence[str]) -> _Guest:
             *(names.key_subject(names.platform_bucket, key) for key in kept),
             *(names.key_subject(names.app_bucket(app), _RESTORE_KEY) for app in apps),
             *(names.object_entries(bucket) for bucket in objects),
+            *(names.call_subjects(app) for app in apps),
             names.audit_subjects,
         ),
         gathers=(f"{names.platform}._.control.>",),
