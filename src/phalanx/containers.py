@@ -26,6 +26,9 @@ from phalanx.types import Resource
 REQUEST_SECONDS = 2.0
 """An engine that takes longer for one answer counts as silent."""
 
+PING_SECONDS = 0.5
+"""The same for the least that can be asked, when nobody has to wait for more: all its processes are gone."""
+
 _POLL_SECONDS = 0.02
 _SECOND_LOOK_SECONDS = 0.25
 """When a request to start may still be under way, a container that does not run is looked at once more."""
@@ -178,7 +181,8 @@ def end(target: Target, deadline_seconds: float = 2 * REQUEST_SECONDS) -> Report
     """Kill the container at once, and remove it if it is to be removed. Doing it again is harmless.
 
     Its processes are killed by this host where it can see them, so that an engine that hangs delays nothing;
-    then the engine is asked. Only a look that finds nobody, or the engine's word, makes it ``gone``.
+    then the engine is asked. Only a look that finds nobody, or the engine's word, makes it ``gone``. What an
+    engine that hangs has not removed then is removed at the next start.
     """
     deadline = system.now() + deadline_seconds
     killed: set[int] = set()
@@ -191,6 +195,8 @@ def end(target: Target, deadline_seconds: float = 2 * REQUEST_SECONDS) -> Report
         except OSError as error:
             problem = f"cannot see its processes: {error}"
     try:
+        if seen_gone:
+            Engine(target.socket, PING_SECONDS).request("GET", "/_ping")
         gone, problem = _end_by_engine(target, deadline)
     except EngineSilent as error:
         return Report(seen_gone, tuple(sorted(killed)), f"the Docker Engine is silent: {error}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import logging
 import socket
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from phalanx import child, config, containers, system
+from phalanx import child, config, containers, netlink, system
 from phalanx.backends import make_backend
 from phalanx.backends.container import Container, how_ended
 from phalanx.backends.engine import State
@@ -264,6 +265,37 @@ async def test_output_arrives_once_and_in_order(host: Host, caplog: pytest.LogCa
     assert max(map(len, lines)) <= child.MAX_LINE_BYTES
 
 
+async def test_client_of_a_published_port_is_reset_when_the_address_goes(host: Host) -> None:
+    """What docker-proxy passes on ends at a socket of this host, which is destroyed with the address; even
+    if the program itself is frozen and says nothing."""
+    address, ports = ipaddress.IPv4Address("127.66.0.9"), Ports()
+    port = ports.take()
+    serves = ["sh", "-c", "while :; do nc -l -p 8080 -e cat; done"]
+    running = await host.backend(command=serves, ports=[f"{port}:8080"]).start(host.section())
+
+    def served() -> socket.socket | None:
+        with contextlib.suppress(OSError):
+            client = socket.create_connection((str(address), port), 5, ("127.0.0.1", 0))
+            with contextlib.suppress(OSError):
+                client.send(b"x")
+                if client.recv(1) == b"x":
+                    return client
+            client.close()
+        return None
+
+    async with asyncio.timeout(30):
+        while (client := await asyncio.to_thread(served)) is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    with client:
+        (container,) = host.running()
+        host.dockerd.docker("pause", container)
+        assert netlink.reset_connections(address) == 1
+        with pytest.raises(ConnectionResetError):
+            await asyncio.to_thread(client.recv, 1)
+    await running.kill()
+    ports.close()
+
+
 # --- HEALTHCHECK
 
 
@@ -420,7 +452,11 @@ async def test_engine_that_hangs_does_not_cost_a_program_its_grace(own_host: Hos
     await until((tmp_path / "up").exists)
     host.dockerd.freeze()
     try:
+        began = system.now()
         await running.stop("a test")
+        seconds = system.now() - began
+        logging.getLogger("test").info("stopped after %.2f s", seconds)
+        assert seconds < 5  # 2 when nothing else runs: it is not waited for again and again
         assert (tmp_path / "bye").read_text() == "bye\n"
         assert not host.resources
     finally:
@@ -440,7 +476,7 @@ async def test_engine_that_hangs_before_the_start_is_known_keeps_the_app_held(ow
     finally:
         host.dockerd.thaw()
     assert await asyncio.to_thread(keeper.kill, resource)
-    assert not host.all()
+    await until(lambda: not host.all())  # the engine may still be busy with what was asked of it before
 
 
 async def test_engine_killed_and_started_again_is_no_end(own_host: Host) -> None:

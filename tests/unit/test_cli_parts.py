@@ -266,3 +266,28 @@ def test_time_of_a_switchover_on_the_day_the_clocks_change(
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("text", "day", "problem", "choice"),
+    [
+        ("02:30", 29, "is skipped", "2026-03-29T01:30:00+01:00 or 2026-03-29T03:30:00+02:00"),
+        ("2026-10-25T02:30", 29, "comes twice", "2026-10-25T02:30:00+02:00 or 2026-10-25T02:30:00+01:00"),
+    ],
+)
+def test_time_that_the_clocks_skip_or_repeat_is_refused_with_the_choice(
+    text: str, day: int, problem: str, choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of the two moments is meant is the operator's to say; written with its offset each is taken."""
+    monkeypatch.setenv("TZ", "CET-1CEST,M3.5.0,M10.5.0/3")
+    time.tzset()
+    try:
+        now = datetime(2026, 3, day, 0, 30).timestamp()
+        with pytest.raises(ConfigError, match=problem) as caught:
+            moment_ahead(text, now)
+        assert caught.value.remedy == f"write {choice}"
+        one, other = (moment_ahead(each, now) for each in choice.split(" or "))
+        assert other - one == 3600
+    finally:
+        monkeypatch.undo()
+        time.tzset()

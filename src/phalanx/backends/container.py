@@ -350,13 +350,13 @@ class Container:
             declared = self._config.stop_signal
             name = f"SIG{declared}" if declared else self._stop_signal
             log.info("app %s: stopping container %.12s with %s: %s", self._app, self.id, name, reason)
-            try:
-                await self._engine.signal(self.id, name)
-            except EngineError as error:
-                is_over = self._exited.is_set() or error.status == 409  # it does not run
-                if not is_over and not (error.status == 0 and self._signal_process(name)):
-                    log.warning("app %s: its container got no %s: %s", self._app, name, error)
-                    return
+            if not self._signal_process(name):
+                try:
+                    await self._engine.signal(self.id, name)
+                except EngineError as error:
+                    if not (self._exited.is_set() or error.status == 409):  # 409: it does not run
+                        log.warning("app %s: its container got no %s: %s", self._app, name, error)
+                        return
         if not await wait_at_most(self._exited, self._config.stop_timeout):
             hint = (
                 "" if self._config.init or not self._config.image else "; see init in docs/configuration.md"
@@ -369,16 +369,16 @@ class Container:
             )
 
     def _signal_process(self, name: str) -> bool:
-        """Send its first process a signal without the engine, which is silent; False if that can't be."""
+        """Send its first process a signal, as the engine would; False if that can't be from here.
+
+        The engine is asked only then: one that hangs must not cost the program its grace.
+        """
         first = system.ProcessRef(self._target.pid, self._target.start_time)
         number = int(name) if name.isdecimal() else getattr(signal, name, None)
         if not self._target.pid or number is None or not first.alive():
             return False
         with contextlib.suppress(OSError):
             os.kill(first.pid, number)
-            log.warning(
-                "app %s: the Docker Engine is silent; its container got %s all the same", self._app, name
-            )
             return True
         return False
 

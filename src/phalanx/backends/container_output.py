@@ -15,6 +15,7 @@ from collections.abc import Callable
 from phalanx import child, system
 from phalanx.aio import wait_at_most
 from phalanx.backends.engine import Engine, EngineError
+from phalanx.containers import PING_SECONDS
 
 RECONNECT_SECONDS = 0.5
 _LONGEST_REST_SECONDS = 0.25
@@ -60,7 +61,10 @@ class Output:
         """Give what it wrote last that long to arrive; of more than that, only the last lines are shown."""
         if await wait_at_most(self._done, seconds):
             return
-        with contextlib.suppress(EngineError):
+        with contextlib.suppress(EngineError, TimeoutError):
+            # One that hangs is not waited for; one that is slow is.
+            async with asyncio.timeout(PING_SECONDS):
+                await self._engine.version()
             lines = await self._engine.tail(self._container, child.LAST_LINES, timestamps=True)
             shown = self._last_time
             if lines and lines[0][:_TIME] > shown:

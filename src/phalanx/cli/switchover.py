@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 from cyclopts import Parameter
 
@@ -136,19 +136,32 @@ def by_option(error: ConfigError) -> ConfigError:
 
 def moment_ahead(text: str, now: float) -> float:
     """Unix seconds of ``13:37`` (or ``13:37:30``; today, local time) or of an ISO time. Raises ConfigError,
-    also for a moment that has passed."""
+    also for a moment that has passed, and for a local time that a change of the clocks skips or repeats."""
     text = text.strip()
     try:
         if re.fullmatch(r"[0-9]{1,2}:[0-9]{2}(:[0-9]{2})?", text):
             hour, minute, *rest = (int(part) for part in text.split(":"))
             today = datetime.fromtimestamp(now)  # without an offset: that of now may not be that of then
             found = today.replace(hour=hour, minute=minute, second=rest[0] if rest else 0, microsecond=0)
-            moment = found.timestamp()
         else:
-            moment = datetime.fromisoformat(text).timestamp()
+            found = datetime.fromisoformat(text)
+        moment = found.timestamp()
+        other = found.replace(fold=1).timestamp()
     except (ValueError, OverflowError, OSError):
         raise ConfigError("--at", text, "not a time", "write 13:37 or 2025-05-01T13:37") from None
+    if moment != other:
+        _refuse_changed(text, moment, other)
     if moment <= now:
         problem = f"is in the past: it is {output.clock(now)}"
         raise ConfigError("--at", text, problem, "choose a later time, tomorrow's with its date")
     return moment
+
+
+def _refuse_changed(text: str, one: float, other: float) -> NoReturn:
+    """A local time when the clocks change, by PEP 495: read with either offset it is two moments."""
+    # In an hour that is skipped the later fold is the earlier moment; it is shown by the clock as it is then.
+    moments = [datetime.fromtimestamp(each).astimezone() for each in sorted((one, other))]
+    choice = " or ".join(each.isoformat() for each in moments)
+    if other < one:
+        raise ConfigError("--at", text, "is skipped that day: the clocks go forward", f"write {choice}")
+    raise ConfigError("--at", text, "comes twice that day: the clocks go back", f"write {choice}")
