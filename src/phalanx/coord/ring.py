@@ -28,10 +28,11 @@ from phalanx.types import SessionId
 
 log = logging.getLogger("phalanx.ring")
 
-MOST_UNDER_WAY = 256
-"""Requests about single partitions that wait for an answer at a time."""
+MOST_UNDER_WAY = 64
+"""Requests about single partitions that wait for an answer at a time: half as many after each that nobody
+answered, one more after each write. Else thousands of them would keep a slow server from answering any."""
 
-REQUEST_TIMEOUT_SECONDS = 1.0
+REQUEST_TIMEOUT_SECONDS = 2.0
 RETRY_SECONDS = 0.1
 STALE_SECONDS = 0.2
 """An answer older than what was seen may be that of a server which does not know yet that it leads no more:
@@ -98,7 +99,8 @@ class RingPartitions:
         self._refused: ConfigError | None = None
         self._waiting: deque[Write | Read] = deque()
         """At most one for each partition."""
-        self._under_way = 0
+        self._under_way, self._window = 0, MOST_UNDER_WAY
+        self._complaints: dict[str, int] = {}
         self._background = Background(log)
         self._changed = asyncio.Event()
         self._clear = asyncio.Event()
@@ -217,7 +219,7 @@ class RingPartitions:
     # --- single partitions
 
     def _send(self) -> None:
-        while self._waiting and self._under_way < MOST_UNDER_WAY:
+        while self._waiting and self._under_way < self._window:
             action = self._waiting.popleft()
             self._under_way += 1
             work = self._write(action) if isinstance(action, Write) else self._read(action)
@@ -235,11 +237,12 @@ class RingPartitions:
         except WrongRevision:
             self._own.on_not_written(number)
         except BusError as error:
-            log.warning("app %s: the key of partition %d: %s", self._app, number, error)
-            await asyncio.sleep(RETRY_SECONDS)
+            await self._unanswered("the key of a partition", error)
             self._own.on_not_written(number)
         else:
             self._own.on_written(number, revision, take=action.take)
+            self._window = min(MOST_UNDER_WAY, self._window + 1)
+            self._complaints.clear()
         self._answered()
 
     async def _read(self, action: Read) -> None:
@@ -250,8 +253,7 @@ class RingPartitions:
                 await asyncio.sleep(STALE_SECONDS)
                 revision, session = await self._stored(number)
         except BusError as error:
-            log.warning("app %s: reading the key of partition %d: %s", self._app, number, error)
-            await asyncio.sleep(RETRY_SECONDS)
+            await self._unanswered("reading the key of a partition", error)
             self._own.on_not_read(number)
         else:
             if revision < self._own.holder(number)[0]:
@@ -259,6 +261,14 @@ class RingPartitions:
                 self._watch.forget(self._subject(number))
             self._own.on_read(number, revision, session)
         self._answered()
+
+    async def _unanswered(self, what: str, error: BusError) -> None:
+        """Told once, then ever more rarely, while NATS has no leader; and tried again a moment later."""
+        self._window = max(1, self._window // 2)
+        self._complaints[what] = count = self._complaints.get(what, 0) + 1
+        level = logging.WARNING if count & (count - 1) == 0 else logging.DEBUG
+        log.log(level, "app %s: %s: %s%s", self._app, what, error, f" (try {count})" if count > 1 else "")
+        await asyncio.sleep(RETRY_SECONDS)
 
     def _answered(self) -> None:
         self._under_way -= 1
@@ -285,8 +295,7 @@ class RingPartitions:
         try:
             revision = await self._bus.write(subject, _encode(offer), timeout=REQUEST_TIMEOUT_SECONDS)
         except BusError as error:
-            log.warning("app %s: the offer to own partitions: %s", self._app, error)
-            await asyncio.sleep(RETRY_SECONDS)
+            await self._unanswered("the offer to own partitions", error)
         else:
             # Unless something that was sent earlier has been stored since.
             self._offered = offer if revision >= self._offer_revision else None
@@ -320,8 +329,7 @@ class RingPartitions:
             else:
                 self._learn_plan(revision, action.plan)
         except BusError as error:
-            log.warning("app %s: the plan of the ring: %s", self._app, error)
-            await asyncio.sleep(RETRY_SECONDS)
+            await self._unanswered("the plan of the ring", error)
         self._proposing = False
         self._changed.set()
 
