@@ -344,6 +344,25 @@ async def test_unhealthy_container_does_not_get_ready(host: Host) -> None:
     await running.kill()
 
 
+async def test_existing_container_that_was_unhealthy_is_started_again(host: Host) -> None:
+    """The engine tells of its earlier start once more; the new one is not taken for ill by that."""
+    image = image_with_healthcheck(host, "test ! -e /ill")
+    host.dockerd.docker("create", "--name", "mine", image, "sh", "-c", "rm -f /ill; exec sleep 1000")
+    backend = host.backend(container="mine", stop_timeout=0)
+    running = await backend.start(host.section())
+    async with asyncio.timeout(15):
+        await running.wait_ready()
+    host.dockerd.docker("exec", "mine", "touch", "/ill")
+    await until(lambda: running.status().detail == "health: unhealthy", 15)
+    await running.kill()
+    host.told.clear()
+    again = await backend.start(host.section())
+    async with asyncio.timeout(15):
+        await again.wait_ready()
+    assert [health for health, _ in host.told] == [Health.UNKNOWN, Health.HEALTHY]
+    await again.kill()
+
+
 # --- an existing container
 
 

@@ -302,14 +302,24 @@ class Container:
             self._ended.set_result(how)
 
     async def _follow_health(self) -> None:
-        since = system.wall() - 2  # nothing is missed between the look and the subscription
+        """An event only says when to look: it may be one that is told again, or of an earlier start."""
+        since = system.wall() - 2  # nothing is missed between a look and the subscription
         while not self._exited.is_set():
-            async for health in self._engine.health(self.id, since):
-                await self._note_health(health)
+            async with contextlib.aclosing(self._engine.health(self.id, since)) as changes:
+                async for _ in changes:
+                    await self._look_at_health()
             await asyncio.sleep(RECONNECT_SECONDS)
+            since = system.wall() - 2
+            await self._look_at_health()
+
+    async def _look_at_health(self) -> None:
+        """An engine that does not tell is asked again until it does."""
+        while not self._exited.is_set():
             with contextlib.suppress(EngineError):
                 if found := await self._engine.inspect(self.id):
                     await self._note_health(found.state.health_status)
+                return
+            await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _note_health(self, health: str) -> None:
         if not health or health == self._health:
