@@ -33,15 +33,18 @@ def bind(path: Path) -> socket.socket:
     yet. Raises OSError."""
     path.unlink(missing_ok=True)
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    before = os.umask(0o177)
     try:
+        if system.LINUX:
+            # Its file gets the mode of the socket. Not by the umask: that is the whole process's, and what
+            # other threads make meanwhile would get it too.
+            os.fchmod(made.fileno(), 0o600)
         with short_path(path) as short:
             made.bind(short)
+        if not system.LINUX:
+            os.chmod(path, 0o600)
     except OSError:
         made.close()
         raise
-    finally:
-        os.umask(before)
     return made
 
 
