@@ -36,7 +36,23 @@ class App:
         self.held = ""
         """What would have ended the section, had there been no pause."""
         self._fencing: Fencing | None = None
-        self._waits_for_fence = False
+        self._waits_for_fence = self._keep_told = False
+        self.adopted: list[Thing] = []
+        """What ran when the session was taken up."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether what runs now is to outlive the node, should that end."""
+        section = self.section
+        active = section is not None and section.state == "active" and section.serving
+        return active and self.node.election.paused and self.world.adoptable
+
+    def tell_keep(self) -> None:
+        """Tell the keeper whether the pause holds for what runs here."""
+        keeper, keeps = self.node.keeper, self.is_kept
+        if keeper is not None and keeps is not self._keep_told:
+            self._keep_told = keeps
+            self.world.after(PIPE, keeper.run, keeper.away.on_keep, keeps)
 
     def begin(self, epoch: int) -> None:
         if self.node.election.reign is not None or not self.node.session_valid():
@@ -53,6 +69,10 @@ class App:
         self.world.log(self.node.name, f"reigns at epoch {epoch}")
         if self.node.hold is not None:
             self.node.hold.begin()
+        adopted = self.to_adopt(epoch)
+        if adopted is not None:
+            self._adopt(section, adopted)
+            return
         section.unfenced = self.node.election.leader.unfenced
         if section.unfenced:
             self._fencing = Fencing(
@@ -61,6 +81,21 @@ class App:
             self._fencing.step()
         else:
             self._register(section)
+
+    def to_adopt(self, epoch: int) -> Thing | None:
+        """What an earlier life of the node has left running of that epoch."""
+        return next((thing for thing in self.adopted if thing.section.epoch == epoch), None)
+
+    def _adopt(self, section: Section, thing: Thing) -> None:
+        self.adopted = []
+        self._keep_told = True
+        section.stop_takes = thing.section.stop_takes
+        self.world.adopt_section(section, thing)
+        self.section_things = [thing]
+        self._write_fenced(section.epoch)
+        if not thing.present:
+            self.fail()
+        self.tell_keep()
 
     def _fenced(self, section: Section) -> None:
         section.unfenced = ()
@@ -80,6 +115,9 @@ class App:
             self.node.election.not_before = self.host.clock()
 
     def _register(self, section: Section) -> None:
+        if self.world.adoptable:  # it has no code in the node
+            self.on_registered(section)
+            return
         keeper = self.node.keeper
         if keeper is not None:
             self.world.after(PIPE, keeper.run, keeper.on_register, section)
@@ -96,7 +134,7 @@ class App:
             return
         self.world.start_section(section)
         self._write_fenced(section.epoch)
-        self._register_thing(Thing(section, ADDRESS))
+        self._register_thing(Thing(section, PROGRAM if self.world.adoptable else ADDRESS))
 
     # --- its address and its program
 
@@ -164,6 +202,7 @@ class App:
             self.end("its program cannot be started")
         elif thing.present:
             thing.section.serving = True
+            self.tell_keep()
 
     def _stop_program(self, section: Section) -> None:
         """Gracefully: after that it is killed, if it does not end."""
@@ -223,6 +262,7 @@ class App:
             self._over(section)
             return
         section.state = "ending"
+        self.tell_keep()
         self.node.timer(self.end_takes, self._stop_program, section)
 
     def _over(self, section: Section) -> None:

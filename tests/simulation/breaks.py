@@ -40,6 +40,8 @@ BREAKS = {
     "hold-missing-ignored": "a leader goes on with the promises of some of its members",
     "hold-promise-forgotten": "a promise binds its giver for less than its lease",
     "not-fenced-without-a-command": "a node without a fence command starts what has to wait for one",
+    "resumption-unheard": "a keeper that is alone goes on although the pause is over",
+    "two-lives-take-up": "a second life begins beside the first, and takes up the same session",
     "unfenced-dropped": "who takes the key does not pass on whom others still had to fence",
     "node-ignores-deadline": "neither node nor keeper ends a section when its session runs out",
 }

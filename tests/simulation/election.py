@@ -96,7 +96,7 @@ class Election:
             case election.Acquire(expected, members):
                 self._acquire(expected, members)
             case election.Begin(epoch):
-                self.node.app.begin(epoch)
+                self._begin(epoch)
             case election.Deposed(reason):
                 self.deposed = self.deposed or self.node.session_valid()
                 self.node.app.end(reason)
@@ -110,6 +110,15 @@ class Election:
         if holder is None or hold is None:
             return Takeover()
         return hold.takeover(self.leader, gone=self.node.watches.observer.ended_itself(holder))
+
+    def _begin(self, epoch: int) -> None:
+        thing = self.node.app.to_adopt(epoch)
+        adopted = thing.section.epoch if thing is not None else 0
+        taken_up = self.node.is_taken_up
+        if election.begins_anew(epoch, highest=0, is_taken_up=taken_up, adopted=adopted):
+            self._acquire(epoch, None)
+        else:
+            self.node.app.begin(epoch)
 
     def _acquire(self, expected: int, members: int | None) -> None:
         nats, me, knew, hold = self.nats, self.node.session, self.pause, self.node.hold
@@ -208,6 +217,7 @@ class Election:
         if pause[0] <= self.pause[0]:
             return
         before, self.pause = self.paused, pause
+        self.node.app.tell_keep()
         if before and not self.paused:
             self.vacant_since = max(self.vacant_since, self.host.clock())
             if self.node.app.held:

@@ -8,6 +8,7 @@ from phalanx.types import FenceNote
 
 from .fault import Undo, nothing, victim
 from .host import Host, Process
+from .keeper import Keeper
 from .network_faults import server_down
 from .node import Node
 from .things import Thing
@@ -36,6 +37,7 @@ def node_killed(world: World) -> Undo:
         and node.established
         and keeper is not None
         and keeper.alive
+        and not keeper.away.keeps
         and not keeper.stopped
         and not keeper.ending
         and world.nats.connected(keeper)
@@ -105,6 +107,28 @@ def all_killed(world: World) -> Undo:
         _kill(host.keeper.warden)
     _kill(host.keeper)
     _kill(host.node)
+    return undo
+
+
+def started_twice(world: World) -> Undo:
+    """Somebody starts the node although it runs: the lock of its data directory refuses that."""
+    host = victim(world)
+    if host.node is not None and host.node.alive:
+        if world.rules.broken == "two-lives-take-up":
+            host.begin_life()
+        else:
+            world.count("second lives refused")
+    return nothing
+
+
+def node_away(world: World) -> Undo:
+    """The node ends or is killed, in a pause or not, and is started again only later."""
+    host = victim(world)
+    undo = stays_down(host)
+    if host.node is not None and world.rng.random() < 0.5:
+        host.node.run(host.node.terminate)
+    else:
+        _kill(host.node)
     return undo
 
 
@@ -210,12 +234,23 @@ def app_paused(world: World) -> Undo:
         if not world.active:
             world.count("pauses that ended while nobody was active")
         nats.operator(lambda: nats.set_pause(False))
+        for host in world.hosts:
+            keeper = host.keeper
+            if keeper is not None and keeper.is_alone and nats.connected(keeper):
+                world.after(1.5, _must_not_go_on, world, keeper, world.disturbances)
         ready = any(h.node.settled_since() > 2.5 and not h.no_failover for h in world.hosts if h.node)
         calm = world.faults_active == 1 and world.calm_for > 3.0 and world.now >= nats.bucket.ready_at + 1.5
         if calm and ready:
             world.after(2.5, _must_be_led, world, world.disturbances, world.last_epoch)
 
     return undo
+
+
+def _must_not_go_on(world: World, keeper: Keeper, since: int) -> None:
+    if world.disturbances == since and not world.nats.bucket.pause[1]:
+        if keeper.is_alone and world.now >= world.nats.bucket.ready_at + 1.5 and world.calm_for > 1.0:
+            world.fail("pause", f"{keeper.name} goes on alone 1.5 s after the pause is over")
+        world.count("ends of a pause checked that a keeper was alone in")
 
 
 def _must_be_led(world: World, since: int, before: int) -> None:

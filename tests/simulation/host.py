@@ -44,6 +44,8 @@ class Host:
         self.lives = 0
         self.up = True
         self.starting = False
+        self.noted: Keeper | None = None
+        """Whom ``keeper.json`` names: it may outlive its node."""
         self.held = 0
         """By so many the node is kept from being started again."""
 
@@ -56,6 +58,7 @@ class Host:
         for thing in self.things:
             thing.vanish("power loss")
         self.registered.clear()
+        self.noted = None
 
     def switch_off(self) -> None:
         """By somebody's fence command: nothing of it runs any more. Some time later it is on again."""
@@ -79,11 +82,15 @@ class Host:
             self.world.after(self.world.rng.uniform(0.1, longest), self._start)
 
     def _start(self) -> None:
-        from .node import Node
-
         self.starting = False
         if not self.up or self.held or (self.node is not None and self.node.alive):
             return
+        self.begin_life()
+
+    def begin_life(self) -> None:
+        """A new process of the node."""
+        from .node import Node
+
         self.lives += 1
         if self.keeper is not None and self.keeper.alive and self.keeper.stopped:
             self.world.count("new life beside a stopped keeper")

@@ -9,6 +9,7 @@ from phalanx.decide.keeper import Watchdog
 from phalanx.decide.session import Renewal, SessionBody, StreamList
 from phalanx.types import SessionId
 
+from .away import Away
 from .host import PIPE, Process
 from .nats import REFUSED, UNANSWERED
 from .world import Section
@@ -28,11 +29,12 @@ class Keeper(Process):
         self.node, self.session = node, session
         timing = self.timing = self.world.timing
         self.holder = self.world.rules.holder(session, streams, timing)
-        self.watchdog = Watchdog(timing, self.host.clock())
+        self.watchdog = Watchdog(timing, self.host.clock(), self.world.away_seconds)
         self.registered: list[Section] = []
         self.timeout = max(0.2, min(1.0, timing.ttl / 5))
         self.established = False
         self.ending = self.begun = False
+        self.away = Away(self)
         self.warden: Warden | None = None
         self.vouched = False
         """It has seen that nothing is left of what was registered."""
@@ -60,13 +62,18 @@ class Keeper(Process):
         """When nothing of its node may run any more."""
         return max(self.holder.valid_until, self._extended)
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether it holds its session without a node, and could act."""
+        return self.watchdog.is_away and self.alive and not self.stopped and not self.ending
+
     # --- the loop
 
     def step(self) -> None:
         """One round of ``Keeper._hold``."""
         if not self.begun:
             return
-        if self.ending:
+        if self.ending or self.away.is_busy:
             if not self.vouched:
                 self._renew_meanwhile()
             return
@@ -97,7 +104,15 @@ class Keeper(Process):
             self._end("session lost", kill=bool(self.registered))
             return
         valid_until = self.ends_at if self.established else now + timing.ttl
-        verdict = self.watchdog.verdict(now, valid_until, has_resources=bool(self.registered))
+        verdict = self.watchdog.verdict(
+            now,
+            valid_until,
+            has_resources=bool(self.registered or (self.world.adoptable and self.host.registered)),
+            keeps=self.established and self.away.keeps,
+        )
+        if verdict is not None and verdict.keep:
+            self.away.begin(verdict)
+            return
         if (
             verdict is not None
             and self.world.rules.broken == "node-ignores-deadline"
@@ -171,10 +186,25 @@ class Keeper(Process):
         if result is not UNANSWERED:
             self.step()
 
+    # --- in a pause
+
+    def forget_node(self) -> None:
+        """What it says or does from now on means nothing."""
+        self._gone = None
+
+    def take_node(self, node: Node) -> None:
+        """There is a node again."""
+        self.node, self._gone, self._told = node, None, float("-inf")
+        self.watchdog.on_back(self.host.clock())
+
+    def end(self, reason: str) -> None:
+        """End everything, without a node."""
+        self._end(reason, kill=False)
+
     # --- the end: kill first, release then
 
     def _end(self, reason: str, *, kill: bool) -> None:
-        self.ending = True
+        self.ending, self.away.has_door = True, False
         if self.world.rules.broken == "release-before-kill" and kill:
             self.timer(0.2, self._kill, reason)
             self._all_gone()
@@ -200,6 +230,8 @@ class Keeper(Process):
         self.vouched = True
         self.registered.clear()
         self.host.registered.clear()
+        if self.host.noted is self:
+            self.host.noted = None
         if self.warden is not None:
             self.warden.alive = False
         self._release_until = self.host.clock() + 2 * self.timing.ttl
@@ -334,10 +366,11 @@ class Keeper(Process):
             self.holder.on_streams(streams)
             self.step()
 
-    def on_node_gone(self, how: str) -> None:
+    def on_node_gone(self, node: Node, how: str) -> None:
         """The socket closed, or the process ended."""
-        self._gone = how
-        self.step()
+        if node is self.node and not self.watchdog.is_away:
+            self._gone = how
+            self.step()
 
     def on_connected(self) -> None:
         """Send at once what is due."""

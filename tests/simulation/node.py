@@ -10,13 +10,14 @@ from phalanx.decide.keeper import Phase, next_phase_at, phase
 from phalanx.types import Candidate, SessionId
 
 from .app import App
+from .away import take_up
 from .election import Election
 from .hold import Hold
 from .host import PIPE, Host, Process
 from .keeper import Keeper
 from .nats import RETRY, RPC_TIMEOUT, UNANSWERED
 from .repair import Repair
-from .things import end_by_node
+from .things import PROGRAM, end_by_node
 from .watches import Watches
 
 SESSION_TIMEOUT = 4.0
@@ -40,7 +41,7 @@ class Node(Process):
         self.watch_lag = self.watch_drop = 0.0
         self.valid_until = float("-inf")
         self.established = self.ready = self.ended = False
-        self.stopping = False
+        self.stopping = self.is_taken_up = False
         self._disconnected_at: float | None = None
         self._connected_at = self.world.now
         self._tick_at = float("inf")
@@ -101,9 +102,26 @@ class Node(Process):
             self.timer(0.2, self._boot)
             return
         self.watches.begin(streams)
+        take_up(self, self.world.now)
+
+    def begin_anew(self) -> None:
+        """With a session of its own."""
+        streams = self.watches.streams
         self.keeper = keeper = self.host.keeper = Keeper(self, self.session, streams)
         self.world.after(PIPE, keeper.run, self.host.lock.take, keeper, self.world.now)
         self.timer(SESSION_TIMEOUT, self._no_session)
+
+    def on_attached(self, keeper: Keeper) -> None:
+        """The keeper of an earlier life holds its session for this one now."""
+        self.keeper, self.session, self.is_taken_up = keeper, keeper.session, True
+        self.app.adopted = [thing for thing in self.host.registered if thing.kind == PROGRAM]
+        self.world.after(PIPE, keeper.run, keeper.on_streams, self.watches.streams)
+        keeper.run(keeper.step)
+        self.on_established()
+
+    def on_left(self) -> None:
+        """The keeper goes on alone: exit."""
+        self.die("it leaves in a pause")
 
     def _no_session(self) -> None:
         if not self.established:
@@ -287,6 +305,9 @@ class Node(Process):
             return
         self.stopping = True
         self._offer()
+        if self.app.is_kept and self.keeper is not None and self.session_valid():
+            self.world.after(PIPE, self.keeper.run, self.keeper.away.on_leave, self)
+            return
         if self.app.section is not None:
             self.app.end("SIGTERM", self.election.choose())
         elif self.election.unreleased is None and not self.election.is_busy:
@@ -322,7 +343,9 @@ class Node(Process):
             self.world.end_section(section, f"its node died ({how})")
         keeper = self.keeper
         if keeper is not None and keeper.alive:
-            self.world.after(self.world.rng.uniform(0.0005, 0.005), keeper.run, keeper.on_node_gone, how)
+            self.world.after(
+                self.world.rng.uniform(0.0005, 0.005), keeper.run, keeper.on_node_gone, self, how
+            )
         if section is not None:
             self._late_write(section.epoch)
         self.host.start_soon()

@@ -19,6 +19,8 @@ FAULTS: dict[Callable[[World], Undo], float] = {
     faults.both_killed: 3,
     faults.warden_killed: 3,
     faults.all_killed: 2,
+    faults.node_away: 1.5,
+    faults.started_twice: 0.5,
     faults.host_died: 2,
     faults.node_stopped: 3,
     faults.keeper_stopped: 3,
@@ -69,6 +71,9 @@ class Plan:
         if chaos_until > 6.5 and rng.random() < 0.06:
             self._pause_in_peace(chaos_from, chaos_until)
             return
+        if world.adoptable and rng.random() < 0.3:
+            self._restarts_in_a_pause(chaos_from, chaos_until)
+            return
         if any(host.has_command for host in world.hosts) and rng.random() < 0.1:
             self._leaders_vanish(chaos_from, chaos_until)
             return
@@ -108,6 +113,28 @@ class Plan:
         if rng.random() < 0.4:
             world.at(at + rng.uniform(0.0, 2.0), self._begin, 1, hold_faults.peer_isolated)
         world.at(at + lasts + 0.01, self._end, 0, hold_faults.nats_gone.__name__)
+
+    def _restarts_in_a_pause(self, chaos_from: float, chaos_until: float) -> None:
+        """The active node ends once or twice; something else may happen meanwhile, and the pause may end."""
+        world, rng = self.world, self.world.rng
+        at = chaos_from + rng.uniform(0.5, 1.5)
+        world.at(at, self._begin, 0, faults.app_paused)
+        for number in range(1, rng.choice((2, 3))):
+            fault = rng.choice((faults.node_killed, faults.node_away, faults.node_away, faults.started_twice))
+            at += rng.uniform(0.3, 1.5)
+            world.at(at, self._begin, number, fault)
+            world.at(at + rng.choice((0.3, 1.0, 3.5)), self._end, number, fault.__name__)
+        if rng.random() < 0.5:
+            other = rng.choice((
+                faults.keeper_killed, faults.both_killed, faults.all_killed, faults.keeper_stopped,
+                network_faults.host_isolated, faults.host_died, faults.section_fails,
+            ))  # fmt: skip
+            at += rng.uniform(0.1, 1.0)
+            world.at(at, self._begin, 9, other)
+            world.at(at + rng.uniform(0.3, 3.0), self._end, 9, other.__name__)
+        ends = at + rng.uniform(0.3, 3.0)
+        if ends < chaos_until:
+            world.at(ends, self._end, 0, faults.app_paused.__name__)
 
     def _leaders_vanish(self, chaos_from: float, chaos_until: float) -> None:
         """One after the other, with what they ran left running; now and then something else with it."""

@@ -38,6 +38,8 @@ def build(seed: int, broken: str = "", *, tracing: bool = False, holds: bool = F
     world.nats = Nats(world, hosts, StreamList(1, ("s1", "s2", "s3")))
     world.hosts = [Host(world, index) for index in range(hosts)]
     world.peers = Peers(world, hosts)
+    world.adoptable = not world.holds and rng.random() < 0.4
+    world.away_seconds = rng.choice((2.5, 600.0, 600.0))
     declaring = rng.choice((0.0, 0.0, 0.6, 1.0))
     for host in world.hosts:
         host.has_command = rng.random() < declaring

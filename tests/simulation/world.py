@@ -74,6 +74,9 @@ class World:
         self.last_fenced = 0
         self.fence_problem = ""
         """What is wrong with everybody's fence command: it "fails", or "hangs"; empty: nothing."""
+        self.adoptable = False
+        """The app is a program of its own and nothing else, so that it can outlive its node in a pause."""
+        self.away_seconds = 600.0
         self.owed: set[SessionId] = set()
         """Leaders that had to be fenced when the leader key was taken from them: nothing of them may run when
         the next section begins, whatever was dead or stood still there."""
@@ -151,6 +154,20 @@ class World:
         section.state, section.began = "active", self.now
         self.active.append(section)
         self.log(node.name, f"ACTIVE at epoch {section.epoch}")
+
+    def adopt_section(self, section: Section, thing: Thing) -> None:
+        """G1 and G2, where a section goes on in the node's next life with what the earlier one has left."""
+        old = thing.section
+        if old.epoch != section.epoch:
+            self.fail("G2", f"{section.node.name} adopts a program of {old.epoch} at epoch {section.epoch}")
+        if self.active or section.epoch != self.last_epoch:
+            self.fail("G1", f"{section.node.name} adopts {section.epoch} beside a section that goes on")
+        thing.section = section
+        section.state, section.began, section.serving = "active", self.now, thing.present
+        self.begun.append(section)
+        self.active.append(section)
+        self.count("programs adopted")
+        self.log(section.node.name, f"ACTIVE again at epoch {section.epoch}")
 
     def _check_programs(self, section: Section, begins: str) -> None:
         for host in self.hosts:

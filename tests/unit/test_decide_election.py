@@ -17,6 +17,7 @@ from phalanx.decide.election import (
     Idle,
     View,
     Wait,
+    begins_anew,
     choose_successor,
     next_action,
     rank,
@@ -82,6 +83,17 @@ def test_a_write_whose_answer_was_lost_is_taken_up() -> None:
 def test_a_leader_whose_key_or_session_is_gone_is_deposed(leader: LeaderRecord, valid: bool) -> None:
     """Another holder, another epoch, a release that it did not make, an invalid session."""
     assert isinstance(act(leader, leading=7, session_valid=valid), Deposed)
+
+
+@pytest.mark.parametrize(
+    ("highest", "taken_up", "adopted", "anew"),
+    [(0, False, 0, False), (7, False, 0, True), (0, True, 7, False), (0, True, 0, True), (0, True, 5, True)],
+)
+def test_g2_key_of_this_session_is_taken_again_unless_what_runs_is_of_its_epoch(
+    highest: int, taken_up: bool, adopted: int, anew: bool
+) -> None:
+    """A session that was taken up acts under its old epoch only for what an earlier life left running."""
+    assert begins_anew(7, highest=highest, is_taken_up=taken_up, adopted=adopted) is anew
 
 
 def test_the_less_preferred_wait_longer() -> None:

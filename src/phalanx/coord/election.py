@@ -227,9 +227,8 @@ class Election:
             case rules.Acquire(expected):
                 return await self._acquire(expected)
             case rules.Begin(epoch):
-                # Of a session that was taken up, only what runs on does so under its old epoch (G2).
-                anew = self._session.is_taken_up and epoch != self._adopted
-                if epoch <= self._highest or anew:
+                taken_up, adopted = self._session.is_taken_up, self._adopted
+                if rules.begins_anew(epoch, highest=self._highest, is_taken_up=taken_up, adopted=adopted):
                     return await self._acquire(epoch)
                 self._begin(epoch, 0.0)
             case rules.Deposed(reason):

@@ -138,6 +138,15 @@ def named_successor(leader: LeaderRecord, nomination: Nomination | None) -> str 
     return leader.successor if leader.session is None else None
 
 
+def begins_anew(epoch: int, *, highest: int, is_taken_up: bool, adopted: int) -> bool:
+    """Whether a key that names this session at *epoch* has to be taken again before it is acted under (G2).
+
+    So it is if a later epoch than that was known (*highest*), and under a session that an earlier life of the
+    node began (*is_taken_up*): of that only what runs on, of epoch *adopted* (0: nothing), does so.
+    """
+    return epoch <= highest or (is_taken_up and epoch != adopted)
+
+
 def next_action(view: View, now: float, is_over: Callable[[SessionId], bool]) -> Action:
     """What this node should do about the app's leader key."""
     mine = view.leader.session == view.me

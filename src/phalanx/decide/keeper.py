@@ -60,8 +60,8 @@ class Fencing(msgspec.Struct, frozen=True):
 class Watchdog:
     """The keeper's judgement of its node. One life: after a fencing it is done."""
 
-    def __init__(self, timing: Timing, now: float) -> None:
-        self.timing = timing
+    def __init__(self, timing: Timing, now: float, away_seconds: float = AWAY_SECONDS) -> None:
+        self.timing, self._away_seconds = timing, away_seconds
         self._last_beat = now
         self._gone: str | None = None
         self._away_since: float | None = None
@@ -93,8 +93,8 @@ class Watchdog:
         """What to do now. *has_resources*: the node has registered something that is still active. *keeps*:
         the node leads an app that is paused, so nothing of that ends with the node."""
         if self._away_since is not None:
-            if now - self._away_since > AWAY_SECONDS:
-                return Fencing(f"no node has come back within {AWAY_SECONDS:g} s", kill_node=False)
+            if now - self._away_since > self._away_seconds:
+                return Fencing(f"no node has come back within {self._away_seconds:g} s", kill_node=False)
         elif self._gone is not None:
             return Fencing(self._gone, kill_node=True, keep=keeps)
         elif now - self._last_beat > self.timing.stall_limit:
@@ -112,5 +112,5 @@ class Watchdog:
     def next_check(self, valid_until: float) -> float:
         """The next moment at which :meth:`verdict` may change if nothing else happens."""
         if self._away_since is not None:
-            return min(self._away_since + AWAY_SECONDS, self.kill_at(valid_until))
+            return min(self._away_since + self._away_seconds, self.kill_at(valid_until))
         return min(self._last_beat + self.timing.stall_limit, self.kill_at(valid_until))
