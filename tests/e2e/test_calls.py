@@ -13,6 +13,7 @@ from typing import Any as Value
 
 import msgspec
 import pytest
+from nats.aio.client import Client
 from tests.e2e.cli import Cli
 
 import phalanx
@@ -42,6 +43,7 @@ from phalanx import (
     WrongType,
 )
 from phalanx.bus import permissions
+from phalanx.bus.client import NatsClient
 from phalanx.bus.connection import NatsBus
 from phalanx.client import PlatformClient
 from phalanx.messaging import call_wire as wire
@@ -271,8 +273,8 @@ async def test_g2_answer_of_an_earlier_epoch_is_refused(nats_server: NatsServer,
         await bus.publish(message.reply, msgspec.json.encode(wire.Leading("n9", 7)))
 
     async def late(message: Message) -> None:
-        assert message.headers[wire.EPOCH] == "7"
-        await bus.publish(message.reply, b'"done"', headers={wire.EPOCH: "6"})
+        assert wire.CallHeader(message.headers[wire.CALL]).epoch == 7
+        await bus.publish(message.reply, b'"done"', headers={wire.ANSWER: "n9;6"})
 
     try:
         await bus.subscribe(NAMES.call_who_subject("orders"), who)
@@ -582,3 +584,30 @@ async def test_g5_app_user_calls_only_what_it_may(tmp_path: Path) -> None:
                 await client.api("plain").call("echo", 1, timeout=0.5)
             async with PlatformClient("test", operator) as by_hand:
                 assert await by_hand.api("plain").call("echo", 1, timeout=20) == 1
+
+
+def test_call_header_in_all_its_forms() -> None:
+    """What is written is read again; what is missing or odd is what a client without headers gets."""
+    full = wire.CallHeader(wire.call_header("c-1", 1.5, 412, "me;@host"))
+    assert (full.call_id, full.timeout_seconds, full.epoch, full.caller) == ("c-1", 1.5, 412, "me;@host")
+    assert wire.CallHeader(wire.call_header("c-1", 0.0, None, "")).timeout_seconds == 0.001
+    for text in ("", ";", ";;;", ";-1", ";x;y;z", ";²", ";1e3;0x1"):
+        odd = wire.CallHeader(text)
+        assert (odd.call_id, odd.timeout_seconds, odd.epoch) == ("", wire.DEFAULT_TIMEOUT_SECONDS, None)
+    assert len(wire.CallHeader("x" * 1000).call_id) == 64
+    assert wire.CallHeader(";" + "9" * 5000).timeout_seconds == 86400
+    assert wire.answered_by({wire.ANSWER: "n1;7"}) == ("n1", 7)
+    assert wire.answered_by({}) == ("", 0)
+
+
+def test_headers_are_read_as_nats_py_reads_them() -> None:
+    """Our quicker reading of headers gives what that of nats-py gives."""
+    for raw in (
+        b"A: b\r\nC:d\r\n\r\n",
+        b"A:\tb: c \r\n",
+        b" A : b\r\nB B: c\r\nnothing\r\n",
+        "A: ä\r\nÄ: b\r\n".encode(),
+        b"A: \xff\xfe\r\n",
+        b"A:\r\n",
+    ):
+        assert NatsClient._parse_header_lines(raw) == Client._parse_header_lines(raw), raw

@@ -15,16 +15,10 @@ from phalanx.messaging.content import CONTENT_TYPES, JSON
 
 CONTENT_TYPE = "Content-Type"
 """``application/json`` (the default) or ``application/msgpack``; the answer comes in the same."""
-CALL_ID = "Phalanx-Call"
-"""Names the call in logs, and in a cancellation. Unique; at most 64 characters."""
-TIMEOUT_MS = "Phalanx-Timeout-Ms"
-"""How long the caller still waits, counted from the receipt."""
-EPOCH = "Phalanx-Epoch"
-"""In a request: only the leader of this reign, or of a later one, may begin it. In an answer: whose it is."""
-NODE = "Phalanx-Node"
-"""Which node has answered."""
-CALLER = "Phalanx-Caller"
-"""Who calls: a node id, or what a client calls itself. For logs; nobody has checked it."""
+CALL = "Phalanx-Call"
+"""Of a request: ``id;timeout;epoch;caller``, see :class:`CallHeader`. One header, as each one costs time."""
+ANSWER = "Phalanx-Answer"
+"""Of an answer: ``node;epoch``, who has answered and under which epoch; 0 if it was not the active one."""
 ERROR = "Phalanx-Error"
 """The code of an error; absent from an answer that is none."""
 MICRO_ERROR = "Nats-Service-Error"
@@ -91,6 +85,40 @@ class Leading(msgspec.Struct, frozen=True, omit_defaults=True):
     node: str = ""
     epoch: int = 0
     idempotent: tuple[str, ...] = ()
+
+
+class CallHeader:
+    """What a request says of itself; all of it may be missing.
+
+    ``call_id``: in logs, and in a cancellation; unique, at most 64 characters. ``timeout_seconds``: how long
+    the caller still waits, counted from the receipt (whole milliseconds on the wire). ``epoch``: only the
+    leader of this reign, or of a later one, may begin it; None: it is not for the leader. ``caller``: a node
+    id, or what a client calls itself; for logs, nobody has checked it.
+    """
+
+    __slots__ = ("call_id", "caller", "epoch", "timeout_seconds")
+
+    def __init__(self, text: str) -> None:
+        parts = text.split(";", 3)
+        parts += [""] * (4 - len(parts))
+        self.call_id, timeout, epoch, self.caller = parts
+        self.call_id = self.call_id[:64]
+        self.timeout_seconds = DEFAULT_TIMEOUT_SECONDS
+        if timeout.isdecimal():
+            self.timeout_seconds = min(int(timeout[:12]), 86_400_000) / 1000
+        self.epoch = int(epoch[:18]) if epoch.isdecimal() else None
+
+
+def call_header(call_id: str, timeout_seconds: float, epoch: int | None, caller: str) -> str:
+    """The inverse."""
+    milliseconds = max(1, int(1000 * timeout_seconds))
+    return f"{call_id};{milliseconds};{'' if epoch is None else epoch};{caller}"
+
+
+def answered_by(headers: Mapping[str, str]) -> tuple[str, int]:
+    """Who has answered, and under which epoch; 0: not under one."""
+    node, _, epoch = headers.get(ANSWER, "").partition(";")
+    return node, int(epoch) if epoch.isdecimal() else 0
 
 
 _encode = msgspec.json.Encoder(enc_hook=str).encode

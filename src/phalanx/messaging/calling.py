@@ -37,7 +37,7 @@ from phalanx.errors import (
 from phalanx.messaging import call_wire as wire
 from phalanx.messaging.content import CONTENT_TYPES, JSON, ContentError, encode, shape_of
 from phalanx.messaging.context import DEADLINE
-from phalanx.messaging.leading import LeaderView
+from phalanx.messaging.leading import InFlight, LeaderView
 from phalanx.messaging.routes import Leader, Node, Route
 from phalanx.messaging.serving import HEADER_ROOM_BYTES
 from phalanx.names import RESERVED_APPS, Names
@@ -133,12 +133,9 @@ class Caller:
         call = _Call(app, method, b"", content_type, deadline, idempotent)
         call.data = self._encoded(call, request)
         call.id = f"{self._prefix}-{next(self._numbers)}"
-        call.headers = {
-            **(headers or {}),
-            wire.CONTENT_TYPE: content_type,
-            wire.CALL_ID: call.id,
-            wire.CALLER: self._name,
-        }
+        call.headers = dict(headers) if headers else {}
+        if content_type != JSON:
+            call.headers[wire.CONTENT_TYPE] = content_type
         try:
             view = self._views.get(app) or await self._view(app)
             answer = await self._to_leader(call, view) if to is Leader else await self._to(call, view, to)
@@ -162,7 +159,7 @@ class Caller:
 
     def _decoded(self, call: _Call, answer: Message, returns: Value) -> Value:
         content_type = wire.content_type_of(answer.headers)
-        node = answer.headers.get(wire.NODE, "")
+        node = wire.answered_by(answer.headers)[0]
         path = "$"
         if content_type is None:
             problem = f"the answer has content type {answer.headers.get(wire.CONTENT_TYPE)!r}"
@@ -264,15 +261,14 @@ class Caller:
         self, call: _Call, view: LeaderView, subject: str, left: float, epoch: int | None
     ) -> Message | None:
         """One request: its answer, or None if another one may be made. Raises CallError."""
-        headers = {**call.headers, wire.TIMEOUT_MS: str(max(1, int(left * 1000)))}
+        call.headers[wire.CALL] = wire.call_header(call.id, left, epoch, self._name)
         call.busy = None
-        scope = asyncio.timeout(None)
+        under_way = None
         if epoch is not None:
-            headers[wire.EPOCH] = str(epoch)
-            view.in_flight[scope] = epoch, 0.0 if self._may_repeat(call, view) else MOVED_SECONDS
+            under_way = InFlight(epoch, 0.0 if self._may_repeat(call, view) else MOVED_SECONDS)
+            view.in_flight.add(under_way)
         try:
-            async with scope:
-                answer = await self._bus().request(subject, call.data, headers=headers, timeout=left)
+            answer = await self._bus().request(subject, call.data, headers=call.headers, timeout=left)
         except BusUnavailable as error:
             call.why = error.description
             return None
@@ -283,19 +279,22 @@ class Caller:
             return self._interrupted(call, view, error.description)
         except BusError as error:
             return self._interrupted(call, view, error.description)
-        except TimeoutError:
+        except asyncio.CancelledError:
+            if under_way is None or not under_way.has_ended():
+                raise
             return self._interrupted(call, view, f"epoch {epoch} is over")
         finally:
-            if epoch is not None:
-                view.in_flight.pop(scope, None)
+            if under_way is not None:
+                view.in_flight.discard(under_way)
+                under_way.close()
         return self._judge(call, view, answer, epoch)
 
     def _judge(self, call: _Call, view: LeaderView, answer: Message, epoch: int | None) -> Message | None:
         headers = answer.headers
         problem = wire.problem_of(answer.data, headers) if headers else None
         if problem is None or problem.started:
-            given = headers.get(wire.EPOCH, "")
-            if epoch is not None and given.isdigit() and int(given) < view.epoch:
+            given = wire.answered_by(headers)[1]
+            if epoch is not None and 0 < given < view.epoch:
                 return self._interrupted(call, view, f"the answer is of epoch {given}, which is over")
         if problem is None:
             return answer
@@ -306,7 +305,7 @@ class Caller:
             return None
         if problem.code == "interrupted":
             return self._interrupted(call, view, problem.message)
-        error = wire.error_of(problem, call.app, call.method, headers.get(wire.NODE, ""))
+        error = wire.error_of(problem, call.app, call.method, wire.answered_by(headers)[0])
         if problem.code == "busy" and not problem.started:
             call.busy = error
             return None

@@ -36,6 +36,7 @@ class Handler:
         request: Any = None,
     ) -> None:
         self.name, self.function = name, function
+        self.task_name = f"call {app}.{name}"
         self.idempotent, self.anywhere, self.concurrency = idempotent, anywhere, concurrency
         key = f"apps.{app}.handle({name!r})"
         self.takes_request, self.takes_context, kind, self.returns = _signature(key, function, request)

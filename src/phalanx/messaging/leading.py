@@ -27,6 +27,46 @@ _leader_of = msgspec.json.Decoder(LeaderBody).decode
 _leading_of = msgspec.json.Decoder(Leading).decode
 
 
+class InFlight:
+    """A try of a call that is under way under *epoch*: it ends *seconds* after a later one has begun.
+
+    What ``asyncio.timeout`` does, without what that costs where nothing happens. Around the request::
+
+        try: ...
+        except asyncio.CancelledError:
+            if not each.has_ended(): raise
+        finally: each.close()
+    """
+
+    __slots__ = ("_cancelling", "_seconds", "_task", "_timer", "epoch", "is_over")
+
+    def __init__(self, epoch: int, seconds: float) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # a coroutine runs in one
+        self.epoch, self._seconds, self._task = epoch, seconds, task
+        self._cancelling = task.cancelling()
+        self._timer: asyncio.TimerHandle | None = None
+        self.is_over = False
+
+    def end_soon(self) -> None:
+        """A later epoch has begun."""
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
+
+    def _end(self) -> None:
+        self.is_over = True
+        self._task.cancel()
+
+    def has_ended(self) -> bool:
+        """Whether a cancellation was this one's alone. Asked once, for each."""
+        return self.is_over and self._task.uncancel() <= self._cancelling
+
+    def close(self) -> None:
+        """It is not under way any more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+
 class LeaderView:
     """The leader of one app. ``epoch`` is the newest reign that was heard of, and only grows."""
 
@@ -39,8 +79,7 @@ class LeaderView:
         self.idempotent: frozenset[str] = frozenset()
         self.answered = False
         """Whether an instance has ever said who leads: then there is such an app."""
-        self.in_flight: dict[asyncio.Timeout, tuple[int, float]] = {}
-        """Calls under way: under which epoch, and how many seconds after a later one has begun they end."""
+        self.in_flight: set[InFlight] = set()
         self._changed = asyncio.Event()
         self._subscription: Subscription | None = None
         self._asking: asyncio.Task[bool] | None = None
@@ -75,10 +114,9 @@ class LeaderView:
         self._revision, self.node = revision, node
         if node:
             self.epoch = revision
-            now = asyncio.get_running_loop().time()
-            for scope, (epoch, seconds) in self.in_flight.items():
-                if epoch < revision and scope.when() is None:
-                    scope.reschedule(now + seconds)
+            for each in self.in_flight:
+                if each.epoch < revision:
+                    each.end_soon()
         self._wake()
 
     def is_over(self, epoch: int) -> None:

@@ -8,6 +8,7 @@ it has; what comes for one that is over is answered "moved", so that whoever cal
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections import deque
@@ -45,17 +46,21 @@ class _Call:
     """One request, as far as it is known without its body. ``epoch``: for the leader of that reign or a later
     one; None: for this very node, whatever it is."""
 
-    __slots__ = ("content_type", "deadline", "epoch", "id", "message", "method", "node_route")
+    __slots__ = (
+        "caller", "content_type", "deadline", "epoch", "expired", "id", "message", "method", "node_route",
+    )  # fmt: skip
 
     def __init__(self, message: Message, *, to_leader: bool, node_route: bool) -> None:
         headers = message.headers
+        said = wire.CallHeader(headers.get(wire.CALL, ""))
         self.message, self.method = message, Names.last_token(message.subject)
         self.content_type = wire.content_type_of(headers)
-        self.id = headers.get(wire.CALL_ID, "")[:64]
-        self.deadline = system.now() + _seconds(headers.get(wire.TIMEOUT_MS))
-        epoch = headers.get(wire.EPOCH, "0" if to_leader else "")
-        self.epoch = int(epoch) if epoch.isdigit() else None
+        self.id, self.caller = said.call_id, said.caller
+        self.deadline = system.now() + said.timeout_seconds
+        self.epoch = 0 if to_leader and said.epoch is None else said.epoch
         self.node_route = node_route
+        self.expired = False
+        """Whether it was cancelled because its deadline is over."""
 
 
 class CallServer:
@@ -248,14 +253,24 @@ class CallServer:
         handler.running += 1
         handler.requests += 1
         epoch = self._epoch
-        task = asyncio.create_task(self._run(call, handler, request, content_type, epoch))
-        task.set_name(f"call {self._app}.{handler.name}")
+        work = self._run(call, handler, request, content_type, epoch)
+        task = asyncio.create_task(work, name=handler.task_name)
         self._running[task] = epoch
         if call.id:
             self._by_id[call.id] = task
-        task.add_done_callback(lambda task: self._ended(task, call, handler))
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(call.deadline - system.now(), self._expire, call, task)
+        task.add_done_callback(functools.partial(self._ended, call, handler, timer))
 
-    def _ended(self, task: asyncio.Task[None], call: _Call, handler: Handler) -> None:
+    @staticmethod
+    def _expire(call: _Call, task: asyncio.Task[None]) -> None:
+        call.expired = True
+        task.cancel()
+
+    def _ended(
+        self, call: _Call, handler: Handler, timer: asyncio.TimerHandle, task: asyncio.Task[None]
+    ) -> None:
+        timer.cancel()
         handler.running -= 1
         self._running.pop(task, None)
         if call.id:
@@ -270,7 +285,7 @@ class CallServer:
             self._node,
             handler.name,
             call_id=call.id,
-            caller=call.message.headers.get(wire.CALLER, ""),
+            caller=call.caller,
             headers=call.message.headers,
             deadline=call.deadline,
             epoch=epoch,
@@ -280,8 +295,7 @@ class CallServer:
         DEADLINE.set(call.deadline)
         began = time.perf_counter_ns()
         try:
-            async with asyncio.timeout(call.deadline - system.now()):
-                answer = await handler.call(request, context)
+            answer = await handler.call(request, context)
             if epoch and epoch not in (self._epoch, self._draining):
                 raise NotActive(self._app)
             data = encode(answer, content_type)
@@ -307,13 +321,13 @@ class CallServer:
         match error:
             case CallError():
                 return wire.Problem(error.code, error.message, error.path, True, error.details)
+            case asyncio.CancelledError() if call.expired:
+                log.info("%s overran its caller's deadline and was cancelled", what)
+                return wire.Problem("deadline", "the handler overran the deadline", started=True)
             case asyncio.CancelledError() | NotActive() | Fenced() | SessionLost():
                 log.info("%s was interrupted on epoch %d: %s", what, epoch, error)
                 problem = f"node {self._node} stopped it before its end"
                 return wire.Problem("interrupted", problem, started=True)
-            case TimeoutError() if system.now() >= call.deadline:
-                log.info("%s overran its caller's deadline and was cancelled", what)
-                return wire.Problem("deadline", "the handler overran the deadline", started=True)
             case ContentError():
                 log.error("%s: its answer cannot be sent: %s", what, error)
                 code = "too-deep" if error.too_deep else "failed"
@@ -343,16 +357,8 @@ class CallServer:
     async def _send(self, message: Message, data: bytes, headers: dict[str, str], epoch: int = 0) -> None:
         if not message.reply:
             return
-        headers[wire.NODE] = self._node
-        if epoch:
-            headers[wire.EPOCH] = str(epoch)
+        headers[wire.ANSWER] = f"{self._node};{epoch}"
         try:
             await self._bus.publish(message.reply, data, headers=headers)
         except (BusError, PhalanxError) as error:
             log.warning("an answer of %s could not be sent: %s", self._app, error)
-
-
-def _seconds(milliseconds: str | None) -> float:
-    if milliseconds is None or not milliseconds.isdigit():
-        return wire.DEFAULT_TIMEOUT_SECONDS
-    return min(int(milliseconds), 86_400_000) / 1000
