@@ -14,9 +14,7 @@ it is a :class:`SyncClient`, for code without an event loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import secrets
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Coroutine
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -26,65 +24,36 @@ from phalanx import system
 from phalanx.aio import wait_at_most
 from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
-from phalanx.client_db import DatabaseClient, caller
+from phalanx.client_caller import caller, record
+from phalanx.client_db import DatabaseClient
 from phalanx.client_operator import OperatorClient
+from phalanx.client_pause import PauseClient, PauseDone
+from phalanx.client_request import ask_active
+from phalanx.client_state import PlatformBucket, decoded, live_members
 from phalanx.client_sync import LoopThread, SyncApi
+from phalanx.client_views import NO_ANSWER, NodeView, active_of, silent
 from phalanx.config import NatsOptions
-from phalanx.control import StepDownReply, StepDownRequest
+from phalanx.control import StepDownRequest
 from phalanx.coord.election import read_leader
-from phalanx.decide.pause import WHOLE_PLATFORM, pause_of
-from phalanx.decide.session import SessionBody, StreamList
+from phalanx.decide.pause import pause_of
+from phalanx.decide.session import StreamList
 from phalanx.errors import (
-    BusError,
-    BusTimeout,
     BusUnavailable,
     ConfigError,
     NatsUnusable,
     Paused,
     PlatformNotFound,
     StepDownFailed,
-    WrongRevision,
 )
 from phalanx.messaging.calling import Api, Caller
-from phalanx.names import RESERVED_APPS, SWITCHOVER_KEYS, Names
+from phalanx.names import RESERVED_APPS, Names
 from phalanx.observe.audit import AuditEntry, follow_audit, read_audit
-from phalanx.ports import Message, Record
 from phalanx.types import FenceNote, Member, NodeStatus, Pause, PlannedSwitchover, Role, is_dns_label
 
 T = TypeVar("T")
 
-NO_ANSWER = "the node does not answer"
 _POLL_SECONDS = 0.25
 """How often the status is asked for while a hand-over is waited for, should its audit entry not come."""
-
-PAUSE_SEEN_SECONDS = 2.0
-"""How long a pause waits for the nodes to learn of it."""
-
-
-class NodeView(msgspec.Struct, frozen=True, kw_only=True):
-    """One node as it is seen from outside.
-
-    ``is_live``: its session is not over. A node that died stays listed until it returns.
-    ``member`` is None for a node that answers although the platform's bucket does not list it (yet);
-    ``status`` is None for one that did not answer.
-    """
-
-    node: str
-    is_live: bool
-    member: Member | None = None
-    status: NodeStatus | None = None
-
-    @property
-    def answers(self) -> bool:
-        """Whether the node answered."""
-        return self.status is not None
-
-    @property
-    def apps(self) -> tuple[str, ...]:
-        """The names of the apps that it declares."""
-        if self.status is not None:
-            return tuple(app.name for app in self.status.apps)
-        return self.member.apps if self.member is not None else ()
 
 
 class HandOver(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,21 +68,6 @@ class HandOver(msgspec.Struct, frozen=True, kw_only=True):
     active: str | None = None
     epoch: int = 0
     seconds: float = 0.0
-
-
-class PauseDone(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of pausing or resuming *app* (empty: the platform).
-
-    ``pause``: what holds now, or was ended; ``changed``: False if it was so before. ``unaware``: live nodes
-    that have not said within two seconds that they know it. ``unkept``: what is active now and would end with
-    its node in spite of the pause: app, node, why.
-    """
-
-    app: str
-    pause: Pause
-    changed: bool
-    unaware: tuple[str, ...] = ()
-    unkept: tuple[tuple[str, str, str], ...] = ()
 
 
 class PlatformClient:
@@ -228,7 +182,7 @@ class PlatformClient:
         does not.
         """
         state = await self._state()
-        live = await self._live(state)
+        live = await live_members(self.bus, self.names, state)
         answers = await self._answers(timeout, len(live))
         return [
             NodeView(
@@ -242,7 +196,7 @@ class PlatformClient:
 
     async def status(self, timeout: float = 1.0) -> list[NodeStatus]:
         """What :meth:`nodes` finds, as the nodes' own words; one that is silent says so in ``problems``."""
-        return [view.status or _silent(self.names.platform, view) for view in await self.nodes(timeout)]
+        return [view.status or silent(self.names.platform, view) for view in await self.nodes(timeout)]
 
     async def forget(self, node: str) -> None:
         """Take a node that will not return off the member list. Raises ConfigError while it is alive.
@@ -253,7 +207,7 @@ class PlatformClient:
         if node not in state.members:
             known = ", ".join(sorted(state.members)) or "(none)"
             raise ConfigError("node", node, "no member of this platform", f"members are: {known}")
-        if node in await self._live(state):
+        if node in await live_members(self.bus, self.names, state):
             raise ConfigError("node", node, "its session lives", "stop that node first")
         subject = self.names.key_subject(self.names.platform_bucket, self.names.member_key(node))
         # The compare-and-set refuses it if the node has returned meanwhile.
@@ -283,7 +237,7 @@ class PlatformClient:
         Raises ConfigError for an unknown node, and for one whose session lives: that one is not off.
         """
         member = await self.to_be_fenced(node)
-        if node in await self._live(await self._state()):
+        if node in await live_members(self.bus, self.names, await self._state()):
             problem = "its session lives, or is not found over yet"
             raise ConfigError("node", node, problem, "see that it is off, wait for the TTL, try again")
         return await self.note_fenced(
@@ -297,31 +251,18 @@ class PlatformClient:
         subject = self.names.key_subject(self.names.platform_bucket, key)
         await self.bus.write(subject, msgspec.json.encode(note))
         details = {"fenced_node": node, "session": str(note.session)}
-        await self._audit("fence-confirmed", note.app, f"node {node}: {note.said}", details)
+        reason = f"node {node}: {note.said}"
+        await record(self.bus, self.names, "fence-confirmed", app=note.app, reason=reason, details=details)
         return note
-
-    async def _audit(self, action: str, app: str, reason: str, details: dict[str, str]) -> None:
-        entry = AuditEntry(
-            id=f"{action}-{secrets.token_hex(8)}",
-            time=round(system.wall(), 6),
-            node=caller(),
-            category="app" if app else "platform",
-            action=action,
-            app=app,
-            reason=reason,
-            details={"by": caller(), **details},
-        )
-        subject = self.names.audit_subject(entry.category, entry.action)
-        await self.bus.write(subject, msgspec.json.encode(entry), headers={"Nats-Msg-Id": entry.id})
 
     async def _answers(self, timeout: float, expected: int) -> dict[str, NodeStatus]:
         if not expected:
             return {}
         found = await self.bus.gather(self.names.status_subject(), timeout=timeout, most=expected)
-        answers = [_decoded(message, NodeStatus) for message in found]
+        answers = [decoded(message, NodeStatus) for message in found]
         return {answer.node: answer for answer in answers if answer is not None}
 
-    async def _state(self) -> _State:
+    async def _state(self) -> PlatformBucket:
         """The platform's bucket, as it is now."""
         bucket = self.names.platform_bucket
         stream, prefix = self.names.bucket_stream(bucket), self.names.key_subject(bucket, "")
@@ -332,40 +273,11 @@ class PlatformClient:
             if self.bus.is_connected and await provision.stream_info(self.bus, stream) is None:
                 raise PlatformNotFound(self.names.platform, self._where) from None
             raise
-        return _State.of({record.subject.removeprefix(prefix): record for record in records})
+        return PlatformBucket.of({record.subject.removeprefix(prefix): record for record in records})
 
     @property
     def _where(self) -> str:
         return ", ".join(self._options.urls)
-
-    async def _live(self, state: _State) -> set[str]:
-        """Members whose session a majority of session streams neither ends nor lacks."""
-        streams = state.streams
-        if streams is None:
-            return set(state.members)
-        bodies = await asyncio.gather(*(self._sessions(stream) for stream in streams.all_streams))
-        by_stream = dict(zip(streams.all_streams, bodies, strict=True))
-        live: set[str] = set()
-        for node, member in state.members.items():
-            gone = [
-                s for s, held in by_stream.items() if held is not None and str(member.session) not in held
-            ]
-            if not streams.has_majority(gone):
-                live.add(node)
-        return live
-
-    async def _sessions(self, stream: str) -> set[str] | None:
-        """The sessions that *stream* holds and that have no tombstone there; None if it can't be read."""
-        try:
-            records = await self.bus.snapshot(stream, self.names.session_subjects(stream))
-        except BusError:
-            return None
-        held: set[str] = set()
-        for record in records:
-            with contextlib.suppress(msgspec.MsgspecError):
-                if not record.removed and not msgspec.json.decode(record.data, type=SessionBody).tombstone:
-                    held.add(str(self.names.session_of(record.subject)))
-        return held
 
     # --- changing
 
@@ -381,7 +293,7 @@ class PlatformClient:
         deadline = system.now() + timeout
         await self.check_app(app)
         await self.check_not_paused(app)
-        active = _active_of(await self.nodes(), app, Role.ACTIVE, Role.ACTIVATING)
+        active = active_of(await self.nodes(), app, Role.ACTIVE, Role.ACTIVATING)
         if active is None:
             raise StepDownFailed(app, "no node is active for it", "see: phalanx status")
         before, began = active[1], system.now()
@@ -390,7 +302,8 @@ class PlatformClient:
             self.names.audit_subject("app", "active"), lambda _: changed.set()
         )
         try:
-            reply = await self._ask_to_step_down(app, to, reason, timeout)
+            request = StepDownRequest(to=to, reason=reason, by=caller())
+            reply = await ask_active(self.bus, self.names, app, "stepdown", request, to, timeout)
             done = HandOver(app=app, previous=reply.node, successor=reply.successor)
             if not wait:
                 return msgspec.structs.replace(done, seconds=system.now() - began)
@@ -405,34 +318,13 @@ class PlatformClient:
             remedy = f"choose from: {', '.join(known)}" if known else "it has no apps yet"
             raise ConfigError("app", app, f"the platform {self.names.platform} has no such app", remedy)
 
-    async def _ask_to_step_down(self, app: str, to: str | None, reason: str, timeout: float) -> StepDownReply:
-        request = StepDownRequest(to=to, reason=reason, by=caller())
-        try:
-            answer = await self.bus.request(
-                self.names.control_subject(app, "stepdown"), msgspec.json.encode(request), timeout=timeout
-            )
-        except (BusUnavailable, BusTimeout) as error:
-            raise StepDownFailed(
-                app,
-                f"its active node did not answer ({error.description})",
-                f"see phalanx status; this user may need the right to publish to {error.operation}",
-            ) from error
-        reply = _decoded(answer, StepDownReply)
-        if reply is None:
-            raise StepDownFailed(app, "the answer is not understood", "do all nodes run this version?")
-        if reply.bad_input:
-            raise ConfigError("node", to, reply.error, reply.remedy or "see: phalanx status")
-        if reply.error:
-            raise StepDownFailed(app, reply.error, reply.remedy or "see: phalanx status")
-        return reply
-
     async def _taken_over(
         self, done: HandOver, before: int, began: float, deadline: float, changed: asyncio.Event
     ) -> HandOver:
         while True:
             changed.clear()
             nodes = await self.nodes(min(1.0, max(0.05, deadline - system.now())))
-            active = _active_of(nodes, done.app, Role.ACTIVE)
+            active = active_of(nodes, done.app, Role.ACTIVE)
             if active is not None and active[1] > before:
                 return msgspec.structs.replace(
                     done, active=active[0], epoch=active[1], seconds=system.now() - began
@@ -454,7 +346,7 @@ class PlatformClient:
         Returns when all nodes that answer know it, or after two seconds. Pausing twice is harmless: the first
         pause stays. Raises ConfigError for an app that the platform does not have.
         """
-        return await self._set_pause(app, Pause(caller(), system.wall(), reason), "paused")
+        return await PauseClient(self).pause(app, reason)
 
     async def resume(self, app: str | None = None) -> PauseDone | None:
         """End the pause of *app* (None: that of the platform; apps that were paused one by one stay so).
@@ -462,54 +354,7 @@ class PlatformClient:
         None if it was not paused. Raises ConfigError for an app that the platform does not have, and for one
         that is paused only with the whole platform.
         """
-        pauses = await self.pauses()
-        if app is not None and app not in pauses and WHOLE_PLATFORM in pauses:
-            await self.check_app(app)
-            raise ConfigError("app", app, "not paused by itself: the whole platform is", "phalanx resume")
-        if (pause := pauses.get(app or WHOLE_PLATFORM)) is None:
-            if app is not None:
-                await self.check_app(app)
-            return None
-        return await self._set_pause(app, pause, "resumed")
-
-    async def _set_pause(self, app: str | None, pause: Pause, action: str) -> PauseDone:
-        if app is not None and action == "paused":
-            await self.check_app(app)
-        names, key = self.names, app or WHOLE_PLATFORM
-        subject = names.key_subject(names.platform_bucket, names.pause_key(key))
-        stream = names.bucket_stream(names.platform_bucket)
-        while True:
-            await self._state()  # there is such a platform
-            there = await self.bus.read(stream, subject)
-            held = None if there is None or there.removed else _decoded(there, Pause)
-            if (held is not None) is (action == "paused"):
-                unkept = _unkept(await self.nodes(), key) if held is not None else ()
-                return PauseDone(app=key, pause=held or pause, changed=False, unkept=unkept)
-            expect = there.revision if there is not None else 0
-            try:
-                if action == "paused":
-                    await self.bus.write(subject, msgspec.json.encode(pause), expect=expect)
-                else:
-                    await self.bus.write(subject, expect=expect, headers={"KV-Operation": "DEL"})
-                break
-            except WrongRevision:
-                continue  # somebody else did the same, or the opposite
-        details = {} if action == "paused" else {"paused_by": pause.by}
-        await self._audit(action, key, pause.reason, details)
-        if action != "paused":
-            return PauseDone(app=key, pause=pause, changed=True)
-        unaware, unkept = await self._aware(key)
-        return PauseDone(app=key, pause=pause, changed=True, unaware=unaware, unkept=unkept)
-
-    async def _aware(self, app: str) -> tuple[tuple[str, ...], tuple[tuple[str, str, str], ...]]:
-        """See PauseDone: ``unaware``, ``unkept``."""
-        deadline = system.now() + PAUSE_SEEN_SECONDS
-        while True:
-            nodes = [view for view in await self.nodes(0.5) if view.is_live]
-            unaware = tuple(view.node for view in nodes if not _knows(view, app))
-            if not unaware or system.now() >= deadline:
-                return unaware, _unkept(nodes, app)
-            await asyncio.sleep(_POLL_SECONDS / 5)
+        return await PauseClient(self).resume(app)
 
     # --- the audit log
 
@@ -540,99 +385,4 @@ class SyncClient:
         return self._thread.run(work)
 
 
-class _State(msgspec.Struct, frozen=True):
-    """What the platform's bucket says."""
-
-    members: dict[str, Member]
-    apps: tuple[str, ...]
-    databases: tuple[str, ...]
-    streams: StreamList | None
-    member_revisions: dict[str, int]
-    pauses: dict[str, Pause]
-    switchovers: dict[str, PlannedSwitchover]
-
-    @classmethod
-    def of(cls, records: Mapping[str, Record]) -> _State:
-        held = {key: record for key, record in records.items() if not record.removed}
-        streams = held.get(Names.SESSIONS_KEY)
-        return cls(
-            {
-                key.removeprefix("member."): member
-                for key, record in held.items()
-                if key.startswith("member.") and (member := _decoded(record, Member)) is not None
-            },
-            tuple(sorted(key.removeprefix("app.") for key in held if key.startswith("app."))),
-            tuple(sorted(key.removeprefix("database.") for key in held if key.startswith("database."))),
-            _decoded(streams, StreamList) if streams is not None else None,
-            {
-                key.removeprefix("member."): record.revision
-                for key, record in held.items()
-                if key.startswith("member.")
-            },
-            {
-                key.removeprefix(Names.PAUSE_KEY).removeprefix("."): pause
-                for key, record in held.items()
-                if (key == Names.PAUSE_KEY or key.startswith(f"{Names.PAUSE_KEY}."))
-                and (pause := _decoded(record, Pause)) is not None
-            },
-            {
-                planned.app: planned
-                for key, record in held.items()
-                if key.startswith(f"{SWITCHOVER_KEYS}.")
-                and (planned := _decoded(record, PlannedSwitchover)) is not None
-            },
-        )
-
-
-def _decoded(message: Message | Record, kind: type[T]) -> T | None:
-    """What a node of this or a later version wrote; None for what is not understood."""
-    try:
-        return msgspec.json.decode(message.data, type=kind)
-    except msgspec.MsgspecError:
-        return None
-
-
-def _knows(view: NodeView, app: str) -> bool:
-    if view.status is None:
-        return False
-    return all(each.pause is not None for each in view.status.apps if app in ("", each.name))
-
-
-def _unkept(nodes: Iterable[NodeView], app: str) -> tuple[tuple[str, str, str], ...]:
-    return tuple(
-        (each.name, view.node, each.unkept)
-        for view in nodes
-        if view.status is not None
-        for each in view.status.apps
-        if each.unkept and app in ("", each.name)
-    )
-
-
-def _silent(platform: str, view: NodeView) -> NodeStatus:
-    member = view.member
-    return NodeStatus(
-        platform,
-        view.node,
-        member.version if member is not None else "",
-        str(member.session) if member is not None else "",
-        labels=member.labels if member is not None else {},
-        problems=(NO_ANSWER if view.is_live else f"{NO_ANSWER}, its session is over",),
-    )
-
-
-def _active_of(nodes: Iterable[NodeView], app: str, *roles: Role) -> tuple[str, int] | None:
-    """The node that has one of *roles* for *app*, and its epoch; of two the one with the higher epoch."""
-    found = [
-        (status.epoch, view.node)
-        for view in nodes
-        if view.status is not None
-        for status in view.status.apps
-        if status.name == app and status.role in roles
-    ]
-    if not found:
-        return None
-    epoch, node = max(found)
-    return node, epoch
-
-
-__all__ = ["HandOver", "NodeView", "PauseDone", "PlatformClient", "SyncClient"]
+__all__ = ["NO_ANSWER", "HandOver", "NodeView", "PauseDone", "PlatformClient", "SyncClient"]

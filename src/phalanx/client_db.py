@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import getpass
 import hashlib
-import os
-import socket
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from phalanx import system
+from phalanx.client_caller import caller
 from phalanx.data.gone import check_there
 from phalanx.data.status import (
     RESTORE_FAILED,
@@ -445,15 +443,6 @@ def _differences(group: Sequence[DbVerified]) -> list[str]:
 def _sha256(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def caller() -> str:
-    """Who asks, for the audit log: user@host."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"
 
 
 __all__ = ["DatabaseClient", "DatabaseView", "Restored", "Verification"]

@@ -20,7 +20,8 @@ import msgspec
 
 from phalanx import system
 from phalanx.aio import wait_at_most
-from phalanx.client_db import caller
+from phalanx.client_caller import caller
+from phalanx.client_request import ask_active
 from phalanx.control import FailoverRequest, StepDownReply, SwitchoverRequest
 from phalanx.coord.election import nominate, read_leader
 from phalanx.decide.election import choose_successor
@@ -48,7 +49,8 @@ from phalanx.types import (
 )
 
 if TYPE_CHECKING:
-    from phalanx.client import NodeView, PlatformClient
+    from phalanx.client import PlatformClient
+    from phalanx.client_views import NodeView
 
 ENTRIES_LOOKED_AT = 5_000
 FAILURES_LOOKED_AT = 500
@@ -137,7 +139,7 @@ class OperatorClient:
         await self._client.check_not_paused(app)
         previous, epoch = await self._active(app)
         request = SwitchoverRequest(to, reason, caller())
-        reply = await self._ask_active(app, "switchover", request, to, timeout)
+        reply = await self._ask(app, "switchover", request, to, timeout)
         done = await self._followed(app, previous, epoch, reply, "gracefully", began, deadline)
         return _as_wanted(done, to)
 
@@ -147,7 +149,7 @@ class OperatorClient:
         await self._active(app)
         request = SwitchoverRequest(to, "", caller(), check_only=True)
         timeout = CATCH_UP_SECONDS + AT_ONCE_SECONDS
-        reply = await self._ask_active(app, "switchover", request, to, timeout)
+        reply = await self._ask(app, "switchover", request, to, timeout)
         return reply.successor or ""
 
     async def plan_switchover(
@@ -231,7 +233,7 @@ class OperatorClient:
         if plan.answers:
             request = FailoverRequest(plan.epoch, plan.to, reason, caller())
             try:
-                answer = await self._ask_active(plan.app, "failover", request, plan.to, AT_ONCE_SECONDS)
+                answer = await self._ask(plan.app, "failover", request, plan.to, AT_ONCE_SECONDS)
             except SwitchoverRefused:
                 raise
             except StepDownFailed as error:
@@ -342,7 +344,7 @@ class OperatorClient:
             raise SwitchoverRefused(app, problem, f"see: phalanx why {app}; by force: phalanx failover {app}")
         raise SwitchoverRefused(app, "refused: no node is active for it", f"see: phalanx why {app}")
 
-    async def _ask_active(
+    async def _ask(
         self,
         app: str,
         action: str,
@@ -350,28 +352,7 @@ class OperatorClient:
         to: str | None,
         timeout: float,
     ) -> StepDownReply:
-        subject = self._client.names.control_subject(app, action)
-        try:
-            answer = await self._client.bus.request(subject, msgspec.json.encode(request), timeout=timeout)
-            reply = msgspec.json.decode(answer.data, type=StepDownReply)
-        except (BusUnavailable, BusTimeout) as error:
-            raise StepDownFailed(
-                app,
-                f"its active node did not answer ({error.description})",
-                f"see phalanx status; this user may need the right to publish to {subject}",
-            ) from error
-        except msgspec.MsgspecError as error:
-            raise StepDownFailed(
-                app, "the answer is not understood", "do all nodes run this version?"
-            ) from error
-        remedy = reply.remedy or "see: phalanx status"
-        if reply.bad_input:
-            raise ConfigError("node", to, reply.error, remedy)
-        if reply.refused:
-            raise SwitchoverRefused(app, reply.error, remedy)
-        if reply.error:
-            raise StepDownFailed(app, reply.error, remedy)
-        return reply
+        return await ask_active(self._client.bus, self._client.names, app, action, request, to, timeout)
 
     async def _followed(
         self,

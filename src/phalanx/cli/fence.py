@@ -12,7 +12,7 @@ from phalanx import system
 from phalanx.cli import exits, output
 from phalanx.cli.target import Where, nats_options
 from phalanx.client import PlatformClient
-from phalanx.client_db import caller
+from phalanx.client_caller import caller
 from phalanx.config import Fence
 from phalanx.coord.fencer import is_for_each_app, run_fence_command
 from phalanx.errors import ConfigError
