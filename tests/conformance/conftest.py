@@ -69,10 +69,3 @@ async def recorder(stage: Stage) -> AsyncIterator[Recorder]:
     made = Recorder(stage.app, epoch=7)
     yield made
     await stage.keeper_kills(list(made.all.values()))
-
-
-async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    """Wait until *condition* holds, or fail."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)

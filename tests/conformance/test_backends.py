@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from tests.waiting import until
 
 from phalanx import system
 from phalanx.errors import BackendError, SessionLost
@@ -12,7 +13,7 @@ from phalanx.ports import Running
 from phalanx.testing.fake_backend import Behaviour
 from phalanx.types import ProgramState, Resource
 
-from .conftest import Recorder, until
+from .conftest import Recorder
 from .stages import FENCING, REGISTRATIONS, Stage, param
 
 SERVES = Behaviour()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.waiting import until
 
 from phalanx import (
     ActiveContext,
@@ -25,12 +26,6 @@ from phalanx import (
     Role,
 )
 from phalanx.testing.nats import NatsServer
-
-
-async def eventually(condition: Callable[[], object], timeout: float = 10.0) -> None:
-    async with asyncio.timeout(timeout):
-        while not condition():  # noqa: ASYNC110 - many kinds of condition
-            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
@@ -78,7 +73,7 @@ async def test_g7_hooks_run_in_their_order(nats_server: NatsServer, tmp_path: Pa
     async with node(nats_server, tmp_path, set_up=set_up) as (platform, app):
         await platform.wait_for_role("wiki", Role.ACTIVE)
         epoch = app.epoch
-        await eventually(lambda: "leader n1" in calls)
+        await until(lambda: "leader n1" in calls)
     assert [c for c in calls if c != "leader None"] == [
         "start n1",
         f"active {epoch}",
@@ -154,7 +149,7 @@ async def test_step_down_hands_over_to_the_named_node(nats_server: NatsServer, t
         with pytest.raises(ConfigError, match="n9"):
             await app1.step_down(to="n9")
         assert app1.is_active
-        await eventually(lambda: "n3" in {c.session.node for c in app1.candidates()})
+        await until(lambda: "n3" in {c.session.node for c in app1.candidates()})
         assert await app1.step_down("maintenance", to="n3") == "n3"
         await three.wait_for_role("wiki", Role.ACTIVE)
         assert app3.epoch > old.epoch
@@ -167,7 +162,7 @@ async def test_step_down_hands_over_to_the_named_node(nats_server: NatsServer, t
             _ = app1.epoch
         with pytest.raises(NotActive):
             await app1.step_down()
-        await eventually(lambda: any(c.leader == "n3" for c in changes))
+        await until(lambda: any(c.leader == "n3" for c in changes))
         assert any(c.leader is None and "maintenance" in c.reason for c in changes)
 
 
@@ -213,9 +208,9 @@ async def test_members_tell_who_is_there(nats_server: NatsServer, tmp_path: Path
     async with node(nats_server, tmp_path, "n1") as (one, _):
         async with node(nats_server, tmp_path, "n2") as (two, _):
             await two.wait_for_role("wiki", Role.STANDBY)
-            await eventually(lambda: set(one.live_members()) == {"n1", "n2"})
+            await until(lambda: set(one.live_members()) == {"n1", "n2"})
             member = one.members()["n2"]
             assert member.apps == ("wiki",)
             assert member.version
             assert member.since > 0
-        await eventually(lambda: set(one.members()) == {"n1"})
+        await until(lambda: set(one.members()) == {"n1"})

@@ -6,12 +6,13 @@ import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
 import pytest
+from tests.waiting import until
 
 from phalanx.bus.connection import NatsBus
 from phalanx.bus.provision import audit_config
@@ -79,13 +80,6 @@ def note(log: AuditLog, *values: int) -> None:
 def numbers(entries: Sequence[AuditEntry]) -> list[int]:
     """The ``n`` of each entry."""
     return [int(entry.details["n"]) for entry in entries]
-
-
-async def until(condition: Callable[[], bool], seconds: float = 15.0) -> None:
-    """Wait until *condition* holds; TimeoutError if it does not in time."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - the condition is in another process
-            await asyncio.sleep(0.01)
 
 
 class Follower:

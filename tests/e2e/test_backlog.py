@@ -10,7 +10,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from tests.e2e.wal import STREAM, connected, eventually, ltx_file, make_log
+from tests.e2e.wal import STREAM, connected, ltx_file, make_log
+from tests.waiting import until
 
 from phalanx.data import ltx
 from phalanx.data.captured_files import CapturedFiles
@@ -89,12 +90,12 @@ async def test_loop_goes_on_while_very_many_files_wait(tmp_path: Path, nats_serv
         )
         await shipper.start()
         try:
-            await eventually(lambda: backlogs and shipper.failing)
+            await until(lambda: backlogs and shipper.failing)
             assert backlogs[0] == sum(sizes)
             await bus.api(f"STREAM.UPDATE.{STREAM}", config)
             await shipper.wait_shipped(SOUND_FILES, 10)
             left = sizes[SOUND_FILES:]
-            await eventually(lambda: shipper.backlog() == Backlog(len(left), sum(left)))
+            await until(lambda: shipper.backlog() == Backlog(len(left), sum(left)))
         finally:
             await shipper.stop()
         assert max(worked for _, worked in late) < BUSY_SECONDS

@@ -11,12 +11,13 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.e2e.disks import small_disk_at
+from tests.waiting import until
 
 from phalanx import system
 from phalanx.data import capture, checkpoints, ltx, wal_index
@@ -177,13 +178,6 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
         yield made
     finally:
         await made.dispose()
-
-
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        await asyncio.sleep(0.005)
 
 
 def kill(one: Capture, number: int = signal.SIGKILL) -> int:

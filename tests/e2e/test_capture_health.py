@@ -11,7 +11,7 @@ import os
 import signal
 import sqlite3
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import pytest
 from tests.e2e.cli import Cli
 from tests.e2e.test_capture import Bench
 from tests.e2e.test_database import audited, database_stage
+from tests.waiting import until
 
 from phalanx.data import syncing
 from phalanx.data.capture_health import GRACE_SECONDS
@@ -36,13 +37,6 @@ def immutable(folder: Path) -> Iterator[None]:
         yield
     finally:
         subprocess.run(("chattr", "-i", folder), check=True)
-
-
-async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait until it holds."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from tests.e2e.test_capture import Bench
+from tests.waiting import until
 
 from phalanx.data import capture as capture_module
 
@@ -35,22 +36,15 @@ def _can_refuse() -> bool:
 pytestmark = pytest.mark.skipif(not _can_refuse(), reason="needs user namespaces")
 
 
-async def eventually(condition: Callable[[], bool], seconds: float) -> None:
-    """Wait until it holds."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
 async def commits_are_noticed(bench: Bench) -> None:
     """Each one at once, not by the look that takes place anyhow."""
     capture = bench.captures[-1]
     db = bench.connect()
-    await eventually(lambda: capture.is_running, 10)
+    await until(lambda: capture.is_running, 10)
     for number in range(3):
         before = capture.captured
         db.execute("INSERT INTO t (x) VALUES (?)", (bytes(500 + number),))
-        await eventually(lambda before=before: capture.captured > before, 20)
+        await until(lambda before=before: capture.captured > before, 20)
     assert not capture.failed.done()
     assert capture.trouble == ""
 
@@ -82,12 +76,12 @@ async def unreadable(bench: Bench) -> None:
     capture = bench.capture()
     await capture.start()
     made.rename(bench.live)
-    await eventually(lambda: "failing" in bench.kinds(), 10)
+    await until(lambda: "failing" in bench.kinds(), 10)
     assert bench.kinds() == ["failing"]
     detail = bench.events[0][1]
     assert str(bench.live) in detail
     assert "give the node's user the right to read and write the file" in detail
-    await eventually(lambda: capture.trouble.endswith(detail), 10)
+    await until(lambda: capture.trouble.endswith(detail), 10)
     assert not capture.failed.done()
     bench.live.chmod(0o600)
     await commits_are_noticed(bench)

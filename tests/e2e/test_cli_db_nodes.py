@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from tests.e2e.cli import Cli
-from tests.e2e.wal import eventually
+from tests.waiting import until
 
 from phalanx.testing.nats import NatsServer
 from phalanx.testing.stage import Stage, since_now, stage
@@ -151,9 +151,9 @@ async def test_three_nodes_sigkill_what_the_dead_one_had_beyond_the_log_is_liste
     async def follows() -> bool:
         return (await platform.node(active))["role"] == "following"
 
-    await eventually(listed)
+    await until(listed)
     assert [(file["node"], file["transactions"] >= 1) for file in await listed()] == [(active, True)]
-    await eventually(follows)
+    await until(follows)
     shown = await platform.json("db", "diverged", "wiki", "--diff")
     [table] = [t for t in shown["differences"][0]["tables"] if t["table"] == "entries"]
     assert any(row[table["columns"].index("number")] == "1000000" for row in table["diverged_rows"])

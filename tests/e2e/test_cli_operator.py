@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 from tests.e2e.cli import CLI, Cli
-from tests.e2e.wal import eventually
+from tests.waiting import until
 
 from phalanx import NatsOptions
 from phalanx.cli import exits
@@ -105,7 +105,7 @@ async def test_three_nodes_planned_switchover_is_carried_out(platform: Platform)
     planned = await platform.json("switchover", "wiki", "--to", target, "--at", at, "--reason", "night")
     assert set(planned) == {"app", "at", "to", "reason", "by", "made"}
     assert platform.running.nodes.actives("wiki") == [active]
-    await eventually(lambda: platform.running.nodes.actives("wiki") == [target], 60)
+    await until(lambda: platform.running.nodes.actives("wiki") == [target], 60)
     assert datetime.now().astimezone() >= moment
     assert (await platform.app())["planned"] is None
 
@@ -265,7 +265,7 @@ async def test_three_nodes_failover_show_tells_a_crash_step_by_step(with_databas
         listed = (await with_database.json("failover", "show", "--app", "wiki"))["failovers"]
         return next((each for each in listed if each["epoch"] == began.epoch and each["total_seconds"]), None)
 
-    found = await eventually(told, 60)
+    found = await until(told, 60)
     assert found["id"] == f"wiki/{began.epoch}"
     assert (found["node"], found["previous"], found["how"]) == (began.node, active, "session-over")
     assert found["missing"]

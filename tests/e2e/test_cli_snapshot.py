@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from tests.e2e.cli import CLI, Cli
 from tests.e2e.site import Site
-from tests.e2e.wal import APP, NAMES, connected, eventually, make_log
+from tests.e2e.wal import APP, NAMES, connected, make_log
+from tests.waiting import until
 
 from phalanx.bus.connection import NatsBus
 from phalanx.bus.provision import bucket_config, create_stream
@@ -203,7 +204,7 @@ async def test_restore_interrupted_leaves_no_file(app: Snapshotted) -> None:
     process = await asyncio.create_subprocess_exec(
         *CLI, "snapshot", "restore", APP, "--to", "x.db", env=app.environment, cwd=app.folder
     )
-    await eventually(lambda: os.listdir(app.folder))
+    await until(lambda: os.listdir(app.folder))
     process.send_signal(2)
     async with asyncio.timeout(20):
         assert await process.wait() == 130

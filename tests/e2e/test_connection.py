@@ -10,13 +10,13 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nkeys
 import pytest
 from nats.aio.transport import TcpTransport
+from tests.waiting import until
 
 from phalanx.bus.connection import NatsBus
 from phalanx.config import NatsOptions, Secret
@@ -28,12 +28,6 @@ from phalanx.testing.nats import NatsCluster, NatsServer
 
 async def connect(options: NatsOptions, **more: Any) -> NatsBus:
     return await NatsBus.connect(options, name="test", **{"ping_interval": 0.2, "timeout": 5.0, **more})
-
-
-async def eventually(condition: Callable[[], object], timeout: float = 10.0) -> None:
-    async with asyncio.timeout(timeout):
-        while not condition():  # noqa: ASYNC110 - many kinds of condition
-            await asyncio.sleep(0.005)
 
 
 async def echoes(bus: NatsBus) -> bool:
@@ -204,11 +198,11 @@ async def test_nothing_is_sent_while_disconnected(nats_server: NatsServer) -> No
     events: list[Connection] = []
     bus.on_connection(events.append)
     nats_server.kill()
-    await eventually(lambda: not bus.is_connected)
+    await until(lambda: not bus.is_connected)
     with pytest.raises(BusUnavailable):
         await bus.write("$KV.t.late", b"1")
     nats_server.start()
-    await eventually(lambda: bus.is_connected)
+    await until(lambda: bus.is_connected)
     assert await bus.read("KV_t", "$KV.t.late") is None
     assert events == [Connection.DISCONNECTED, Connection.CONNECTED]
     await bus.close()
@@ -233,9 +227,9 @@ async def test_silent_server_is_given_up_for_another(nats_cluster: NatsCluster) 
     await bus.subscribe("s", lambda m: got.append(m.data))
     hanging = nats_cluster.index(bus.server_name)
     nats_cluster.freeze(hanging)
-    await eventually(lambda: bus.is_connected and nats_cluster.index(bus.server_name) != hanging)
+    await until(lambda: bus.is_connected and nats_cluster.index(bus.server_name) != hanging)
     await bus.publish("s", b"1")
-    await eventually(lambda: got == [b"1"])
+    await until(lambda: got == [b"1"])
     nats_cluster.thaw(hanging)
     await bus.close()
 
@@ -270,8 +264,8 @@ async def test_reconnection_that_succeeds_while_the_bus_is_closed(
 
     monkeypatch.setattr(TcpTransport, "connect", connect_and_miss_the_cancellation)
     await bus.switch_server("a test")
-    await eventually(lambda: made)
-    await eventually(lambda: made[0].transport.is_closing())
+    await until(lambda: made)
+    await until(lambda: made[0].transport.is_closing())
 
 
 async def test_server_that_was_left_is_not_the_first_to_be_tried(nats_cluster: NatsCluster) -> None:
@@ -282,7 +276,7 @@ async def test_server_that_was_left_is_not_the_first_to_be_tried(nats_cluster: N
         nats_cluster.freeze(left)
         began = time.monotonic()
         await bus.switch_server("a test")
-        await eventually(lambda: bus.is_connected)
+        await until(lambda: bus.is_connected)
         took = time.monotonic() - began
         nats_cluster.thaw(left)
         assert bus.server_name != nats_cluster.name(left)
@@ -300,12 +294,12 @@ async def test_client_that_the_server_ended_for_good_is_replaced(tmp_path: Path)
         right = conf.read_text()
         conf.write_text(right.replace("password: p", "password: other"))
         os.kill(server.pid(), 1)  # SIGHUP: reload; the server disconnects who is no longer allowed
-        await eventually(lambda: not bus.is_connected)
+        await until(lambda: not bus.is_connected)
         conf.write_text(right)
         os.kill(server.pid(), 1)
-        await eventually(lambda: bus.is_connected, 20)
+        await until(lambda: bus.is_connected, 20)
         await bus.publish("s", b"1")
-        await eventually(lambda: got == [b"1"])
+        await until(lambda: got == [b"1"])
         await bus.close()
 
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,6 +17,7 @@ from typing import Any, cast
 import pytest
 from tests.e2e.site import Site
 from tests.e2e.wal import NAMES, connected, make_log
+from tests.waiting import until
 
 from phalanx import system
 from phalanx.config import SQLite
@@ -62,13 +63,6 @@ class Fifo:
         os.close(self.reader)
 
 
-async def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Wait until it holds."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Where the copy goes."""
@@ -94,7 +88,7 @@ async def test_write_that_hangs_is_left_behind_and_leaves_nothing_when_it_return
     """Who is cancelled goes on at once; the thread ends, and its file goes, once the folder answers again."""
     fifo, copy, threads = Fifo(folder, FILE), CopyFolder(folder), threading.active_count()
     writing = asyncio.create_task(copy.write(FILE, large(), 1.0))
-    await eventually(fifo.is_full)
+    await until(fifo.is_full)
     assert await ended(writing) < 10
     assert copy.hanging_seconds > 0
     with pytest.raises(DatabaseError, match="does not answer") as raised:
@@ -106,8 +100,8 @@ async def test_write_that_hangs_is_left_behind_and_leaves_nothing_when_it_return
         fifo.drain()
         return not fifo.path.exists()
 
-    await eventually(gone)
-    await eventually(lambda: threading.active_count() <= threads)
+    await until(gone)
+    await until(lambda: threading.active_count() <= threads)
     assert not fifo.target.exists()
     assert await copy.list_files(BASES) == []
     await copy.write(FILE, large(1000), 1.0)
@@ -145,12 +139,12 @@ async def test_file_whose_sync_was_left_behind_is_not_published(
     temporary = target.with_name(f"{target.name}.tmp")
     for work in (copy.write(FILE, large(1000), 1.0), copy.write_note(b"second")):
         task = asyncio.create_task(work)
-        await eventually(lambda: copy.hanging_seconds > 0.05)
+        await until(lambda: copy.hanging_seconds > 0.05)
         assert await ended(task) < 10
         goes_on.set()
-        await eventually(lambda: copy.hanging_seconds == 0)
+        await until(lambda: copy.hanging_seconds == 0)
         goes_on.clear()
-    await eventually(lambda: not temporary.exists())
+    await until(lambda: not temporary.exists())
     assert not target.exists()
     assert (folder / "phalanx.json").read_bytes() == b"first"
 
@@ -181,10 +175,10 @@ async def test_stand_down_does_not_wait_for_a_copy_that_hangs(
         )
         running = SnapshotSchedule(cast(AppDatabase, database))
         await running.start()
-        await eventually(fifo.is_full)
+        await until(fifo.is_full)
         copying = running._folder
         assert isinstance(copying, copy_folder.CopyFolder)
-        await eventually(lambda: copying.hanging_seconds > 0.2)
+        await until(lambda: copying.hanging_seconds > 0.2)
         began = system.now()
         await running.stop()
         assert system.now() - began < 10

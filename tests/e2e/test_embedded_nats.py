@@ -9,13 +9,14 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgspec
 import nats
 import pytest
+from tests.waiting import until
 
 from phalanx.bus.embedded import EmbeddedServer
 from phalanx.bus.server_process import ProcessRecord, ServerProcess
@@ -45,13 +46,6 @@ def data_dir(tmp_path: Path) -> Iterator[Path]:
 def events() -> list[tuple[str, str]]:
     """What a server reported."""
     return []
-
-
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Wait until *condition* holds; TimeoutError if it does not in time."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - the condition is in another process
-            await asyncio.sleep(0.01)
 
 
 def server(

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from tests.waiting import until
 
 from phalanx import InternalError, Platform, Role, system
 from phalanx.client import PlatformClient
@@ -94,13 +95,6 @@ def running(process: NodeProcess) -> Generator[NodeProcess]:
         process.stop()
 
 
-async def eventually(condition: Callable[[], object], timeout: float = 15.0) -> None:
-    """Wait until it is so; TimeoutError when it never is."""
-    async with asyncio.timeout(timeout):
-        while not condition():  # noqa: ASYNC110 - files and processes tell nobody
-            await asyncio.sleep(0.02)
-
-
 async def ended(process: NodeProcess, timeout: float) -> int:
     """The exit code; fails the test with the log when it does not come in time."""
     try:
@@ -116,7 +110,7 @@ async def test_hook_that_hangs_at_the_end_does_not_keep_the_process(
 ) -> None:
     """One SIGTERM: after the hook's deadline the process ends with 0, and its log says what was left."""
     with program(nats_server, tmp_path, loop, hook) as node:
-        await eventually(lambda: "active (epoch" in node.log())
+        await until(lambda: "active (epoch" in node.log())
         node.terminate()
         assert await ended(node, 10) == 0
         assert "these hooks do not end" in node.log()
@@ -126,7 +120,7 @@ async def test_hook_that_hangs_at_the_end_does_not_keep_the_process(
 async def test_sigterm_ends_a_node_whose_on_start_hangs(nats_server: NatsServer, tmp_path: Path) -> None:
     """The cancellation of the start is not lost in the hook that does not end."""
     with program(nats_server, tmp_path, HANGS_AT_THE_START) as node:
-        await eventually(lambda: "in on_start" in node.log())
+        await until(lambda: "in on_start" in node.log())
         node.terminate()
         assert await ended(node, 10) == 0
 
@@ -137,9 +131,9 @@ async def test_second_sigterm_ends_the_process_whatever_blocks_it(
 ) -> None:
     """A hook blocks the event loop at the end: a second SIGTERM ends the process within seconds, with 1."""
     with program(nats_server, tmp_path, loop, BLOCKS_THE_LOOP) as node:
-        await eventually(lambda: "active (epoch" in node.log())
+        await until(lambda: "active (epoch" in node.log())
         node.terminate()
-        await eventually(lambda: "in on_stop" in node.log())
+        await until(lambda: "in on_stop" in node.log())
         node.terminate()
         assert await ended(node, 10) == 1
         assert "the process does not end (asked twice)" in node.log()
@@ -149,7 +143,7 @@ async def test_end_is_bounded_without_a_second_signal_too(nats_server: NatsServe
     """The same hook, one SIGTERM: the process ends by itself, later."""
     soon = "import phalanx.platform\nphalanx.platform.END_SECONDS = 1.0\n"
     with program(nats_server, tmp_path, soon, BLOCKS_THE_LOOP) as node:
-        await eventually(lambda: "active (epoch" in node.log())
+        await until(lambda: "active (epoch" in node.log())
         node.terminate()
         assert await ended(node, 10) == 1
         assert "its last session is over" in node.log()
@@ -160,7 +154,7 @@ async def test_program_goes_on_after_run(nats_server: NatsServer, tmp_path: Path
     soon = "import phalanx.platform\nphalanx.platform.END_SECONDS = -0.5\n"
     later = "import atexit\natexit.register(lambda: (time.sleep(3), say('all done')))\n"
     with program(nats_server, tmp_path, soon, later) as node:
-        await eventually(lambda: "active (epoch" in node.log())
+        await until(lambda: "active (epoch" in node.log())
         node.terminate()
         assert await ended(node, 10) == 0
         assert "all done" in node.log()
@@ -177,7 +171,7 @@ async def test_g1_second_sigterm_leaves_no_section_behind(nats_server: NatsServe
             await s.nodes.wait_for_standbys("wiki", 1)
         asked = since_now()
         s.nodes["n1"].terminate()
-        await eventually(lambda: "stopping" in s.nodes["n1"].log())
+        await until(lambda: "stopping" in s.nodes["n1"].log())
         s.nodes["n1"].terminate()
         await ended(s.nodes["n1"], 12)
         began = await s.next_active(asked)
@@ -220,13 +214,13 @@ async def test_app_that_does_not_end_holds_no_other_app(nats_server: NatsServer,
         program(nats_server, tmp_path, STUCK_APP) as first,
         contextlib.ExitStack() as stack,
     ):
-        await eventually(lambda: first.log().count("active (epoch") == 2)
+        await until(lambda: first.log().count("active (epoch") == 2)
         second = stack.enter_context(program(nats_server, tmp_path, STUCK_APP, node="n2"))
         async with PlatformClient("test", NatsOptions(urls=tuple(nats_server.urls))) as client:
-            await eventually(lambda: second.is_standby("wiki"))
+            await until(lambda: second.is_standby("wiki"))
             asking = asyncio.create_task(client.step_down("stuck", timeout=3, wait=False))
-            await eventually(lambda: "wiki ends gracefully" in first.log())
-            await eventually(lambda: "wiki begins" in second.log())
+            await until(lambda: "wiki ends gracefully" in first.log())
+            await until(lambda: "wiki begins" in second.log())
             assert await ended(first, 10) == -signal.SIGKILL
             await asyncio.gather(asking, return_exceptions=True)
         assert "app wiki: released (epoch 1): app stuck does not end" in first.log()
@@ -262,10 +256,10 @@ async def test_app_that_ends_at_the_last_moment_costs_no_node(
 ) -> None:
     """It ends while the others are handed over: the node lives, and they are candidates again."""
     with program(nats_server, tmp_path, LATE_APP) as node:
-        await eventually(lambda: node.log().count("active (epoch") == 2)
+        await until(lambda: node.log().count("active (epoch") == 2)
         async with PlatformClient("test", NatsOptions(urls=tuple(nats_server.urls))) as client:
             asking = asyncio.create_task(client.step_down("late", timeout=10, wait=False))
-            await eventually(lambda: node.log().count("wiki begins") == 2)
+            await until(lambda: node.log().count("wiki begins") == 2)
             await asyncio.gather(asking, return_exceptions=True)
         assert "app late does not end, so the node will" in node.log()
         assert node.is_active("wiki")
@@ -421,15 +415,15 @@ async def test_g1_keeper_fences_while_nobody_reads_its_log(
     first = Unread(PROGRAM, "n1", tmp_path / "n1", 0, {**env, "PHALANX_HTTP": f"127.0.0.1:{PORTS.take()}"})
     second = NodeProcess(PROGRAM, "n2", tmp_path / "n2", PORTS.take(), env)
     with nobody_reads(kind) as first.output, running(first):
-        await eventually(lambda: backend("n1"))
+        await until(lambda: backend("n1"))
         with running(second):
-            await eventually(lambda: second.is_standby("wiki"))
+            await until(lambda: second.is_standby("wiki"))
             fill(first.output)
             if fault == "frozen":
                 first.freeze()
             else:
                 first.kill()
-            await eventually(lambda: backend("n2"))
+            await until(lambda: backend("n2"))
             assert not system.is_running(backend("n1")), "both ran at once"
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from tests.e2e.origin import Origin
-from tests.e2e.wal import APP, NAMES, STREAM, MemoryReplica, connected, draft, eventually, ltx_file, make_log
+from tests.e2e.wal import APP, NAMES, STREAM, MemoryReplica, connected, draft, ltx_file, make_log
+from tests.waiting import until
 
 from phalanx.bus.connection import NatsBus
 from phalanx.data import log as log_module
@@ -146,7 +147,7 @@ async def test_follower_that_is_stopped_leaves_nothing_under_way(bus: NatsBus, w
     for _ in range(3):
         async with following(bus, replica) as follower:
             await writer.write(3)
-            await eventually(lambda: follower._calls)  # pyright: ignore
+            await until(lambda: follower._calls)  # pyright: ignore
         position, calls = replica.position, len(replica.calls)
         await asyncio.sleep(0.12)
         assert (replica.position, len(replica.calls)) == (position, calls)
@@ -225,12 +226,12 @@ async def test_what_was_written_while_cut_off_is_applied_although_nothing_comes_
         connected(link.url, ping_interval=0.2) as far,
         following(far, MemoryReplica()) as follower,
     ):
-        await eventually(lambda: follower.applied.sequence == writer.sequence)
+        await until(lambda: follower.applied.sequence == writer.sequence)
         link.cut()
-        await eventually(lambda: not far.is_connected)
+        await until(lambda: not far.is_connected)
         await writer.write(5)
         link.heal()
-        await eventually(lambda: follower.applied.sequence == writer.sequence)
+        await until(lambda: follower.applied.sequence == writer.sequence)
 
 
 async def test_slow_replica_keeps_the_queue_within_bounds(
@@ -245,7 +246,7 @@ async def test_slow_replica_keeps_the_queue_within_bounds(
         assert follower.lag_records > 10
         assert follower.lag_seconds > 0
         await follower.wait_for(writer.sequence, 20)
-        await eventually(lambda: follower.lag_seconds == 0)
+        await until(lambda: follower.lag_seconds == 0)
     assert [sequence for _, sequence in replica.calls] == list(range(1, writer.sequence + 1))
 
 
@@ -259,13 +260,13 @@ async def test_follower_that_cannot_start_without_nats_starts_later(
         bus, NAMES, APP, replica, WalLog(bus, NAMES, APP), node="n2", on_trouble=lambda reason: None
     )
     nats_server.kill()
-    await eventually(lambda: not bus.is_connected)
+    await until(lambda: not bus.is_connected)
     with pytest.raises(BusError):
         await follower.start()
     assert follower.trouble is not None
     nats_server.start()
     await nats_server.ready()
-    await eventually(lambda: bus.is_connected)
+    await until(lambda: bus.is_connected)
     await follower.start()
     try:
         await follower.wait_for(4, 10)
@@ -281,7 +282,7 @@ async def test_log_that_begins_after_the_replica_is_trouble(bus: NatsBus, writer
     await writer.log.purge(3)
     troubles: list[str] = []
     async with following(bus, MemoryReplica(Position(2, 1)), troubles=troubles) as follower:
-        await eventually(lambda: follower.trouble)
+        await until(lambda: follower.trouble)
         with pytest.raises(ReplicaUnavailable, match="begins at 4"):
             await follower.wait_for(5, 20)
     assert troubles == ["the log begins at 4, the replica is at 2"]
@@ -297,7 +298,7 @@ async def test_replica_that_fails_is_trouble(bus: NatsBus, writer: Writer) -> No
     async with following(bus, replica, troubles=troubles) as follower:
         await writer.write(2)
         await writer.write(1, b"this is no LTX file")
-        await eventually(lambda: follower.trouble)
+        await until(lambda: follower.trouble)
         assert follower.applied == Position(3, 2)
     assert len(troubles) == 1
     assert "LTX" in troubles[0]
@@ -328,7 +329,7 @@ async def test_rolled_back_log_is_noticed_by_a_running_follower(
         other = Writer(await make_log(bus), 4)
         await other.open()
         await other.write(2)
-        await eventually(lambda: troubles)
+        await until(lambda: troubles)
     assert "NATS" in troubles[0] or "but 6/5 was applied" in troubles[0]
 
 
@@ -349,7 +350,7 @@ async def test_rolled_back_log_that_has_grown_again_is_noticed_at_the_start(
     await other.write(3)
     troubles: list[str] = []
     async with following(bus, replica, troubles=troubles):
-        await eventually(lambda: troubles)
+        await until(lambda: troubles)
     assert "lost acknowledged writes" in troubles[0]
     assert replica.position == Position(6, 5)
 
@@ -369,7 +370,7 @@ async def test_rolled_back_log_whose_positions_are_as_before_is_noticed_at_the_s
     await other.open()
     await other.write(3)
     async with following(bus, replica, spool=tmp_path, troubles=troubles):
-        await eventually(lambda: troubles)
+        await until(lambda: troubles)
     assert "than the seal at 1" in troubles[0]
     replica.path = Path("gen-1/replica.db")  # it was made anew: what is remembered says nothing of it
     async with following(bus, replica, spool=tmp_path, troubles=troubles) as follower:
@@ -469,7 +470,7 @@ async def test_g8_real_replica_that_is_killed_again_and_again_ends_up_identical(
                     if number == 25 and round_ < 3:
                         os.kill(replica.pid, signal.SIGKILL)
                 if round_ < 3:
-                    await eventually(lambda: follower.trouble)
+                    await until(lambda: follower.trouble)
                 else:
                     await follower.wait_for(writer.sequence, 20)
                     answer = await confirmed(bus, NAMES, APP, writer.sequence, 10, epoch=3)

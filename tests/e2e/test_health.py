@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.waiting import until
 
 from phalanx import config, system
 from phalanx.config import Check, CommandCheck, FunctionCheck, HttpCheck, TcpCheck
@@ -25,13 +26,6 @@ from phalanx.types import Health
 def checked(*checks: Check) -> tuple[Check, ...]:
     """As the configuration gives them: commands split, names filled in."""
     return config.build_app("wiki", config.ActivePassive(), checks=checks).checks
-
-
-async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    """Wait until *condition* holds, or fail."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 class Server:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.waiting import until
 
 from phalanx import system
 from phalanx.bus.connection import NatsBus
@@ -77,18 +78,6 @@ async def lead(bus: NatsBus, node: bytes = b"n1") -> Fence:
 
 def fenced_kv(bus: NatsBus, fence: Fence) -> AppKV:
     return AppKV(bus, NAMES, "wiki", fence=lambda: fence, epoch=lambda: fence.revision)
-
-
-async def eventually(condition: Callable[[], Any], seconds: float = 10.0) -> None:
-    """Wait until *condition* (sync or async) holds."""
-    async with asyncio.timeout(seconds):
-        while True:
-            result = condition()
-            if asyncio.iscoroutine(result):
-                result = await result
-            if result:
-                return
-            await asyncio.sleep(0.01)
 
 
 class LosesReplies:
@@ -251,7 +240,7 @@ async def test_fenced_ttl(bus: NatsBus) -> None:
     async def gone() -> bool:
         return not await kv.keys()
 
-    await eventually(gone)
+    await until(gone)
 
 
 async def test_put_without_ttl_stays(kv: AppKV) -> None:
@@ -263,7 +252,7 @@ async def test_put_without_ttl_stays(kv: AppKV) -> None:
     async def marker_gone() -> bool:
         return await kv.get("marker") is None
 
-    await eventually(marker_gone)
+    await until(marker_gone)
     assert await kv.value("k", str, "") == "stays"
 
 
@@ -335,7 +324,7 @@ async def test_put_is_seen_by_a_get_anywhere(nats_cluster: NatsCluster) -> None:
         buses = [await stack.enter_async_context(connected(url)) for url in nats_cluster.urls]
         await make_bucket(buses[0], "wiki", replicas=3)
         kvs = [AppKV(bus, NAMES, "wiki") for bus in buses]
-        await eventually(lambda: kv_works(kvs[0]))
+        await until(lambda: kv_works(kvs[0]))
         for n in range(100):
             await kvs[n % 3].put("k", n)
             assert await kvs[(n + 1) % 3].value("k", int, -1) == n
@@ -364,7 +353,7 @@ async def test_unknown_outcome_is_said(nats_server: NatsServer) -> None:
         nats_server.freeze()
         stat = Path(f"/proc/{nats_server.pid()}/stat")
         try:
-            await eventually(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
+            await until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
             async with asyncio.timeout(10):
                 with pytest.raises(BusTimeout):
                     await kv.create("k", 1)
@@ -495,12 +484,12 @@ async def test_watch_through_a_server_restart(nats_server: NatsServer) -> None:
         async with kv.watch("", int) as changes:
             assert (await next_of(changes)).key == "a"
             nats_server.kill()
-            await eventually(lambda: not bus.is_connected)
+            await until(lambda: not bus.is_connected)
             nats_server.start()
             async with connected(nats_server.url()) as other:
                 await AppKV(other, NAMES, "wiki").put("b", 2)
             assert (await next_of(changes)).key == "b"
-            await eventually(lambda: bus.is_connected)
+            await until(lambda: bus.is_connected)
             await kv.put("a", 3)
             change = await next_of(changes)
             assert isinstance(change, Entry)
@@ -546,7 +535,7 @@ async def test_revisions_of_batches_side_by_side(nats_cluster: NatsCluster) -> N
     async with connected(*nats_cluster.urls) as bus:
         await make_bucket(bus, "wiki", replicas=3)
         kv = AppKV(bus, NAMES, "wiki")
-        await eventually(lambda: kv_works(kv))
+        await until(lambda: kv_works(kv))
         async with asyncio.timeout(60):
             written = await asyncio.gather(
                 *(kv.put_many({f"b{b}.{n}": n for n in range(5)}) for b in range(70))
@@ -621,7 +610,7 @@ async def test_batch_whose_writer_vanishes_stores_nothing(nats_server: NatsServe
 
         async def kills(*args: Any) -> None:
             nats_server.kill()
-            await eventually(lambda: not bus.is_connected)
+            await until(lambda: not bus.is_connected)
             await plain(*args)
 
         nats_server.freeze()
@@ -633,7 +622,7 @@ async def test_batch_whose_writer_vanishes_stores_nothing(nats_server: NatsServe
             with pytest.raises(BusUnavailable):
                 await kv.put_many({f"k{n}": n for n in range(10)})
         nats_server.start()
-        await eventually(lambda: bus.is_connected)
+        await until(lambda: bus.is_connected)
         assert await kv.keys() == []
 
 
@@ -644,7 +633,7 @@ async def test_batch_is_seen_wholly_or_not_at_all(nats_cluster: NatsCluster) -> 
         buses = [await stack.enter_async_context(connected(url)) for url in nats_cluster.urls]
         await make_bucket(buses[0], "wiki", replicas=3)
         kvs = [AppKV(bus, NAMES, "wiki") for bus in buses]
-        await eventually(lambda: kv_works(kvs[0]))
+        await until(lambda: kv_works(kvs[0]))
         await kvs[0].put_many({"a": 0, "b": 0})
         done = 0
 
@@ -703,7 +692,7 @@ async def test_linearizable_gets_beside_writers(nats_cluster: NatsCluster) -> No
         buses = [await stack.enter_async_context(connected(url)) for url in nats_cluster.urls]
         await make_bucket(buses[0], "wiki", replicas=3)
         kvs = [AppKV(bus, NAMES, "wiki") for bus in buses]
-        await eventually(lambda: kv_works(kvs[0]))
+        await until(lambda: kv_works(kvs[0]))
         revision, acknowledged, writing = await kvs[0].create("k", 0), 0, True
 
         async def read(kv: AppKV) -> None:
@@ -777,7 +766,7 @@ async def read_from_a_deposed_leader() -> tuple[list[object], list[object]]:
             lab.isolate(leader)
             await lab[elsewhere].acall(asyncio.run, write_new(nats.url(elsewhere)))
             accepted.set()
-            await eventually(lambda: read.is_set() or beside.done(), 20)
+            await until(lambda: read.is_set() or beside.done(), 20)
             lab.heal()
             return await beside
 
@@ -787,7 +776,7 @@ async def write_old(nats: NatsCluster) -> int:
     async with connected(*nats.urls) as bus:
         await make_bucket(bus, "wiki", replicas=3)
         kv = AppKV(bus, NAMES, "wiki")
-        await eventually(lambda: kv_works(kv))
+        await until(lambda: kv_works(kv))
         await kv.put("k", "old")
         return nats.index(nats.stream_leader(NAMES.bucket_stream(NAMES.app_bucket("wiki"))))
 
@@ -806,7 +795,7 @@ async def write_new(url: str) -> None:
                 return False
             return True
 
-        await eventually(written, 30)
+        await until(written, 30)
 
 
 async def read_beside(
@@ -821,7 +810,7 @@ async def read_beside(
     async with connected(url, ping_interval=60) as bus:
         kv = AppKV(bus, NAMES, "wiki")
         await kv.get("k")
-        await eventually(accepted.is_set, 30)
+        await until(accepted.is_set, 30)
         answers = await asyncio.gather(
             *(kv.get("k", str, linearizable=n % 2 == 1) for n in range(10)), return_exceptions=True
         )
@@ -840,7 +829,7 @@ async def read_beside(
             assert entry.value == "new"
             return True
 
-        await eventually(read_new, 30)
+        await until(read_new, 30)
         return plain, linearizable
 
 
@@ -852,7 +841,7 @@ async def test_linearizable_get_while_the_leader_is_killed(nats_cluster: NatsClu
         buses = [await stack.enter_async_context(connected(*nats_cluster.urls)) for _ in range(3)]
         await make_bucket(buses[0], "wiki", replicas=3)
         kvs = [AppKV(bus, NAMES, "wiki") for bus in buses]
-        await eventually(lambda: kv_works(kvs[0]))
+        await until(lambda: kv_works(kvs[0]))
         await kvs[0].put("k", 0)
         acknowledged, reads_after, running = 0, 0, True
 
@@ -885,10 +874,10 @@ async def test_linearizable_get_while_the_leader_is_killed(nats_cluster: NatsClu
             tasks.create_task(write())
             for kv in kvs[1:]:
                 tasks.create_task(read(kv))
-            await eventually(lambda: acknowledged > 50)
+            await until(lambda: acknowledged > 50)
             nats_cluster.kill(nats_cluster.index(nats_cluster.stream_leader(stream)))
             killed, before = True, acknowledged
-            await eventually(lambda: acknowledged > before + 50 and reads_after > 50, 60)
+            await until(lambda: acknowledged > before + 50 and reads_after > 50, 60)
             running = False
 
 
@@ -922,7 +911,7 @@ async def test_watch_since_gives_every_change_in_order(kv: AppKV) -> None:
             await kv.put("b", n)
         assert [told(await next_of(changes)) for _ in expected] == expected
         last = await kv.revision()
-        await eventually(lambda: changes.revision == last)
+        await until(lambda: changes.revision == last)
     async with kv.watch("", int, since=changes.revision) as changes:
         revision = await kv.put("b", 1)
         assert told(await next_of(changes)) == ("b", 1, revision)
@@ -987,7 +976,7 @@ async def test_watch_since_when_the_last_messages_have_expired(bus: NatsBus, kv:
     async def vanished() -> bool:
         return not await bus.read_log(NAMES.bucket_stream(NAMES.app_bucket("wiki")), "$KV.>", start=since + 1)
 
-    await eventually(vanished)
+    await until(vanished)
     async with asyncio.timeout(10), kv.watch("", int, since=since) as changes:
         revision = await kv.put("k", 1)
         assert told(await next_of(changes)) == ("k", 1, revision)
@@ -1001,7 +990,7 @@ async def test_watch_since_with_a_slow_consumer(kv: AppKV) -> None:
             await kv.put_many({f"k.{n}": n for n in range(part * 1000, part * 1000 + 1000)})
         await kv.put("other", 0)
         waiting = changes._waiting  # pyright: ignore[reportPrivateUsage]
-        await eventually(lambda: len(waiting) >= MAX_WAITING)
+        await until(lambda: len(waiting) >= MAX_WAITING)
         got = [told(await next_of(changes))[1] for _ in range(10)]
         assert len(waiting) <= MAX_WAITING
         got += [told(await next_of(changes))[1] for _ in range(3990)]
@@ -1039,12 +1028,12 @@ async def test_watch_since_through_a_server_restart(nats_server: NatsServer) -> 
             for times in (4, 5):
                 gate.clear()
                 nats_server.kill()
-                await eventually(lambda: not bus.is_connected)
+                await until(lambda: not bus.is_connected)
                 nats_server.start()
                 async with connected(nats_server.url()) as other:
                     theirs = AppKV(other, NAMES, "wiki")
                     expected = [("a", n, await theirs.put("a", n)) for n in range(times)]
-                    await eventually(lambda kv=theirs: has_no_trace(kv, "lease"))
+                    await until(lambda kv=theirs: has_no_trace(kv, "lease"))
                 gate.set()
                 if times == 5:
                     break
@@ -1101,7 +1090,7 @@ async def test_watch_since_while_the_leader_is_killed(nats_cluster: NatsCluster)
         buses = [await stack.enter_async_context(connected(*nats_cluster.urls)) for _ in range(3)]
         await make_bucket(buses[0], "wiki", replicas=3)
         kvs = [AppKV(bus, NAMES, "wiki") for bus in buses]
-        await eventually(lambda: kv_works(kvs[0]))
+        await until(lambda: kv_works(kvs[0]))
         acknowledged: dict[int, str] = {}
         running = True
 
@@ -1125,14 +1114,14 @@ async def test_watch_since_while_the_leader_is_killed(nats_cluster: NatsCluster)
         async with asyncio.timeout(90), asyncio.TaskGroup() as tasks:
             watching = tasks.create_task(watch())
             writing = [tasks.create_task(write(kvs[n % 2], f"w{n}")) for n in range(4)]
-            await eventually(lambda: len(acknowledged) > 200)
+            await until(lambda: len(acknowledged) > 200)
             nats_cluster.kill(nats_cluster.index(nats_cluster.stream_leader(stream)))
             before = len(acknowledged)
-            await eventually(lambda: len(acknowledged) > before + 200, 60)
+            await until(lambda: len(acknowledged) > before + 200, 60)
             running = False
             await asyncio.wait(writing)
             last = max(acknowledged)
-            await eventually(lambda: max(seen) >= last, 40)
+            await until(lambda: max(seen) >= last, 40)
             watching.cancel()
         wrong = {r: (key, seen.get(r)) for r, key in acknowledged.items() if seen.get(r) != key}
         assert not wrong

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.waiting import until
 
 from phalanx import system
 from phalanx.bus.connection import NatsBus
@@ -127,12 +128,6 @@ async def a(nats_server: NatsServer) -> AsyncIterator[Node]:
 async def b(nats_server: NatsServer) -> AsyncIterator[Node]:
     async with node("b", nats_server.url()) as made:
         yield made
-
-
-async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
-            await asyncio.sleep(0.005)
 
 
 class HoldsWrites:
@@ -292,7 +287,7 @@ async def test_mutual_exclusion_while_a_server_dies(nats_cluster: NatsCluster) -
         async with asyncio.timeout(90), asyncio.TaskGroup() as tasks:
             for each in (a, a, b, b):
                 tasks.create_task(work(each))
-            await eventually(lambda: counts["done"] > 5)
+            await until(lambda: counts["done"] > 5)
             leader = nats_cluster.index(nats_cluster.stream_leader(NAMES.bucket_stream(BUCKET)))
             # The one with the session stream stays: its loss would be that of all sessions here.
             if nats_cluster.stream_leader(STREAM) != nats_cluster.name(leader):
@@ -389,7 +384,7 @@ async def test_vanished_key_is_a_loss(nats_server: NatsServer) -> None:
     """A key that is gone without a trace is noticed at the next look at the bucket, as at a reconnection."""
     async with node("a", nats_server.url()) as a:
         held = await a.locks.acquire("x")
-        await eventually(lambda: bool(held.is_watched))
+        await until(lambda: bool(held.is_watched))
         await a.bus.api(f"STREAM.PURGE.{NAMES.bucket_stream(BUCKET)}", {"filter": lock_subject("x")})
         nats_server.kill()
         nats_server.start()
@@ -512,7 +507,7 @@ async def test_late_write_before_the_settling_is_undone(a: Node, b: Node) -> Non
     slow: Any = HoldsWrites(a.bus)
     locks = Locks(slow, NAMES, "wiki", a.session, a.register)
     task = asyncio.create_task(locks.acquire("x", timeout=30))
-    await eventually(lambda: bool(slow.held))
+    await until(lambda: bool(slow.held))
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert await slow.arrive(1) == ["stored"]
@@ -527,7 +522,7 @@ async def test_lost_reply_is_ours_after_all(a: Node) -> None:
     slow: Any = HoldsWrites(a.bus)
     locks = Locks(slow, NAMES, "wiki", a.session, a.register)
     task = asyncio.create_task(locks.acquire("x", timeout=10))
-    await eventually(lambda: bool(slow.held))
+    await until(lambda: bool(slow.held))
     assert await slow.arrive(1) == ["stored"]
     held = await task
     slow.holding = False
@@ -539,7 +534,7 @@ async def test_acquire_rides_out_a_server_restart(nats_server: NatsServer) -> No
     """NATS is away for a moment: at its deadline an acquisition says so; with more time it goes on."""
     async with node("a", nats_server.url()) as a:
         nats_server.kill()
-        await eventually(lambda: not a.bus.is_connected)
+        await until(lambda: not a.bus.is_connected)
         with pytest.raises(BusError):
             await a.locks.acquire("x", timeout=0.2)
         task = asyncio.create_task(a.locks.acquire("x", timeout=30))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from tests.e2e.wal import eventually
+from tests.waiting import until
 
 from phalanx import NatsOptions
 from phalanx.client import PlatformClient
@@ -34,7 +34,7 @@ async def test_three_nodes_one_without_failover_is_passed_over_until_it_is_named
                 entries = [e for e in await client.audit() if e.action == "leader-acquired"]
                 return next((e for e in entries if e.epoch == done.epoch), None)
 
-            entry = await eventually(acquired)
+            entry = await until(acquired)
             assert (entry.node, entry.details["previous"], entry.details["how"]) == ("n1", other, "released")
             assert entry.details["named"] == "yes"
             assert int(entry.details["previous_epoch"]) < entry.epoch
@@ -50,7 +50,7 @@ async def test_three_nodes_one_without_failover_is_passed_over_until_it_is_named
             async def alone() -> bool:
                 return {view.node for view in await client.nodes() if view.is_live} == {"n1"}
 
-            await eventually(alone)
+            await until(alone)
         await asyncio.sleep(LONG_FREE_SECONDS)
         assert s.nodes["n1"].is_standby("wiki")
         assert [event for event in s.history.events("active", since=gone) if event.node == "n1"] == []

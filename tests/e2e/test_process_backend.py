@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from tests.waiting import until
 
 from phalanx import cgroup_v2, child, config, system
 from phalanx.backends import Holder, ProcessBackend, abandoning, gate, holder, process
@@ -84,13 +85,6 @@ async def sections(tmp_path: Path) -> AsyncIterator[Sections]:
     with contextlib.suppress(TimeoutError):
         await until(lambda: len(os.listdir("/proc/self/fd")) <= len(before))
     assert len(os.listdir("/proc/self/fd")) <= len(before)
-
-
-async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    """Wait until *condition* holds, or fail."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 def is_there(path: str) -> bool:

@@ -8,11 +8,12 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 from tests.e2e.origin import LoopingReader, Origin, check_equal
+from tests.waiting import until
 
 from phalanx import system
 from phalanx.data import replica_client as client_module
@@ -41,13 +42,6 @@ async def process(tmp_path: Path) -> AsyncIterator[ReplicaProcess]:
 
 
 exits: list[str] = []
-
-
-async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Wait until it holds."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
 
 
 async def test_every_operation_is_answered(origin: Origin, process: ReplicaProcess, tmp_path: Path) -> None:
@@ -130,7 +124,7 @@ async def test_kill_is_reported_and_a_new_process_goes_on(origin: Origin, proces
     for task in asked:
         with pytest.raises(DatabaseError, match="killed by SIGKILL"):
             await task
-    await eventually(lambda: bool(exits))
+    await until(lambda: bool(exits))
     assert exits == ["the replica process killed by SIGKILL"] or "SIGKILL" in exits[0]
     with pytest.raises(DatabaseError, match="does not run"):
         await process.state()
@@ -147,7 +141,7 @@ async def test_process_that_does_not_answer_is_killed_at_the_deadline(
     os.kill(process.pid, signal.SIGSTOP)
     with pytest.raises(DatabaseError, match="no answer to state"):
         await process._call("state", timeout=0.2)
-    await eventually(lambda: bool(exits))
+    await until(lambda: bool(exits))
     assert "no answer to state" in exits[0]
     await process.start()
     await process.state()
@@ -166,7 +160,7 @@ async def test_brief_calls_behind_a_long_one_wait_for_it(
     await asyncio.sleep(0)
     behind = [asyncio.create_task(ask) for ask in (process.state(), process.skip(3), process.release_old())]
     began = system.now()
-    await eventually(lambda: system.now() - began > 1)
+    await until(lambda: system.now() - began > 1)
     assert process.known.position == Position(1, 1)  # for those who only want to know
     os.kill(process.pid, signal.SIGCONT)
     assert await applying == Position(2, 2)
@@ -228,7 +222,7 @@ async def test_idle_process_moves_the_wal_into_the_file(
     await process.apply(1, 1, origin.round().data)
     await process.apply(2, 2, origin.round().data)
     assert process.path.read_bytes() != origin.images[2]
-    await eventually(lambda: process.path.read_bytes() == origin.images[2])
+    await until(lambda: process.path.read_bytes() == origin.images[2])
 
 
 NODE = """
@@ -293,7 +287,7 @@ async def test_g8_kill_at_a_random_moment_while_others_read(tmp_path: Path, seed
         assert replica.position.sequence == replica.position.txid
         check_equal(replica, origin)
         replica.close()
-        await eventually(lambda: not process.is_running)
+        await until(lambda: not process.is_running)
         await process.start()
         if reader is None:
             reader = LoopingReader(process.path)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+
+from tests.waiting import until
 
 from phalanx import (
     ActivePassive,
@@ -24,12 +26,6 @@ from phalanx.client import PlatformClient
 from phalanx.observe.audit import AuditEntry
 from phalanx.testing.nats import NatsServer
 from phalanx.types import Health
-
-
-async def eventually(condition: Callable[[], object], timeout: float = 10.0) -> None:
-    async with asyncio.timeout(timeout):
-        while not condition():  # noqa: ASYNC110 - many kinds of condition
-            await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
@@ -83,8 +79,8 @@ async def test_program_that_ends_is_restarted_in_place_and_all_of_it_reported(
         node(nats_server, tmp_path, "n1", **options) as first,
         node(nats_server, tmp_path, "n2", **options) as second,
     ):
-        await eventually(lambda: len(starts(marks)) == 3)
-        await eventually(lambda: (program := first.status().program) and program.restarts == 2)
+        await until(lambda: len(starts(marks)) == 3)
+        await until(lambda: (program := first.status().program) and program.restarts == 2)
         assert first.is_active
         assert second.role is Role.STANDBY
         assert first.status().reason == ""
@@ -113,10 +109,10 @@ async def test_program_that_goes_on_failing_moves_to_another_node_and_stays_ther
         node(nats_server, tmp_path, "n1", backend=failing, **options) as first,
         node(nats_server, tmp_path, "n2", backend=shell("exec sleep 1000"), **options) as second,
     ):
-        await eventually(lambda: first.is_active and first.others_can())
+        await until(lambda: first.is_active and first.others_can())
         go.touch()
-        await eventually(lambda: second.is_active)
-        await eventually(lambda: first.role is Role.STANDBY)
+        await until(lambda: second.is_active)
+        await until(lambda: first.role is Role.STANDBY)
         await asyncio.sleep(1.0)
         assert second.is_active
         assert len(starts(marks)) == 3
@@ -136,7 +132,7 @@ async def test_program_that_fails_on_all_nodes_slows_down(nats_server: NatsServe
         node(nats_server, tmp_path, "n1", **options),
         node(nats_server, tmp_path, "n2", **options),
     ):
-        await eventually(lambda: len(starts(marks)) > 3)
+        await until(lambda: len(starts(marks)) > 3)
         seen = len(await audited(nats_server))
         await asyncio.sleep(8.0)
         entries = (await audited(nats_server))[seen:]
@@ -157,11 +153,11 @@ async def test_program_that_fails_where_nobody_else_is_goes_on_in_place(
     marks = tmp_path / "marks"
     options = {"restart": Restart(count=1, delay=0.05, longest_delay=0.2)}
     async with node(nats_server, tmp_path, "n1", backend=dies(marks), **options) as first:
-        await eventually(lambda: len(starts(marks)) >= 5)
+        await until(lambda: len(starts(marks)) >= 5)
         assert len(set(starts(marks))) == 1
         assert first.is_active
         async with node(nats_server, tmp_path, "n2", backend=shell("exec sleep 1000")) as second:
-            await eventually(lambda: second.is_active)
+            await until(lambda: second.is_active)
 
 
 async def test_count_of_none_fails_over_at_once(nats_server: NatsServer, tmp_path: Path) -> None:
@@ -173,9 +169,9 @@ async def test_count_of_none_fails_over_at_once(nats_server: NatsServer, tmp_pat
         node(nats_server, tmp_path, "n1", backend=failing, **options) as first,
         node(nats_server, tmp_path, "n2", backend=shell("exec sleep 1000"), **options) as second,
     ):
-        await eventually(lambda: first.is_active and first.others_can())
+        await until(lambda: first.is_active and first.others_can())
         go.touch()
-        await eventually(lambda: second.is_active)
+        await until(lambda: second.is_active)
         assert len(starts(marks)) == 1
 
 
@@ -191,10 +187,10 @@ async def test_ill_program_is_restarted_and_its_old_verdict_does_not_count(
         node(nats_server, tmp_path, "n1", **options) as first,
         node(nats_server, tmp_path, "n2", **options) as second,
     ):
-        await eventually(lambda: len(starts(marks)) == 3 and first.health.verdict is Health.HEALTHY)
+        await until(lambda: len(starts(marks)) == 3 and first.health.verdict is Health.HEALTHY)
         assert first.is_active
         bad.add(3)
-        await eventually(lambda: second.is_active)
+        await until(lambda: second.is_active)
         assert [name for _, name in starts(marks)] == ["n1", "n1", "n1", "n2"]
     reasons = [e.reason for e in await audited(nats_server) if e.action == "restarting"]
     assert len(reasons) == 2
@@ -214,9 +210,9 @@ async def test_illness_of_the_node_is_not_cured_by_a_restart(nats_server: NatsSe
         node(nats_server, tmp_path, "n1", **options("n1")) as first,
         node(nats_server, tmp_path, "n2", **options("n2")) as second,
     ):
-        await eventually(lambda: first.is_active and second.role is Role.STANDBY)
+        await until(lambda: first.is_active and second.role is Role.STANDBY)
         sick.add("n1")
-        await eventually(lambda: second.is_active)
+        await until(lambda: second.is_active)
         assert [name for _, name in starts(marks)] == ["n1", "n2"]
 
 
@@ -236,9 +232,9 @@ async def test_program_that_does_not_get_ready_again_uses_its_restarts_up(
         node(nats_server, tmp_path, "n1", backend=backend, restart=Restart(delay=0.05)) as first,
         node(nats_server, tmp_path, "n2", backend=shell("exec sleep 1000")) as second,
     ):
-        await eventually(lambda: first.is_active and first.others_can())
+        await until(lambda: first.is_active and first.others_can())
         ready.unlink()
-        await eventually(lambda: second.is_active)
+        await until(lambda: second.is_active)
         assert len(starts(marks)) == 3
 
 
@@ -252,9 +248,9 @@ async def test_section_that_ends_in_the_middle_of_a_restart_leaves_nothing(
         node(nats_server, tmp_path, "n1", backend=dies(marks), restart=restart) as first,
         node(nats_server, tmp_path, "n2", backend=shell("exec sleep 1000"), restart=restart) as second,
     ):
-        await eventually(lambda: first.status().reason.startswith("its program is being restarted"))
-        await eventually(first.others_can)
+        await until(lambda: first.status().reason.startswith("its program is being restarted"))
+        await until(first.others_can)
         async with asyncio.timeout(5):
             assert await first.step_down() == "n2"
-        await eventually(lambda: second.is_active)
+        await until(lambda: second.is_active)
         assert len(starts(marks)) == 1

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from tests.waiting import until
 
 from phalanx import system
 from phalanx.bus.connection import NatsBus
@@ -162,13 +163,6 @@ async def node(
         registering.cancel()
         await asyncio.gather(registering, return_exceptions=True)
         await bus.close()
-
-
-async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    """Wait for *condition*."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - what is waited for has no event
-            await asyncio.sleep(0.005)
 
 
 def counts(owners: dict[int, Any]) -> dict[str, int]:

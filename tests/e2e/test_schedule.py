@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from tests.e2e.site import Site
 from tests.e2e.wal import APP, NAMES, connected, make_log
+from tests.waiting import until
 
 from phalanx.bus.connection import NatsBus
 from phalanx.config import SQLite
@@ -78,13 +79,6 @@ async def scheduled(site: Site, bus: NatsBus, standby: Standby | None) -> AsyncG
         await running.stop()
 
 
-async def eventually(condition: object, seconds: float = 10.0) -> None:
-    """Wait until it holds."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # type: ignore[operator]  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-
-
 @pytest.mark.parametrize("standby_is", ["slow", "dying at once", "dying", "dead"])
 async def test_snapshot_is_made_whatever_the_standby_does(
     standby_is: str, tmp_path: Path, nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
@@ -106,7 +100,7 @@ async def test_snapshot_is_made_whatever_the_standby_does(
             tidied = asyncio.Event()
             monkeypatch.setattr(SnapshotSchedule, "tidy", partial(noted, tidied))
             async with scheduled(site, bus, standby) as own:
-                await eventually(tidied.is_set)
+                await until(tidied.is_set)
             assert own == ([] if standby_is == "slow" else ["scheduled"])
             assert standby is None or [request.kind for request in standby.asked] == ["scheduled"]
 

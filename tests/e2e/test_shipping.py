@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.e2e.wal import APP, NAMES, STREAM, Folder, connected, eventually, ltx_file, make_log
+from tests.e2e.wal import APP, NAMES, STREAM, Folder, connected, ltx_file, make_log
+from tests.waiting import until
 
 from phalanx.bus.connection import NatsBus
 from phalanx.data import ltx
@@ -86,9 +87,9 @@ async def test_captured_files_go_into_the_log_and_the_newest_stays(
         for _ in range(5):
             shipper.captured(folder.add())
         await shipper.wait_shipped(10, 5)
-        await eventually(lambda: len(folder.files(0)) == 1)
+        await until(lambda: len(folder.files(0)) == 1)
         assert [file.txid for file in folder.files(0)] == [10]
-        await eventually(lambda: shipper.backlog().files == 0)
+        await until(lambda: shipper.backlog().files == 0)
     assert await stored(log) == list(range(1, 11))
     assert [position.txid for position in shipped] == list(range(1, 11))
 
@@ -104,7 +105,7 @@ async def test_files_that_an_earlier_reign_has_shipped_are_removed(log: WalLog, 
     folder.add(txid=4)
     async with shipping(log, folder, epoch=4) as shipper:
         await shipper.wait_shipped(4, 5)
-        await eventually(lambda: [file.txid for file in folder.files(0)] == [4])
+        await until(lambda: [file.txid for file in folder.files(0)] == [4])
     assert await stored(log) == [1, 2, 3, 4]
 
 
@@ -151,7 +152,7 @@ async def test_g2_shipper_ends_when_another_epoch_seals(log: WalLog, bus: NatsBu
         shipper.captured(folder.add())
         with pytest.raises(Fenced):
             await shipper.wait_shipped(2, 5)
-        await eventually(lambda: ended)
+        await until(lambda: ended)
         assert isinstance(shipper.trouble, Fenced)
     assert isinstance(ended[0], Fenced)
     assert await stored(log) == [1]
@@ -168,7 +169,7 @@ async def test_g2_backlog_of_a_deposed_leader_does_not_keep_a_new_seal_out(
     async with shipping(log, folder, ended=ended) as shipper:
         await shipper.wait_shipped(10, 20)
         sealed = await WalLog(bus, NAMES, APP).seal(4, "n2", SealKind.OPEN, timeout=20)
-        await eventually(lambda: ended)
+        await until(lambda: ended)
     assert isinstance(ended[0], Fenced)
     found = await stored(log)
     assert found == list(range(1, sealed.txid + 1))
@@ -183,7 +184,7 @@ async def test_missing_file_ends_the_shipper(log: WalLog, folder: Folder) -> Non
         folder.add()
         folder.add(txid=3)
         shipper.captured()
-        await eventually(lambda: ended)
+        await until(lambda: ended)
     assert "transaction 2 is missing" in str(ended[0])
     assert await stored(log) == [1]
 
@@ -196,7 +197,7 @@ async def test_damaged_file_ends_the_shipper(log: WalLog, folder: Folder) -> Non
         folder.add(content)
         async with shipping(log, folder, ended=ended) as shipper:
             shipper.captured()
-            await eventually(lambda: ended)  # noqa: B023
+            await until(lambda: ended)  # noqa: B023
         assert isinstance(ended[0], DatabaseError)
     assert await stored(log) == []
 
@@ -215,12 +216,12 @@ async def test_g9_backlog_of_an_outage_is_shipped_in_order(
             txid = folder.add()
             size += len(ltx_file(txid))
             shipper.captured(txid)
-        await eventually(lambda: shipper.backlog().files == 30)
+        await until(lambda: shipper.backlog().files == 30)
         assert shipper.backlog().bytes == size
-        await eventually(lambda: shipper.failing)
+        await until(lambda: shipper.failing)
         nats_server.start()
         await shipper.wait_shipped(31, 20)
-        await eventually(lambda: backlogs[-1] == 0)
+        await until(lambda: backlogs[-1] == 0)
         assert max(backlogs) == size
         assert shipper.failing == ""
     async with connected(nats_server.url()) as bus:

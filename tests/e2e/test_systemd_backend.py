@@ -6,11 +6,12 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tests.systemd_units import command_line, remove_unit, systemctl, try_systemctl, write_unit
+from tests.waiting import until
 
 from phalanx import cgroup, config, system, units
 from phalanx.backends import make_backend
@@ -53,13 +54,6 @@ def script(code: str) -> str:
 def state(unit: str = UNIT) -> str:
     """As systemctl has it."""
     return systemctl("is-active", unit, check=False)
-
-
-async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    """Wait until *condition* holds, or fail."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 async def how_it_ended(running: Running) -> str:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from phalanx.bus.connection import NatsBus
 from phalanx.bus.provision import create_stream, objects_config, wal_config
@@ -42,18 +41,6 @@ async def make_log(bus: NatsBus, replicas: int = 1) -> WalLog:
     await create_stream(bus, wal_config(NAMES, APP, replicas=replicas))
     await create_stream(bus, objects_config(NAMES, APP, replicas=replicas))
     return WalLog(bus, NAMES, APP)
-
-
-async def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
-    """Wait until *condition* (sync or async) holds; what it returned."""
-    async with asyncio.timeout(seconds):
-        while True:
-            result = condition()
-            if asyncio.iscoroutine(result):
-                result = await result
-            if result:
-                return result
-            await asyncio.sleep(0.005)
 
 
 def ltx_file(txid: int, size: int = 0) -> bytes:
