@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from phalanx import system
@@ -42,13 +42,14 @@ from phalanx.node.opening import lock_data_dir, start_server
 from phalanx.node.sessions import Sessions
 from phalanx.node.stopping import Stopping
 from phalanx.node.upkeep import StreamCheck, leave_isolated_server, measure_lag, remind_of_pauses
+from phalanx.node.view import View
 from phalanx.observe.audit import AuditLog
 from phalanx.observe.http import StatusServer
 from phalanx.observe.journal import Journal
 from phalanx.observe.metrics import Metrics
 from phalanx.ports import Connection
 from phalanx.switchover import Planned
-from phalanx.types import Member, NodeStatus, Pause, Resource, Role, SessionId
+from phalanx.types import Member, NodeStatus, Pause, Resource, SessionId
 from phalanx.version import VERSION
 
 log = logging.getLogger("phalanx.node")
@@ -354,7 +355,7 @@ class Node:
     async def _start_http(self, stack: contextlib.AsyncExitStack) -> None:
         if not self.config.http.enabled:
             return
-        server = StatusServer(self.config.http, self)
+        server = StatusServer(self.config.http, self.view)
         await server.start()
         self.http_address = server.address
         stack.push_async_callback(server.stop)
@@ -426,57 +427,30 @@ class Node:
             self.journal.nats("disconnected", level=logging.WARNING)
         self._look()
 
-    # --- what is shown (NodeView)
+    # --- what is shown
+
+    @property
+    def view(self) -> View:
+        """What is shown of it; harmless to ask at any time after the start."""
+        return View(
+            self.config,
+            self.apps,
+            self._problems,
+            bus=self.bus,
+            sessions=lambda: self._sessions,
+            state=self.state,
+            register=self._register,
+            stopping=self._stopping,
+            metrics=self._metrics,
+        )
 
     def status(self) -> NodeStatus:
         """This node's view of itself."""
-        session = self.session
-        ready, _ = self.ready()
-        return NodeStatus(
-            self.names.platform,
-            self.node,
-            VERSION,
-            str(session.id) if session is not None else "",
-            max(0.0, session.valid_until - system.now()) if session is not None and session.is_valid else 0.0,
-            ready,
-            self.bus.is_connected,
-            self.bus.server_name,
-            tuple(app.status() for app in self.apps.values()),
-            dict(self.config.labels),
-            (*self._problems.values(), *self._database_problems()),
-        )
-
-    def _database_problems(self) -> Iterator[str]:
-        for app in self.apps.values():
-            if app.database is not None and (problem := app.database.brief().problem):
-                yield f"app {app.name}: {problem}"
+        return self.view.status()
 
     def live_members(self) -> dict[str, Member]:
         """The members whose session is not over."""
-        members = self.state.members.items()
-        return {node: member for node, member in members if not self._register.is_over(member.session)}
-
-    def metrics(self) -> bytes:
-        """Prometheus text."""
-        return self._metrics.render(self.status())
-
-    def live(self) -> tuple[bool, str]:
-        """Whether the process works at all."""
-        return True, "the event loop runs"
-
-    def ready(self) -> tuple[bool, str]:
-        """Whether this node takes part: it has a session, a connection, and no app that is barred."""
-        sessions, session = self._sessions, self.session
-        if sessions is None or session is None or not session.is_valid or not sessions.is_serving:
-            return False, "no session"
-        if not self.bus.is_connected:
-            return False, "no connection to NATS"
-        if self._stopping.is_asked:
-            return False, "stopping"
-        for app in self.apps.values():
-            if app.role in (Role.STARTING, Role.INELIGIBLE, Role.STOPPED):
-                return False, f"app {app.name} is {app.role}: {app.status().reason}"
-        return True, "takes part"
+        return self.view.live_members()
 
 
 __all__ = ["Node", "timing_of"]
