@@ -56,6 +56,9 @@ KEPT_BYTES = 1 << 18
 LOOK_SECONDS = 0.1
 """Between looks at the keeper while there is no node."""
 
+STOPPED_SECONDS = 1.0
+"""A keeper that stands still (SIGSTOP) for longer while there is no node is as good as dead."""
+
 KILL_SECONDS = 10.0
 
 MARKER_ENV = "PHALANX_SECTION"
@@ -71,14 +74,18 @@ def now() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
-def stat(pid: int) -> tuple[int, bool]:
-    """When *pid* started, in clock ticks since boot, and whether it runs; 0 if there is no such process."""
+def stat(pid: int) -> tuple[int, str]:
+    """When *pid* started, in clock ticks since boot, and its state, a letter of proc_pid_stat(5).
+
+    0 and Z if there is no such process.
+    """
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
-        return 0, False
-    return int(fields[19]), fields[0] not in (b"Z", b"X") or int(fields[17]) > 1
+        return 0, "Z"
+    state = fields[0].decode()
+    return int(fields[19]), "R" if state in "ZX" and int(fields[17]) > 1 else state  # other threads run
 
 
 class Held:
@@ -240,7 +247,7 @@ class Holder:
         self._poll.register(self._wakeup, select.POLLIN)
         self._poll.register(listening, select.POLLIN)
         self._link: Link | None = None
-        self._alone_since = now()
+        self._alone_since = self._keeper_moved_at = now()
         self._draining: dict[int, Held] = {}
         self._meet(first)
 
@@ -310,7 +317,8 @@ class Holder:
         """There is no node any more: its programs' output is kept for the next one."""
         self._poll.unregister(link.channel)
         link.close()
-        self._link, self._alone_since = None, now()
+        self._link = None
+        self._alone_since = self._keeper_moved_at = now()
         for held in self._held.values():
             self._keep(held)
 
@@ -409,12 +417,18 @@ class Holder:
         return "" if self._keeper_lives() else "node and keeper have ended"
 
     def _keeper_lives(self) -> bool:
+        """Whether it runs; one that was stopped renews nothing, so what it has left must end soon."""
         try:
             with open(self._note, "rb") as file:
                 note = json.loads(file.read())
-            return stat(int(note["pid"])) == (note["start_time"], True)
+            started, state = stat(int(note["pid"]))
+            if started != note["start_time"] or state in "ZX":
+                return False
         except (OSError, ValueError, KeyError, TypeError):
             return False
+        if state not in "Tt":
+            self._keeper_moved_at = now()
+        return now() - self._keeper_moved_at < STOPPED_SECONDS
 
     def _end(self, why: str) -> None:
         deadline, clean = now() + KILL_SECONDS, 0
