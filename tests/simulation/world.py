@@ -131,6 +131,9 @@ class World:
         node = section.node
         begins = f"{node.name} begins at epoch {section.epoch}"
         for other in self.active:
+            if self._is_only_a_name(other):
+                other.excused = True
+                continue
             if other.node.session in self.owed:
                 self.fail("fence", f"{begins} before {other.node.name}, active at {other.epoch}, is fenced")
             if other.node.may_work and (other.node.keeper_runs or not other.node.blocked):
@@ -154,6 +157,12 @@ class World:
         section.state, section.began = "active", self.now
         self.active.append(section)
         self.log(node.name, f"ACTIVE at epoch {section.epoch}")
+
+    def _is_only_a_name(self, section: Section) -> bool:
+        """Of an app that is a program and nothing else: its keeper has ended that, the node stands still."""
+        node = section.node
+        runs = any(thing.present and thing.section is section for thing in node.host.things)
+        return self.adoptable and not runs and (node.stopped or node.blocked)
 
     def adopt_section(self, section: Section, thing: Thing) -> None:
         """G1 and G2, where a section goes on in the node's next life with what the earlier one has left."""
