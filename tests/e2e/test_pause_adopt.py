@@ -396,13 +396,17 @@ def node_took_up(service: str) -> bool:
     """Whether the service's log says that its node goes on with what ran."""
     command = ["journalctl", "--output=cat", "--no-pager", f"--unit={service}"]
     said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
-    return "adopted unit" in said
+    return "adopted unit" in said or "adopted process" in said
 
 
 @pytest.mark.in_systemd
-async def test_service_of_the_node_is_restarted_in_a_pause(nats_server: NatsServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["unit", "process"])
+async def test_service_of_the_node_is_restarted_in_a_pause(
+    nats_server: NatsServer, tmp_path: Path, kind: str
+) -> None:
     """``systemctl restart phalanx``, its unit as documented: keeper and program outlive the node."""
-    engine, service = SystemdEngine(), f"phalanx-{tmp_path.name}.service"
+    engine = SystemdEngine() if kind == "unit" else HolderEngine(tmp_path)
+    service = f"phalanx-{kind}-{tmp_path.name}.service"
     toml, state_dir = tmp_path / "n1.toml", tmp_path / "data"
     toml.write_text(
         '[platform]\nname = "test"\nnode = "n1"\n[apps.wiki]\npattern = "active-passive"\n'
