@@ -27,7 +27,7 @@ from phalanx.testing.nodes import NodeProcess, Nodes
 TTL = 1.0
 AWAY_SECONDS = 2.5
 """Longer than the session would last without renewals."""
-GAP_SECONDS = 0.5
+GAP_SECONDS = 2.0
 """No program waits so long for the processor, not even on a busy machine; every restart takes longer: its
 node is away for AWAY_SECONDS."""
 
