@@ -286,6 +286,37 @@ async def test_holder_that_is_killed_takes_its_programs_with_it(sections: Sectio
     await again.kill()
 
 
+async def test_g1_holder_that_stood_still_leaves_no_program_of_a_start_that_has_failed(
+    sections: Sections, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It spawns once it goes on. Where there is no gate, that would run, and nobody would know of it."""
+    assert sections.holder is not None
+    monkeypatch.setattr(holder, "ANSWER_SECONDS", 0.5)
+    other = await sections.start("sleep 60")  # for that it is not given up
+    parent, late = holder_of(tmp_path), tmp_path / "late"
+    os.kill(parent, signal.SIGSTOP)
+    code = f"import os, time; open({str(late)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    with open(os.devnull, "rb") as nothing, pytest.raises(OSError, match="has not answered"):  # noqa: ASYNC230
+        await sections.holder.spawn(
+            "wiki.12.late",
+            python(code),
+            env={system.MARKER_ENV: "wiki.12.late"},
+            cwd="",
+            identity=None,
+            stdin=nothing.fileno(),
+            group=None,
+            on_line=lambda line: None,
+            on_exit=lambda: None,
+        )
+    os.kill(parent, signal.SIGCONT)
+    await other.kill()
+    monkeypatch.setattr(holder, "ANSWER_SECONDS", 10.0)
+    again = await sections.start(["/bin/echo", "up"])  # what came before has been seen to
+    await again.ended
+    await until(lambda: not system.find_marked("wiki.12.late"), 20)
+    await again.stop("done")
+
+
 async def test_holder_outlives_its_signals(sections: Sections, tmp_path: Path) -> None:
     """A terminal's Ctrl-C and a service manager's SIGTERM are for the node, which ends its programs."""
     running = await sections.start("sleep 60")

@@ -56,8 +56,9 @@ KEPT_BYTES = 1 << 18
 LOOK_SECONDS = 0.1
 """Between looks at the keeper while there is no node."""
 
-STOPPED_SECONDS = 1.0
-"""A keeper that stands still (SIGSTOP) for longer while there is no node is as good as dead."""
+STOPPED_SECONDS = 0.5
+"""A keeper that stands still (SIGSTOP) for longer while there is no node is as good as dead. With a look and
+the renewal before, that is still within the shortest session (1 s)."""
 
 KILL_SECONDS = 10.0
 
@@ -395,6 +396,9 @@ class Holder:
     def _forget(self, name: str) -> None:
         held = self._held.pop(name, None)
         if held is not None:
+            held.look()
+            if held.code is None:
+                held.kill()  # a start that was given up, and came about all the same
             self._stop_draining(held)
             held.close()
 
