@@ -34,6 +34,7 @@ from phalanx.client_sync import LoopThread, SyncApi
 from phalanx.client_views import NO_ANSWER, NodeView, active_of, silent
 from phalanx.config import NatsOptions
 from phalanx.control import StepDownRequest
+from phalanx.coord.admission import forget_member
 from phalanx.coord.election import read_leader
 from phalanx.decide.pause import pause_of
 from phalanx.decide.session import StreamList
@@ -204,11 +205,18 @@ class PlatformClient:
         It comes back by itself when it is started again.
         """
         state = await self._state()
-        if node not in state.members:
-            known = ", ".join(sorted(state.members)) or "(none)"
-            raise ConfigError("node", node, "no member of this platform", f"members are: {known}")
         if node in await live_members(self.bus, self.names, state):
             raise ConfigError("node", node, "its session lives", "stop that node first")
+        # One that has ended in order is no member, but its promise is still needed where an app holds.
+        listed: list[bool] = []
+        for app in state.apps:
+            leader = await read_leader(self.bus, self.names, app)
+            listed.append(await forget_member(self.bus, self.names, app, node, leader))
+        if node not in state.members:
+            if any(listed):
+                return
+            known = ", ".join(sorted(state.members)) or "(none)"
+            raise ConfigError("node", node, "no member of this platform", f"members are: {known}")
         subject = self.names.key_subject(self.names.platform_bucket, self.names.member_key(node))
         # The compare-and-set refuses it if the node has returned meanwhile.
         await self.bus.write(

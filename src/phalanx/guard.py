@@ -18,7 +18,9 @@ from typing import Protocol
 from phalanx import system
 from phalanx.aio import wait_at_most
 from phalanx.app import App
+from phalanx.coord.hold import Holds
 from phalanx.coord.session import Session
+from phalanx.decide.hold import hands_over
 from phalanx.decide.keeper import Phase, next_phase_at, phase
 from phalanx.decide.timing import Timing
 from phalanx.observe.journal import Journal
@@ -59,11 +61,19 @@ class Guard:
     """Call :meth:`run`; :meth:`wake` whenever something of :class:`Watched` has changed."""
 
     def __init__(
-        self, apps: Collection[App], session: Session, timing: Timing, watched: Watched, journal: Journal
+        self,
+        apps: Collection[App],
+        session: Session,
+        holds: Holds,
+        timing: Timing,
+        watched: Watched,
+        journal: Journal,
     ) -> None:
+        self._holds = holds
         self._apps, self._session, self._timing = apps, session, timing
         self._watched, self._journal = watched, journal
         self._wake = asyncio.Event()
+        self._held: set[str] = set()
         self._leaving_since: float | None = None
 
     def wake(self) -> None:
@@ -82,13 +92,16 @@ class Guard:
                     return
                 if self._leaves(now) and all(app.is_idle for app in self._apps):
                     return
+                if self._outlived(now):
+                    return
                 current = phase(now, self._session.valid_until, self._timing)
                 if current is Phase.STAND_DOWN and not warned:
                     self._journal.node(
                         "standing-down", reason="no renewal of the session in time", level=logging.ERROR
                     )
                 warned = current is not Phase.WORK
-                self._act(current, now)
+                self._note_held(now, current)
+                self._act(now)
                 await wait_at_most(self._wake, max(0.001, self._next_look(now) - now))
 
     @contextlib.contextmanager
@@ -125,6 +138,11 @@ class Guard:
         active = [app for app in self._apps if app.has_section]
         if active and all(app.is_paused for app in active):
             return ""  # nobody could take over what would end here
+        if any(self._is_held(app, now) for app in active):
+            for app in active:
+                if not self._is_held(app, now):
+                    app.end_section("the node has no connection to NATS")
+            return ""
         if self._leaving_since is None:
             self._journal.node(
                 "cut-off",
@@ -133,12 +151,52 @@ class Guard:
             )
         return "the node has no connection to NATS"
 
-    def _act(self, current: Phase, now: float) -> None:
-        if current in (Phase.FENCE, Phase.OVER):
-            self._fence("the session runs out")
-        elif current is Phase.STAND_DOWN:
-            for app in self._apps:
-                app.end_section("the session is about to run out")
+    # --- apps that hold
+
+    def _right_until(self, app: App, now: float) -> float:
+        return self._holds.right_until(app.name, now, self._session.valid_until)
+
+    def _is_held(self, app: App, now: float) -> bool:
+        return self._holds.is_held(app.name, now)
+
+    def _note_held(self, now: float, current: Phase) -> None:
+        for app in self._apps:
+            held = current is not Phase.WORK and app.has_section and self._is_held(app, now)
+            if held is (app.name in self._held):
+                continue
+            if held:
+                self._held.add(app.name)
+                reason = "all members have promised that they do not take over"
+                self._journal.app(app.name, "holding", reason=reason, level=logging.WARNING)
+            else:
+                self._held.discard(app.name)
+
+    def _outlived(self, now: float) -> bool:
+        """Whether the session ran out under an app that was held, and nothing of it is left to end or give
+        back; hands over what is left when NATS is there again."""
+        if now < self._session.valid_until or not self._session.was_extended:
+            return False
+        self._session.note_outlived()
+        left = [app for app in self._apps if not app.is_idle]
+        if not left:
+            return True
+        for app in left:
+            back_since = self._holds.nats_back_since(app.name)
+            if back_since is not None and hands_over(
+                now, back_since, self._timing, has_successor=app.others_can()
+            ):
+                app.end_section("NATS is back, and the session is over")
+        return False
+
+    def _act(self, now: float) -> None:
+        for app in self._apps:
+            match phase(now, self._right_until(app, now), self._timing):
+                case Phase.FENCE | Phase.OVER:
+                    app.fence("the session runs out")
+                case Phase.STAND_DOWN:
+                    app.end_section("the session is about to run out")
+                case Phase.WORK:
+                    pass
         if self._watched.in_a_hurry:
             self._fence(self._watched.stop_reason)
         elif self._is_late(now):
@@ -154,7 +212,10 @@ class Guard:
             app.fence(reason)
 
     def _next_look(self, now: float) -> float:
-        moment = min(next_phase_at(now, self._session.valid_until, self._timing), now + self._timing.ttl)
+        moments = [next_phase_at(now, self._right_until(app, now), self._timing) for app in self._apps]
+        moment = min([*moments, now + self._timing.ttl])
+        if self._session.was_extended:
+            moment = min(moment, now + 0.1)
         if self._leaving_since is not None:
             moment = min(moment, now + 0.1)
         if (since := self._watched.disconnected_at) is not None:

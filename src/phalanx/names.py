@@ -17,6 +17,7 @@ LEADER_KEY = "election.leader"
 FENCE_KEY = "fence"
 CANDIDATE_KEYS = "election.candidate"
 NOMINATION_KEY = "election.nomination"
+MEMBERS_KEY = "election.members"
 SWITCHOVER_KEYS = "switchover"
 RING_KEYS = "ring"
 RING_PLAN_KEY = "ring.plan"
@@ -142,6 +143,7 @@ class Names:
     # --- keys of the platform's bucket
 
     IDENTITY_KEY = "identity"
+    DIRECT_KEY = "direct"
     SESSIONS_KEY = "sessions"
     SETUP_KEY = "setup"
     PAUSE_KEY = "pause"

@@ -35,6 +35,7 @@ from phalanx.config import (
     between_apps,
     build_app,
     build_platform,
+    with_platform,
 )
 from phalanx.decide.backoff import Backoff
 from phalanx.ending import EXIT_FAILED, Ending, leave
@@ -75,6 +76,7 @@ class Platform:
         labels: Mapping[str, str] | None = None,
         timings: Timings | Mapping[str, Any] | None = None,
         fence: Fence | str | Sequence[str] | None = None,
+        direct: str | None = None,
         http: HttpServer | Mapping[str, Any] | None = None,
         logging: Logging | Mapping[str, Any] | None = None,
     ) -> None:
@@ -87,6 +89,7 @@ class Platform:
                 labels=labels,
                 timings=timings,
                 fence=fence,
+                direct=direct,
                 http=http,
                 logging=logging,
             )
@@ -166,6 +169,8 @@ class Platform:
         if self._node is not None:
             raise ConfigError("apps", config.name, "the platform runs already", "declare apps before")
         for error in between_apps([*(app.config for app in self._apps.values()), config]):
+            raise error
+        for error in with_platform(self.config, config):
             raise error
         backend = None
         if config.backend is not None:

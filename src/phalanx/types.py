@@ -279,6 +279,10 @@ class AppStatus(msgspec.Struct, frozen=True):
     standing: Standing = Standing()
     unkept: str = ""
     health_reason: str = ""
+    held_seconds: float = 0.0
+    """How long it may go on although the node's session is over; 0: not at all."""
+    hold: str = ""
+    """Of an active app that holds: whether it goes on without NATS, or would. Empty for others."""
 
 
 class NodeStatus(msgspec.Struct, frozen=True):

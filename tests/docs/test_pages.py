@@ -17,6 +17,7 @@ from tests.docs.pages import ROOT, Block, anchors, blocks, links, pages
 from phalanx.bus import provision
 from phalanx.cli import exits
 from phalanx.coord import lock_key, membership
+from phalanx.coord.direct import DirectSecret
 from phalanx.data import (
     entries,
     history,
@@ -30,6 +31,7 @@ from phalanx.data import (
 )
 from phalanx.data.wal_files import LogState
 from phalanx.decide.election import LeaderBody
+from phalanx.decide.hold import MemberList
 from phalanx.decide.ring_ownership import PartitionBody
 from phalanx.decide.ring_plan import RingMember, RingPlan
 from phalanx.decide.session import SessionBody, StreamList
@@ -72,6 +74,8 @@ VALUES: dict[str, Any] = {
     "PartitionBody": PartitionBody,
     "Candidate": Candidate,
     "Nomination": Nomination,
+    "MemberList": MemberList,
+    "DirectSecret": DirectSecret,
     "PlannedSwitchover": PlannedSwitchover,
     "Holder": lock_key.Holder,
     "SessionBody": SessionBody,

@@ -97,3 +97,19 @@ def test_apps_may_share_an_image_and_an_instance_is_a_unit_of_its_own() -> None:
     platform.app("c", backend=Systemd("wiki@c.service"))
     platform.app("d", backend=Systemd("wiki@d.service"))
     assert len(platform.apps) == 4
+
+
+def test_app_that_holds_needs_a_way_to_the_other_nodes() -> None:
+    """One line says what is missing, before anything starts; with it the app is declared."""
+    with pytest.raises(ConfigError, match=r"apps\.wiki\.on_nats_loss.*cannot reach each other without NATS"):
+        Platform("prod", node="n1").app("wiki", ActivePassive(on_nats_loss="hold"))
+    platform = Platform("prod", node="n1", direct="127.0.0.1:7421")
+    app = platform.app("wiki", ActivePassive(on_nats_loss="hold"))
+    assert app.config.pattern.on_nats_loss == "hold"
+
+
+@pytest.mark.parametrize("direct", ["0.0.0.0:7421", "[::]:7421", "host", "host:0", "host:99999"])
+def test_direct_is_an_address_that_others_can_send_to(direct: str) -> None:
+    """A wildcard is nowhere to be reached."""
+    with pytest.raises(ConfigError, match="direct"):
+        Platform("prod", node="n1", direct=direct)

@@ -181,6 +181,7 @@ class App(DeclaredApp):
             self._standing(),
             self.unkept_because() if self.is_active else "",
             self.health.reason,
+            *self._term.hold if self._term is not None and self.is_active else (0.0, ""),
         )
 
     def unkept_because(self) -> str:

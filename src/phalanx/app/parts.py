@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from phalanx.coord.fencer import Fencer
+from phalanx.coord.hold import Holds
 from phalanx.names import Names
 from phalanx.observe.journal import Journal
 from phalanx.ports import Bus
@@ -25,6 +26,8 @@ class NodeParts(Protocol):
     def journal(self) -> Journal: ...
     @property
     def fencer(self) -> Fencer | None: ...
+    @property
+    def holds(self) -> Holds: ...
     @property
     def pauses(self) -> Mapping[str, Pause]: ...
 

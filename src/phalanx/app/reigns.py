@@ -140,7 +140,7 @@ class Reigns:
             parts.register,
             parts.unregister,
             str(database.live) if database is not None else "",
-            lambda: session.valid_until - system.now() if session.is_valid else 0.0,
+            lambda: session.right_until(name) - system.now() if session.covers(name) else 0.0,
             self._health.tell,
         )
         return context, resources

@@ -56,6 +56,8 @@ class Term:
             adopted=max((resource.epoch for resource in self.adopted), default=0),
             handicap=database.handicap_seconds if database is not None else lambda: 0.0,
             fences=parts.fencer is not None and parts.fencer.has_command,
+            holds=parts.holds,
+            hold=app.config.pattern.on_nats_loss == "hold",
             paused=paused,
             on_leader=on_leader,
             on_acquired=on_acquired,
@@ -68,6 +70,11 @@ class Term:
         Not the same as a reign: the watch may tell of our own write before its reply comes.
         """
         return self.election.leader.session == self.session.id
+
+    @property
+    def hold(self) -> tuple[float, str]:
+        """See ``AppStatus.held_seconds`` and ``AppStatus.hold``."""
+        return self.parts.holds.describe(self._app.name, self.session)
 
     @property
     def adopted(self) -> list[Resource]:

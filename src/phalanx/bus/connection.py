@@ -36,7 +36,7 @@ from phalanx.bus.requests import Requests
 from phalanx.bus.subscription import BusSubscription
 from phalanx.config.node import NatsOptions
 from phalanx.errors import BusError, BusTimeout, BusUnavailable
-from phalanx.names import FENCE_KEY, LEADER_KEY
+from phalanx.names import FENCE_KEY, LEADER_KEY, MEMBERS_KEY
 from phalanx.ports import Connection, Fence, Message, Record, Write, is_removed
 
 UNANSWERED_BYTES = 1 << 20
@@ -155,7 +155,7 @@ class NatsBus:
         The fence's message is stored beside the leader key, where nobody reads it.
         """
         batch = secrets.token_hex(12)
-        beside = f"{fence.subject.removesuffix(LEADER_KEY)}{FENCE_KEY}"
+        beside = f"{fence.subject.removesuffix(LEADER_KEY).removesuffix(MEMBERS_KEY)}{FENCE_KEY}"
         first = {**fence_headers(fence), "Nats-Batch-Id": batch, "Nats-Batch-Sequence": "1"}
         last = {**headers, "Nats-Batch-Id": batch, "Nats-Batch-Sequence": "2", "Nats-Batch-Commit": "1"}
         operation = f"write {subject}"

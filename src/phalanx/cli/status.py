@@ -123,7 +123,7 @@ def _app_rows(view: views.PlatformView) -> list[tuple[str | tuple[str, str], ...
                     each.health,
                     str(each.epoch or "-"),
                     _ago(each.since),
-                    each.reason,
+                    "; ".join(part for part in (each.reason, each.hold) if part),
                 )
             )
     return rows

@@ -24,6 +24,7 @@ class AppOnNode(msgspec.Struct, frozen=True):
     program: ProgramStatus | None = None
     priority: int = 0
     no_failover: bool = False
+    hold: str = ""
 
 
 class AppView(msgspec.Struct, frozen=True):
@@ -147,6 +148,7 @@ def _on_node(node: str, app: AppStatus) -> AppOnNode:
         app.program,
         app.standing.priority,
         app.standing.no_failover,
+        app.hold,
     )
 
 

@@ -5,7 +5,7 @@
 ``toml`` files; ``reference`` writes docs/configuration.md.
 """
 
-from phalanx.config.app_relations import between_apps
+from phalanx.config.app_relations import between_apps, with_platform
 from phalanx.config.apps import ActivePassive, AppConfig, HookTimeouts, Restart
 from phalanx.config.backends import Backend, Docker, Limits, Process, Systemd
 from phalanx.config.build import build_app, build_platform
@@ -52,4 +52,5 @@ __all__ = [
     "redacted",
     "restore_secrets",
     "reveal_secrets",
+    "with_platform",
 ]

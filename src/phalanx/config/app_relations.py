@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from phalanx.config.apps import AppConfig
 from phalanx.config.backends import Docker, Systemd
 from phalanx.config.database_relations import between_databases
+from phalanx.config.node import PlatformConfig
 from phalanx.errors import ConfigError
 
 
@@ -24,6 +25,17 @@ def between_apps(apps: Sequence[AppConfig]) -> Iterator[ConfigError]:
             if (owner := owners.setdefault(what, app.name)) != app.name:
                 problem = f"app {owner!r} has the same {thing}"
                 yield ConfigError(key, value, problem, "give each app one of its own")
+
+
+def with_platform(platform: PlatformConfig, app: AppConfig) -> Iterator[ConfigError]:
+    """What of *app* the node does not have."""
+    if app.pattern.on_nats_loss == "hold" and not platform.direct:
+        yield ConfigError(
+            f"apps.{app.name}.on_nats_loss",
+            "hold",
+            "the nodes cannot reach each other without NATS",
+            "set direct (host:port) of the platform on every node, or write demote",
+        )
 
 
 def _alone(app: AppConfig) -> Iterator[tuple[object, str, str, str]]:

@@ -43,7 +43,8 @@ class ActivePassive(Declaration, frozen=True, kw_only=True, tag="active-passive"
         Literal["demote", "hold"],
         About(
             "What the active node does when its session cannot be renewed. `demote`: stand down. `hold`: go "
-            "on as long as every other member is reached directly and agrees that nobody else is active.",
+            "on as long as every other member is reached directly and agrees that nobody else is active; "
+            "needs `direct`. The same on all nodes.",
             rules.Choice(("demote", "hold")),
             trade_off="`hold` outlives the loss of NATS, but not of any member: it wants all of them.",
         ),

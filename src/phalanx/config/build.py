@@ -15,7 +15,7 @@ from phalanx.config.nats_urls import parse_urls
 from phalanx.config.node import EmbeddedNats, HttpServer, NatsOptions, PlatformConfig
 from phalanx.config.reader import DATABASES, Reader
 from phalanx.config.rules import Whole
-from phalanx.config.texts import File, Label, split_address
+from phalanx.config.texts import DirectAddress, File, Label, split_address
 from phalanx.errors import ConfigError
 from phalanx.types import is_dns_label
 
@@ -26,6 +26,7 @@ VARIABLES = {
     "files of their own.",
     "PHALANX_NATS": "Overrides `nats`: URLs separated by commas, or `embedded`. Other options of declared "
     "NATS servers (TLS, login) stay, unless the URLs hold a login.",
+    "PHALANX_DIRECT": "Overrides `direct`: `host:port`.",
     "PHALANX_HTTP": "Overrides `http`: `host:port`, a port, or `off`.",
 }
 """What the environment may override, so that one file or one program serves all nodes."""
@@ -84,6 +85,8 @@ def _override_names(reader: Reader, fields: dict[str, object], environ: Mapping[
         fields["node"] = Label("a node")("PHALANX_NODE", node)
     if data := environ.get("PHALANX_DATA"):
         fields["data_dir"] = str(Path.cwd() / File()("PHALANX_DATA", data))
+    if direct := environ.get("PHALANX_DIRECT"):
+        fields["direct"] = DirectAddress()("PHALANX_DIRECT", direct)
 
 
 def _override_nats(reader: Reader, fields: dict[str, object], environ: Mapping[str, str]) -> None:

@@ -322,6 +322,16 @@ class PlatformConfig(Declaration, frozen=True, kw_only=True):
             default="none: nothing is taken over before the other's session is over",
         ),
     ] = None
+    direct: Annotated[
+        str,
+        About(
+            "`host:port` on which the other nodes reach this one without NATS (UDP); apps with "
+            "`on_nats_loss = hold` need it on every node.",
+            texts.DirectAddress(),
+            default="none",
+            trade_off="Datagrams are signed with a secret that is kept in the platform's bucket.",
+        ),
+    ] = ""
     http: Annotated[
         HttpServer, About("The node's HTTP server.", rules.Nested("see HTTP"), default="see there")
     ] = HttpServer()

@@ -6,7 +6,6 @@ import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from phalanx.config.apps import ActivePassive
 from phalanx.config.backends import Docker, Process, Systemd
 from phalanx.config.checks import Check
 from phalanx.config.database_relations import database_relations
@@ -33,11 +32,6 @@ def relations(config: object, key: str) -> Iterator[ConfigError]:
             yield from _nats(config, key)
         case EmbeddedNats():
             yield from _embedded(config, key)
-        case ActivePassive() if config.on_nats_loss == "hold":
-            problem = "not available yet"
-            yield ConfigError(
-                f"{key}.on_nats_loss", config.on_nats_loss, problem, "leave it out, or write demote"
-            )
         case Process():
             yield from _ready(config, key)
         case Systemd():

@@ -305,6 +305,18 @@ class Address(msgspec.Struct, frozen=True):
         raise ConfigError(key, value, "not an address", "write host:port, IPv6 in brackets: [::1]:8080")
 
 
+class DirectAddress(Address, frozen=True):
+    """An address of this host that others reach, or none."""
+
+    def __call__(self, key: str, value: object) -> str:
+        if value == "":
+            return ""
+        text = super().__call__(key, value)
+        if (split_address(text) or ("", 0))[0] in ("0.0.0.0", "::"):
+            raise ConfigError(key, text, "no address that others can send to", "write one of this host's own")
+        return text
+
+
 class HttpUrl(msgspec.Struct, frozen=True):
     """An http or https URL. A password in it is in no message."""
 

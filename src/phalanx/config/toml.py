@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from phalanx.config.app_relations import between_apps
+from phalanx.config.app_relations import between_apps, with_platform
 from phalanx.config.apps import AppConfig
 from phalanx.config.build import read_platform
 from phalanx.config.node import PlatformConfig
@@ -69,6 +69,8 @@ def _read(
         elif (app := reader.app(name, cast("dict[str, object]", table))) is not None:
             apps.append(app)
     reader.errors += between_apps(apps)
+    if platform is not None:
+        reader.errors += [error for app in apps for error in with_platform(platform, app)]
     return platform, apps, reader.errors
 
 

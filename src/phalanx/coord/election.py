@@ -11,6 +11,8 @@ import msgspec
 
 from phalanx import system
 from phalanx.aio import wait_at_most
+from phalanx.coord.admission import Admission
+from phalanx.coord.hold import Holds
 from phalanx.coord.register import Register
 from phalanx.coord.session import Session
 from phalanx.coord.watch import Watch
@@ -18,8 +20,9 @@ from phalanx.decide import election as rules
 from phalanx.decide.backoff import Backoff
 from phalanx.decide.election import LeaderBody
 from phalanx.decide.fencing import to_be_fenced
+from phalanx.decide.hold import Takeover
 from phalanx.errors import BusError, ConfigError, WrongRevision
-from phalanx.names import CANDIDATE_KEYS, LEADER_KEY, NOMINATION_KEY, Names
+from phalanx.names import CANDIDATE_KEYS, LEADER_KEY, MEMBERS_KEY, NOMINATION_KEY, Names
 from phalanx.ports import STREAM_NOT_FOUND, Bus, Connection, Fence, Record
 from phalanx.types import Candidate, Epoch, LeaderRecord, Nomination, SessionId, Succession
 
@@ -77,6 +80,8 @@ class Election:
         adopted: int = 0,
         handicap: Callable[[], float] = lambda: 0.0,
         fences: bool = False,
+        holds: Holds | None = None,
+        hold: bool = False,
         paused: Callable[[], bool] = lambda: False,
         on_leader: Callable[[LeaderRecord, LeaderRecord], None] = lambda old, new: None,
         on_acquired: Callable[[Succession], None] = lambda succession: None,
@@ -87,6 +92,8 @@ class Election:
         self._on_leader, self._on_acquired, self._handicap = on_leader, on_acquired, handicap
         self._paused, self._adopted = paused, adopted
         self._fences = fences
+        self._holds, self._hold = holds, hold
+        self._admission = Admission(bus, names, app)
         self._bucket = names.app_bucket(app)
         self._stream = names.bucket_stream(self._bucket)
         self._leader_subject = names.key_subject(self._bucket, LEADER_KEY)
@@ -137,7 +144,9 @@ class Election:
         self._eligible, self._not_before = eligible, not_before
         # A change of mind comes in the middle of a hand-over, which must not wait for it.
         self._offer_due = system.now() + (OFFER_LINGER_SECONDS if self._offered is not None else 0.0)
-        self._offer = Candidate(self._session.id, eligible, self._priority, reason, self._no_failover)
+        direct = self._holds.address if self._holds is not None and self._hold else ""
+        me, priority = self._session.id, self._priority
+        self._offer = Candidate(me, eligible, priority, reason, self._no_failover, direct)
         self._changed.set()
 
     def on_resumed(self) -> None:
@@ -177,16 +186,21 @@ class Election:
 
     def keep_key(self, reign: Reign) -> None:
         """The node ends in a pause: its section has ended or was left running, and the key stays as it is."""
+        self._end_reign(reign)
+
+    def _end_reign(self, reign: Reign) -> None:
         self._reign = None
         self._ended = max(self._ended, reign.epoch)
+        self._admission.begin(None)
+        if self._holds is not None:
+            self._holds.end(self._app)
 
     async def release(self, reign: Reign, reason: str, successor: str | None = None) -> None:
         """Give the leader key back. Call only when the active section has ended.
 
         If NATS does not answer, the release is tried again until the session ends.
         """
-        self._reign = None
-        self._ended = max(self._ended, reign.epoch)
+        self._end_reign(reign)
         if not reign.deposed:
             self._unreleased = (reign.epoch, LeaderBody(None, successor, "", reason, reign.unfenced))
             await self._try_release()
@@ -214,6 +228,8 @@ class Election:
             if self.leader.session is not None:
                 self._register.unnote(self.leader.session)
             await self._watch.close()
+            if self._holds is not None:
+                self._holds.end(self._app)
 
     async def _step(self) -> float | None:
         """Do what is due; returns after how many seconds to look again (None: when something changes)."""
@@ -222,10 +238,14 @@ class Election:
         if self._unreleased is not None and not await self._try_release():
             return RETRY_SECONDS
         now = system.now()
+        outlives = self._reign is not None and self._is_held(now) and not self._session.is_valid
+        if outlives and self._holds is not None:
+            # It goes on without a session, until it can be handed over.
+            self._holds.note_nats(self._app, self._bus.is_connected and await self._read_leader())
         action = rules.next_action(self._view(), now, self._register.is_over)
         match action:
-            case rules.Acquire(expected):
-                return await self._acquire(expected)
+            case rules.Acquire(expected, members):
+                return await self._acquire(expected, members)
             case rules.Begin(epoch):
                 taken_up, adopted = self._session.is_taken_up, self._adopted
                 if rules.begins_anew(epoch, highest=self._highest, is_taken_up=taken_up, adopted=adopted):
@@ -239,8 +259,12 @@ class Election:
                 return until - now
             case rules.Idle():
                 pass
+        if outlives:
+            return RETRY_SECONDS
         before = system.now()
         if not await self._publish_offer():
+            return RETRY_SECONDS
+        if not await self._admit():
             return RETRY_SECONDS
         await self._tidy()
         return self._next_look(before)
@@ -278,6 +302,28 @@ class Election:
             moments.append(self._tidy_at)
         return min((max(0.0, m - now) for m in moments if before < m < float("inf")), default=None)
 
+    async def _admit(self) -> bool:
+        """The leader of an app that holds sees to its member list. False: it has to be tried again."""
+        if self._reign is None or not self._bus.is_connected:
+            return True
+        offers = [o for o in self.candidates.values() if not self._register.is_over(o.session)]
+        return await self._admission.step(self._reign.fence, offers)
+
+    def _is_held(self, now: float) -> bool:
+        return self._holds is not None and self._holds.is_held(self._app, now)
+
+    def _takeover(self) -> Takeover:
+        """What it takes to follow who leads now, when that session is over."""
+        holder = self.leader.session
+        if holder is None:
+            return Takeover()
+        if self._holds is None:
+            return Takeover() if not self.leader.hold else Takeover(float("inf"))
+        gone = self._register.ended_itself(holder) or self._holds.is_fenced(holder)
+        list_ = self._admission
+        me, app = self._session.id.node, self._app
+        return self._holds.member.takeover(me, app, self.leader, list_.members, list_.revision, gone=gone)
+
     def _view(self) -> rules.View:
         holder = self.leader.session
         return rules.View(
@@ -295,19 +341,26 @@ class Election:
             no_failover=self._no_failover,
             nomination=self._nomination,
             paused=self._paused(),
+            held=self._is_held(system.now()),
+            takeover=self._takeover(),
         )
 
-    async def _acquire(self, expected: int) -> float | None:
+    async def _acquire(self, expected: int, members: int | None = None) -> float | None:
         started = system.now()
         nonce = secrets.token_hex(8)
         me = self._session.id
         unfenced = to_be_fenced(me, self.leader, self._register.ended_itself, fences=self._fences)
-        body = LeaderBody(session=me, nonce=nonce, unfenced=unfenced, fences=self._fences)
+        body = LeaderBody(session=me, nonce=nonce, unfenced=unfenced, fences=self._fences, hold=self._hold)
+        if self._holds is not None and self.leader.session is not None:
+            self._holds.member.attempt(self._app, expected)
+        fence = Fence(self._admission.subject, members) if members is not None else None
         try:
-            revision = await self._write_past_lost_epochs(_encode(body), expected)
+            revision = await self._write_past_lost_epochs(_encode(body), expected, fence)
         except WrongRevision:
             # Somebody else was faster; or it was our own write, or a spurious refusal: read back.
             if not await self._read_leader():
+                return RETRY_SECONDS
+            if members is not None and not await self._read_members():
                 return RETRY_SECONDS
             return 0.0 if self.leader.revision == expected else None
         except BusError as error:
@@ -323,22 +376,34 @@ class Election:
             self._begin(revision, vacant_for)
         return None
 
-    async def _write_past_lost_epochs(self, body: bytes, expected: int) -> int:
+    async def _read_members(self) -> bool:
+        try:
+            await self._admission.read()
+        except BusError as error:
+            self._complain("reading the member list", error)
+            return False
+        return True
+
+    async def _write_past_lost_epochs(self, body: bytes, expected: int, fence: Fence | None) -> int:
         """Write the leader key; its revision, which is larger than every epoch that this node knows.
 
         Servers that have lost writes would count the same epochs again: the key is written until it is
         past them.
         """
         while True:
-            revision = await self._bus.write(self._leader_subject, body, expect=expected, timeout=1.0)
+            revision = await self._bus.write(
+                self._leader_subject, body, expect=expected, fence=fence, timeout=1.0
+            )
             if revision > self._highest:
                 return revision
-            expected = revision
+            expected, fence = revision, None
 
     def _begin(self, epoch: int, vacant_for: float) -> None:
         reign = Reign(Epoch(epoch), Fence(self._leader_subject, epoch), self.leader.unfenced)
         self._reign = reign
         self._tidy_at = system.now() + TIDY_SECONDS
+        if self._holds is not None and self._hold:
+            self._admission.begin(self._holds.begin(self._app, epoch, self._session))
         self._on_acquired(self._succession(vacant_for))
         self._reigns.put_nowait(reign)
 
@@ -461,6 +526,8 @@ class Election:
         if key == LEADER_KEY:
             if not record.removed:
                 self._learn(_record(record.revision, _leader_of(record.data)))
+        elif key == MEMBERS_KEY:
+            self._admission.learn(record)
         elif key == NOMINATION_KEY:
             self._nomination = None if record.removed else _nomination_of(record.data)
         elif key.startswith(CANDIDATE_KEYS) and not record.removed:
@@ -516,6 +583,8 @@ class Election:
 
     def _replace(self, record: LeaderRecord) -> None:
         old, self.leader, self._before = self.leader, record, self.leader
+        if self._holds is not None:
+            self._holds.saw(self._app, record.revision)
         if old.session is not None:
             self._last_reign = old
         if old.session is not None:
@@ -538,7 +607,7 @@ def _leader_record(record: Record | None) -> LeaderRecord:
 
 def _record(revision: int, body: LeaderBody) -> LeaderRecord:
     return LeaderRecord(
-        revision, body.session, body.successor, body.nonce, body.reason, body.unfenced, body.fences
+        revision, body.session, body.successor, body.nonce, body.reason, body.unfenced, body.fences, body.hold
     )
 
 

@@ -39,6 +39,10 @@ class Session:
         self.id, self.timing = session, timing
         self.valid_until = float("-inf")
         self.renewals = 0
+        self._extended: dict[str, float] = {}
+        self._is_outlived = False
+        self.on_extended: Callable[[], None] = lambda: None
+        """Told when :meth:`right_until` has moved for an app."""
         self.established = asyncio.Event()
         self.lost = asyncio.Event()
         self.lost_reason = ""
@@ -68,6 +72,33 @@ class Session:
     def is_valid(self) -> bool:
         """Whether the session is this node's at this very moment."""
         return not (self._releasing or self.lost.is_set()) and system.now() < self.valid_until
+
+    def covers(self, app: str) -> bool:
+        """Whether something of *app* may run now: by the session, or by promises that reach past it."""
+        over = self._releasing or self.lost.is_set()
+        return not over and system.now() < max(self.valid_until, self._extended.get(app, float("-inf")))
+
+    def note_outlived(self) -> None:
+        """The session is over, and something goes on without it: what hung on the session (locks) is told."""
+        if not self._is_outlived:
+            self._is_outlived = True
+            self._tell()
+
+    @property
+    def was_extended(self) -> bool:
+        """Whether something may have outlived the session, or may do so yet."""
+        return bool(self._extended)
+
+    def right_until(self, app: str) -> float:
+        """Until when that is so, as known now."""
+        return max(self.valid_until, self._extended.get(app, float("-inf")))
+
+    def extend(self, app: str, moment: float) -> None:
+        """*app* may go on until *moment*, also without the session: the keeper has to know."""
+        self._extended[app] = max(self._extended.get(app, float("-inf")), moment)
+        if self._transport is not None and not self.lost.is_set():
+            wire.send(self._transport, wire.Extend(app, moment))
+        self.on_extended()
 
     @property
     def may_begin(self) -> bool:
@@ -159,7 +190,7 @@ class Session:
         Raises SessionLost if it does not confirm in time; BackendError if it cannot take note of it (its
         disk is full, or read-only): the session lives, but this must not start.
         """
-        if self._transport is None or not self.is_valid:
+        if self._transport is None or not self.covers(resource.app):
             raise SessionLost(str(self.id), self.lost_reason or "not valid")
         number = next(self._numbers)
         ack = self._acks[number] = asyncio.get_running_loop().create_future()

@@ -112,6 +112,8 @@ def _here(facts: Facts, leader: str | None, epoch: int) -> Iterable[str]:
         yield from _how(facts, leader, came)
     if status.role is Role.ACTIVE:
         yield _health(leader, status)
+        if status.hold:
+            yield f"it {status.hold}"
 
 
 def _how(facts: Facts, leader: str, came: Succession) -> Iterable[str]:

@@ -76,14 +76,15 @@ class Holding:
                 return
             if self._link.gone is not None:
                 watchdog.on_gone(self._link.gone)
-            if established and not valid:
+            extended_until = wishes.extended_until(self._registry.resources)
+            if established and not valid and now >= extended_until:
                 reason = "ended by others" if holder.is_ended else "no majority of renewals in time"
                 self._link.say(wire.Lost(reason))
                 await self._ending.end(reason, kill_node=self._registry.has_sections)
                 return
-            valid_until = holder.valid_until if established else now + start.timing.ttl
-            keeps = established and bool(wishes.keep.apps)
-            if wishes.leave is not None and not watchdog.is_away:
+            valid_until = max(holder.valid_until, extended_until) if established else now + start.timing.ttl
+            keeps = established and valid and bool(wishes.keep.apps)
+            if wishes.leave is not None and valid and not watchdog.is_away:
                 await self._be_alone(Fencing("the node leaves", False))
                 continue
             has_resources = len(self._registry) > 0
@@ -97,7 +98,8 @@ class Holding:
             if self._absence is not None and (reason := await self._see_to(self._absence)):
                 await self._ending.end(reason, kill_node=False)
                 return
-            await self._leave_isolated_server(now)
+            if valid or not established:
+                await self._leave_isolated_server(now)
             ends = holder.valid_until if valid else next_tick
             await self._sleep_until(min(next_tick, watchdog.next_check(valid_until), ends))
 

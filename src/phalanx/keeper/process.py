@@ -155,6 +155,9 @@ class Keeper:
             case wire.Release():
                 self._wishes.release = message
                 self._wake.set()
+            case wire.Extend(app, moment):
+                self._wishes.extend(app, moment)
+                self._wake.set()
             case wire.Keep():
                 self._note_keep(message)
             case wire.Leave(keep):

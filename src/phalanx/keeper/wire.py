@@ -68,6 +68,14 @@ class Release(msgspec.Struct, frozen=True, tag="release"):
     reason: str
 
 
+class Extend(msgspec.Struct, frozen=True, tag="extend"):
+    """Node to keeper: what runs of *app* may go on until *moment* (this machine's boot-time clock), also
+    without the session: all who could follow have promised so."""
+
+    app: str
+    moment: float
+
+
 class Keep(msgspec.Struct, frozen=True, tag="keep"):
     """Node to keeper: these apps are led here and paused, so what of them can is to outlive the node, and
     their leader keys stay. Of *others*, which it runs too, nothing does."""
@@ -162,7 +170,7 @@ class Attached(msgspec.Struct, frozen=True, tag="attached"):
     resources: tuple[Resource, ...]
 
 
-FromNode = Start | Beat | Register | Unregister | Streams | Release | Keep | Leave
+FromNode = Start | Beat | Register | Unregister | Streams | Release | Extend | Keep | Leave
 FromVisitor = Attach | End
 FromKeeper = Established | ValidUntil | Registered | Refused | Lost | Noted | Released | Left | Attached
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from phalanx.keeper import note, wire
-from phalanx.types import SessionId
+from phalanx.types import Resource, SessionId
 
 
 class Wishes:
@@ -19,7 +20,20 @@ class Wishes:
         """The newest list of session streams, if it is not that of the start any more."""
         self.keep = wire.Keep(())
         """What is to outlive the node: what is paused."""
+        self.extended: dict[str, float] = {}
+        """Until when what runs of an app may go on without the session, by app."""
         self._noted = False
+
+    def extend(self, app: str, moment: float) -> None:
+        """What runs of *app* may go on until *moment*."""
+        self.extended[app] = max(self.extended.get(app, float("-inf")), moment)
+
+    def extended_until(self, resources: Collection[Resource]) -> float:
+        """Until when all of *resources* may go on without the session; where nothing runs, until when the
+        node may still have something to give back. -inf: not at all."""
+        if not resources:
+            return max(self.extended.values(), default=float("-inf"))
+        return min(self.extended.get(resource.app, float("-inf")) for resource in resources)
 
     def note_keep(self, keep: wire.Keep, state_dir: Path, session: SessionId) -> None:
         """From now on *keep* is to outlive the node."""

@@ -23,6 +23,7 @@ from phalanx.bus.connection import NatsBus
 from phalanx.config import EmbeddedNats, NatsOptions, PlatformConfig
 from phalanx.control import Control
 from phalanx.coord.fencer import Fencer
+from phalanx.coord.hold import Holds
 from phalanx.coord.membership import PlatformState
 from phalanx.coord.register import Register
 from phalanx.coord.repair import Repair
@@ -39,6 +40,7 @@ from phalanx.messaging.calling import Caller
 from phalanx.names import Names
 from phalanx.node.keeping import Keeping
 from phalanx.node.opening import lock_data_dir, start_server
+from phalanx.node.reaching import open_direct
 from phalanx.node.sessions import Sessions
 from phalanx.node.stopping import Stopping
 from phalanx.node.upkeep import StreamCheck, leave_isolated_server, measure_lag, remind_of_pauses
@@ -83,6 +85,7 @@ class Node:
         self._sessions: Sessions | None = None
         self._metrics = Metrics(config.name, config.node, VERSION)
         self.alarm = Alarm()
+        self.holds = Holds(self.timing, self.node, self._leads, self._is_fenced)
         self.fencer: Fencer | None = None
         """Fences others before a takeover; None before the platform's state is known."""
         self.beside: contextlib.AbstractAsyncContextManager[object] | None = None
@@ -160,6 +163,13 @@ class Node:
         """
         self._stopping.ask(reason, failure)
 
+    def _leads(self, app: str) -> bool:
+        return app in self.apps and self.apps[app].has_section
+
+    def _is_fenced(self, session: SessionId) -> bool:
+        note = self.state.fenced.get(session.node)
+        return note is not None and note.session == session
+
     def _look(self) -> None:
         if self._sessions is not None:
             self._sessions.look()
@@ -205,8 +215,11 @@ class Node:
             background=self._background,
             describe=self._describe,
             use_streams=self._use_streams,
-            on_renewed=self._on_renewed,
+            holds=self.holds,
+            on_renewed=self._move_alarm,
         )
+        if await open_direct(stack, self.config, self.names, self.state, self.holds):
+            self._own(stack, self.holds.run(), "holding")
         await self._start_http(stack)
         for app in self.apps.values():
             await app.start(self)
@@ -374,9 +387,14 @@ class Node:
             self._local_server or self.bus.server_name,
         )
 
-    def _on_renewed(self, valid_until: float) -> None:
+    def _move_alarm(self) -> None:
+        """The session was renewed, or what may outlive it has changed: when what is active has to be gone."""
+        session = self.session
+        if session is None:
+            return
+        rights = [session.right_until(app.name) for app in self.apps.values() if app.has_section]
         # After the guard should have fenced and the keeper should have killed.
-        self.alarm.move(valid_until - self.timing.fence_budget / 4)
+        self.alarm.move(min(rights, default=session.valid_until) - self.timing.fence_budget / 4)
 
     # --- for apps (NodeParts)
 
@@ -403,11 +421,14 @@ class Node:
 
     def section_begins(self) -> None:
         """Something of an active section is about to run in this process."""
+        self._move_alarm()
         self.alarm.begin()
 
     def section_has_ended(self) -> None:
         """Nothing of it runs any more."""
         self.alarm.end()
+        # Once it counts as ended: else its deadline would end those that go on.
+        asyncio.get_running_loop().call_soon(self._move_alarm)
 
     def on_app_changed(self, app: str) -> None:
         """A role has changed."""

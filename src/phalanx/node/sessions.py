@@ -13,6 +13,7 @@ from phalanx import system
 from phalanx.aio import Background, wait_at_most
 from phalanx.app import App
 from phalanx.config import NatsOptions, PlatformConfig
+from phalanx.coord.hold import Holds
 from phalanx.coord.membership import PlatformState
 from phalanx.coord.register import Register
 from phalanx.coord.session import Session
@@ -63,14 +64,15 @@ class Sessions:
         background: Background,
         describe: Callable[[SessionId], Member],
         use_streams: Callable[[StreamList], None],
-        on_renewed: Callable[[float], None],
+        holds: Holds,
+        on_renewed: Callable[[], None],
     ) -> None:
         self._config, self._apps, self._timing = config, apps, timing
         self._names, self._node, self._data_dir = Names(config.name), config.node, Path(str(config.data_dir))
         self._bus, self._options, self._state, self._register = bus, options, state, register
         self._journal, self._watched, self._stopping, self._keeping = journal, watched, stopping, keeping
         self._background, self._describe, self._use_streams = background, describe, use_streams
-        self._on_renewed = on_renewed
+        self._holds, self._on_renewed = holds, on_renewed
         self.current: Session | None = None
         self.has_started = False
         """Whether there was one that served."""
@@ -114,7 +116,8 @@ class Sessions:
     async def _live(self, started: asyncio.Future[None] | None, failures: int) -> None:
         """One session, from its start to its end. *failures*: attempts in a row that came to nothing."""
         session = await self._take_up() or Session(SessionId.new(self._node), self._timing)
-        session.on_renewed = self._on_renewed
+        session.on_renewed = lambda moment: self._on_renewed()
+        session.on_extended = self._on_extended
         session.on_noted = self._on_noted
         try:
             await self._unless_stopping(self._begin_session(session, failures))
@@ -199,6 +202,10 @@ class Sessions:
             async with asyncio.timeout(START_PATIENCE_SECONDS):
                 await self._register.ready.wait()
 
+    def _on_extended(self) -> None:
+        self._on_renewed()
+        self.look()
+
     def _on_noted(self, action: str, reason: str) -> None:
         self._journal.node(action, reason=reason, level=logging.ERROR)
 
@@ -217,7 +224,9 @@ class Sessions:
             asyncio.create_task(app.serve(session, self._register), name=f"app {app.name}")
             for app in self._apps.values()
         ]
-        watch = self._guard = Guard(self._apps.values(), session, self._timing, self._watched, self._journal)
+        watch = self._guard = Guard(
+            self._apps.values(), session, self._holds, self._timing, self._watched, self._journal
+        )
         guard = asyncio.create_task(watch.run(), name="guard")
         self.is_serving = self.has_started = True
         if started is not None and not started.done():

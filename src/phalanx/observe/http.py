@@ -273,7 +273,7 @@ def _about_app(
 
 
 def _is_active(status: NodeStatus, app: AppStatus) -> tuple[bool, str]:
-    if app.role is Role.ACTIVE and status.session_left_seconds <= 0:
+    if app.role is Role.ACTIVE and status.session_left_seconds <= 0 and app.held_seconds <= 0:
         # A node that was frozen answers before it has noticed that its time is over.
         return False, "the node's session is over"
     return app.role is Role.ACTIVE, app.reason or f"the app is {app.role} here"

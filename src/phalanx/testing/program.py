@@ -62,6 +62,7 @@ class Settings(msgspec.Struct, kw_only=True):
     fault_file: str = ""
     fault_node: str = ""
     fence: dict[str, Any] = {}
+    on_nats_loss: Literal["demote", "hold"] = "demote"
     priority: int = 0
     no_failover: tuple[str, ...] = ()
     writes: bool = False
@@ -173,7 +174,9 @@ def build(settings: Settings) -> Platform:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             database = SQLite(path, **settings.database_options)
         pattern = ActivePassive(
-            priority=settings.priority, no_failover=platform.config.node in settings.no_failover
+            priority=settings.priority,
+            no_failover=platform.config.node in settings.no_failover,
+            on_nats_loss=settings.on_nats_loss,
         )
         app = platform.app(name, pattern, backend=backend, database=database)
         if settings.lasting:

@@ -65,9 +65,11 @@ def stage(
     urls: Sequence[str] | None = None,
     urls_of: dict[int, Sequence[str]] | None = None,
     node_env: dict[str, str] | None = None,
+    direct: Sequence[str] = (),
     **settings: Any,
 ) -> Generator[Stage]:
-    """*count* nodes of the test program on *nats*, each next to one of its servers."""
+    """*count* nodes of the test program on *nats*, each next to one of its servers. *direct*: where each is
+    reached without NATS."""
     history = History(tmp_path / "history")
 
     def env_of(i: int) -> dict[str, str]:
@@ -80,7 +82,8 @@ def stage(
             "server_name": nats.name(i % nats.size) if nats.size > 1 else "",
             **settings,
         }
-        return {"PHALANX_TEST": json.dumps(given), **(node_env or {})}
+        own_direct = {"PHALANX_DIRECT": direct[i]} if direct else {}
+        return {"PHALANX_TEST": json.dumps(given), **own_direct, **(node_env or {})}
 
     try:
         with Nodes(PROGRAM, count=count, env_of=env_of) as nodes:
