@@ -39,6 +39,7 @@ from phalanx.coord.election import read_leader
 from phalanx.decide.pause import pause_of
 from phalanx.decide.session import StreamList
 from phalanx.errors import (
+    BusError,
     BusUnavailable,
     ConfigError,
     NatsUnusable,
@@ -49,6 +50,7 @@ from phalanx.errors import (
 from phalanx.messaging.calling import Api, Caller
 from phalanx.names import RESERVED_APPS, Names
 from phalanx.observe.audit import AuditEntry, follow_audit, read_audit
+from phalanx.ports import STREAM_NOT_FOUND
 from phalanx.types import FenceNote, Member, NodeStatus, Pause, PlannedSwitchover, Role, is_dns_label
 
 T = TypeVar("T")
@@ -210,8 +212,12 @@ class PlatformClient:
         # One that has ended in order is no member, but its promise is still needed where an app holds.
         listed: list[bool] = []
         for app in state.apps:
-            leader = await read_leader(self.bus, self.names, app)
-            listed.append(await forget_member(self.bus, self.names, app, node, leader))
+            try:
+                leader = await read_leader(self.bus, self.names, app)
+                listed.append(await forget_member(self.bus, self.names, app, node, leader))
+            except BusError as error:
+                if error.code != STREAM_NOT_FOUND:  # a bucket that has vanished has no list
+                    raise
         if node not in state.members:
             if any(listed):
                 return
