@@ -272,7 +272,7 @@ async def test_session_streams_are_made_anew(block: Block, tmp_path: Path, nats_
 
 def test_fragments_are_python() -> None:
     """A fragment, if there is one, says why it is one, and at least compiles."""
-    for block in _of("fragment"):
+    for block in (one for one in PYTHON if _kind(one) == "fragment"):
         assert block.mark.partition(":")[2].strip(), "say why: <!-- test: fragment: why -->"
         compile(block.text, str(block), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
