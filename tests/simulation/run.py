@@ -31,9 +31,10 @@ def build(seed: int, broken: str = "", *, tracing: bool = False, holds: bool = F
     world = World(seed, Rules(broken), tracing=tracing)
     world.holds = holds or broken.startswith("hold-")
     rng = world.rng
-    world.timing = Timing.of(
-        2.0, renew_every=rng.choice((0.5,) * 8 + (0.4,) * 3 + (0.2,)), stall_limit=rng.choice((0.8, 2.0))
-    )
+    renew_every = rng.choice((0.5,) * 8 + (0.4,) * 3 + (0.2,))
+    if world.holds:
+        renew_every = 0.2  # as a declaration must have it: else it stands down before it has asked
+    world.timing = Timing.of(2.0, renew_every=renew_every, stall_limit=rng.choice((0.8, 2.0)))
     hosts = rng.choice((2, 2, 3, 3, 3, 4, 5))
     world.nats = Nats(world, hosts, StreamList(1, ("s1", "s2", "s3")))
     world.hosts = [Host(world, index) for index in range(hosts)]
