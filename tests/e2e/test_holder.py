@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -39,6 +40,11 @@ class Lives:
     def holder_pid(self) -> int:
         """The holder that runs; 0: none."""
         return holder_of(self._folder)
+
+    @property
+    def holder(self) -> Holder:
+        """That of the present life, which has a backend already."""
+        return self._holders[-1]
 
     def backend(self, command: list[str] | None = None) -> ProcessBackend:
         """That of the present life."""
@@ -184,6 +190,70 @@ async def test_exit_code_of_a_program_that_ends_in_the_gap(
     assert lines[-1] == "last words"
     await running.stop("it ended")
     assert not lives.known
+
+
+async def test_exit_code_of_a_program_that_ends_while_it_is_taken_up(lives: Lives) -> None:
+    """The holder tells of the end before it answers: the code is not lost."""
+    resource = await lives.start("import time; time.sleep(60)")
+    await lives.leave()
+    section = lives.section()
+    taking = lives.backend()
+    await lives.holder.claim(resource.id)
+    os.kill(lives.holder_pid, signal.SIGSTOP)
+    try:
+        adopting = asyncio.create_task(taking.adopt(section, resource))
+        await until(lambda: lives.holder._link._asked)  # pyright: ignore
+        os.kill(resource.pgid, signal.SIGUSR1)
+        await until(lambda: not system.is_running(resource.pgid))
+    finally:
+        os.kill(lives.holder_pid, signal.SIGCONT)
+    running = await asyncio.wait_for(adopting, 10)
+    assert running is not None
+    ended = await asyncio.wait_for(asyncio.ensure_future(running.ended), 10)
+    assert "SIGUSR1" in ended
+    await running.stop("it ended")
+
+
+async def test_exit_code_of_a_program_that_ends_before_its_start_is_noticed(lives: Lives) -> None:
+    """What the holder answers and that it has ended are read at once: the code is not lost."""
+    lives.backend()
+    await lives.holder.claim("none")
+    null = os.open(os.devnull, os.O_RDONLY)
+    try:
+        spawning = asyncio.create_task(
+            lives.holder.spawn(
+                "wiki.12.0123456789abcdef",
+                ["/bin/sh", "-c", "exit 7"],
+                env={},
+                cwd="",
+                identity=None,
+                stdin=null,
+                group=None,
+                on_line=print,
+                on_exit=list,
+            )
+        )
+        link = lives.holder._link  # pyright: ignore
+        assert link is not None
+        while not link._asked:  # noqa: ASYNC110  # pyright: ignore
+            await asyncio.sleep(0)
+        deadline = system.now() + 10
+        while b'"ended"' not in peek(link._channel):  # pyright: ignore
+            assert system.now() < deadline  # nothing else runs meanwhile: the loop stands still
+        process = await asyncio.wait_for(spawning, 10)
+    finally:
+        os.close(null)
+    await asyncio.wait_for(process.exited.wait(), 10)
+    assert (process.how, process.code) == ("exited with code 7", 7)
+    process.reap()
+
+
+def peek(channel: socket.socket) -> bytes:
+    """What there is to be read."""
+    try:
+        return channel.recv(1 << 16, socket.MSG_PEEK)
+    except BlockingIOError:
+        return b""
 
 
 async def test_adopted_program_that_ends_later_says_how(lives: Lives, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ ANSWER_SECONDS = 5.0
 
 END_SECONDS = 2.0
 MAX_PENDING = 64
-"""Requests under way at once."""
+"""Requests under way at once, and ends that are known before the start was noticed."""
 
 _PROGRAM = Path(__file__).with_name("holder_process.py")
 _LOOK_SECONDS = 0.02
@@ -161,7 +161,7 @@ class Holder:
             return None
         answer, descriptors = await link.ask({"do": "take", "id": marker}, [])
         _raise_refusal(answer)
-        del link.claims[marker]
+        claim = link.claims.pop(marker, claim)  # it may have ended, or been forgotten, meanwhile
         process = link.follow(marker, claim.ref, descriptors[0], on_line, on_exit)
         if claim.code is not None:
             process.on_code(claim.code)
@@ -297,6 +297,8 @@ class _Link:
         self._asked: dict[int, _Asked] = {}
         self._number = 0
         self._held: dict[str, HeldProcess] = {}
+        self._early: dict[str, int] = {}
+        """Codes of what has ended before anybody followed it: that comes with the answer to its start."""
         self._incoming, self._descriptors = b"", list[int]()
         self._outgoing: deque[tuple[bytes, list[int]]] = deque()
         self._loop = asyncio.get_running_loop()
@@ -360,6 +362,8 @@ class _Link:
         """Be told of the end of a program that it holds."""
         process = HeldProcess(ref, output, lambda: self.forget(marker), on_line, on_exit)
         self._held[marker] = process
+        if (code := self._early.pop(marker, None)) is not None:
+            process.on_code(code)
         if self.is_gone:
             process.on_holder_gone()
         return process
@@ -368,6 +372,7 @@ class _Link:
         """Nothing of that runs any more."""
         self._held.pop(marker, None)
         self.claims.pop(marker, None)
+        self._early.pop(marker, None)
         if not self.is_gone:
             self.send({"do": "forget", "id": marker}, [])
 
@@ -494,6 +499,10 @@ class _Link:
             process.on_code(code)
         elif (claim := self.claims.get(marker)) is not None:
             self.claims[marker] = claim._replace(code=code)
+        else:
+            self._early[marker] = code
+            if len(self._early) > MAX_PENDING:
+                del self._early[next(iter(self._early))]
 
 
 def _see_end(process: subprocess.Popen[bytes], holds: bool) -> None:

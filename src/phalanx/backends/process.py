@@ -232,6 +232,8 @@ class _Run:
         except OSError as error:
             raise spawn_failed(self._app, launch.program, error) from error
         self._child = program
+        if program.exited.is_set():
+            self._on_exit()
         if self._cgroup is not None:
             await self._confine(partial(self._cgroup.add, program.pid))
         try:
@@ -314,7 +316,7 @@ class _Run:
 
     def _on_exit(self) -> None:
         if self._child is None:
-            return  # it is just being taken up, which looks again
+            return  # it is just being started or taken up, which looks again
         if not self._asked_to_end and not self._ended.done():
             self._ended.set_result(self._child.how)
 
