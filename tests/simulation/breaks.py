@@ -108,11 +108,11 @@ class UnlistedMember(Member):
 
 
 class ForgetfulMember(Member):
-    """Is bound for half of what it has promised."""
+    """Is bound for a tenth of what it has promised."""
 
     def bound_until(self, app: str) -> float:
         """The break."""
-        return super().bound_until(app) - 0.5 * self.timing.observe
+        return super().bound_until(app) - 0.9 * self.timing.observe
 
 
 class CarelessClaim(Claim):
