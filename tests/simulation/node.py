@@ -252,6 +252,8 @@ class Node(Process):
         if self.repair.pending is not None:
             self.repair.settle()
         self.election.step(now)
+        if self.stopping and self.ready and self.app.section is None:
+            self._leave_if_idle()
 
     def _step_hold(self, hold: Hold, now: float) -> None:
         hold.step(now)
@@ -310,7 +312,11 @@ class Node(Process):
             return
         if self.app.section is not None:
             self.app.end("SIGTERM", self.election.choose())
-        elif self.election.unreleased is None and not self.election.is_busy:
+        else:
+            self._leave_if_idle()
+
+    def _leave_if_idle(self) -> None:
+        if self.election.unreleased is None and not self.election.is_busy:
             self.leave()
 
     def leave(self) -> None:
