@@ -26,6 +26,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -53,6 +54,7 @@ RESPAWN_SECONDS = 1.0
 """Between a warden's death and the start of the next one."""
 
 _LOCK_POLL_SECONDS = 0.02
+_EXIT_SECONDS = 0.05
 _GOODBYE = b"goodbye\n"
 _MAX_BYTES = 16384
 
@@ -130,10 +132,16 @@ class Warden:
     def reap(self) -> str:
         """Let go of one that has died; how it ended."""
         self._channel.close()
+        deadline = system.now() + _EXIT_SECONDS
         try:
-            _, status = os.waitpid(self.pid, os.WNOHANG)
+            # A process that dies closes what it has open a moment before it can be waited for.
+            while (found := os.waitpid(self.pid, os.WNOHANG))[0] == 0 and system.now() < deadline:
+                time.sleep(0.001)
         except ChildProcessError:
             return "it is gone"
+        pid, status = found
+        if pid == 0:
+            return "it does not quite end"
         code = os.waitstatus_to_exitcode(status)
         return f"killed by signal {-code}" if code < 0 else f"exited with code {code}"
 
