@@ -75,6 +75,7 @@ class Guard:
         self._wake = asyncio.Event()
         self._held: set[str] = set()
         self._leaving_since: float | None = None
+        self._leaving_reason = ""
 
     def wake(self) -> None:
         """Look again now."""
@@ -117,17 +118,19 @@ class Guard:
             self._session.off_change(self.wake)
 
     def _leaves(self, now: float) -> bool:
-        """Whether the session is to be given up; asks for the end of everything when that begins."""
+        """Whether the session is to be given up; asks for the end of everything from then on."""
         reason = self._watched.stop_reason or self._cut_off(now)
         if reason and self._leaving_since is None:
-            self._leaving_since = now
+            self._leaving_since, self._leaving_reason = now, reason
             for app in self._apps:
                 app.bar(reason)
+        if self._leaving_since is not None:
+            # At every look: a leader key that was on its way when the apps were barred may come after that.
             for app in self._apps:
                 if self._watched.stop_reason and self._watched.keeps(app):
-                    app.leave(reason)
+                    app.leave(self._leaving_reason)
                 else:
-                    app.end_section(reason)
+                    app.end_section(self._leaving_reason)
         return self._leaving_since is not None
 
     def _cut_off(self, now: float) -> str:

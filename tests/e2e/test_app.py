@@ -25,6 +25,8 @@ from phalanx import (
     Platform,
     Role,
 )
+from phalanx.bus.connection import NatsBus
+from phalanx.names import LEADER_KEY, Names
 from phalanx.testing.nats import NatsServer
 
 
@@ -214,3 +216,43 @@ async def test_members_tell_who_is_there(nats_server: NatsServer, tmp_path: Path
             assert member.version
             assert member.since > 0
         await until(lambda: set(one.members()) == {"n1"})
+
+
+async def test_leader_key_that_comes_while_the_node_stops_does_not_keep_it(
+    nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G10: another app is still standing down when it comes. Its section ends, and so does the node."""
+    names, real = Names("test"), NatsBus.write
+    written, may_come, standing_down, may_end = (asyncio.Event() for _ in range(4))
+
+    async def write(bus: NatsBus, subject: str, *arguments: Any, **options: Any) -> int:
+        revision = await real(bus, subject, *arguments, **options)
+        if subject == names.key_subject(names.app_bucket("late"), LEADER_KEY):
+            written.set()
+            await may_come.wait()
+        return revision
+
+    monkeypatch.setattr(NatsBus, "write", write)
+    platform = Platform("test", node="n1", nats=nats_server.urls, data_dir=str(tmp_path))
+    late, slow = platform.app("late"), platform.app("slow")
+
+    @slow.on_active
+    async def until_told(ctx: ActiveContext) -> None:
+        ctx.ready()
+        await ctx.cancelled.wait()
+        standing_down.set()
+        await may_end.wait()
+
+    await platform.start()
+    try:
+        await platform.wait_for_role("slow", Role.ACTIVE)
+        await written.wait()
+        stopping = asyncio.create_task(platform.stop())
+        await standing_down.wait()
+        may_come.set()
+        await until(lambda: late.leader == "n1")
+    finally:
+        may_come.set()
+        may_end.set()
+    async with asyncio.timeout(20):
+        await stopping
