@@ -200,12 +200,22 @@ def test_who_is_to_be_added_has_to_promise_from_before_that_is_sent() -> None:
     """Until a list of a later revision shows that it never will be stored."""
     mine = claim(7)
     more = wanted(LIST, [("n4", "h4:1"), ("n5", "")], 2.0)
-    assert sorted(more.nodes) == ["n1", "n2", "n3", "n4"]
+    assert sorted(more.nodes) == ["n1", "n2", "n3", "n4", "n5"]
     assert mine.sends(more) == 7
     mine.on_list(7, LIST)  # read back: it may come still
     assert "n4" in mine.asked
     mine.on_list(9, LIST)  # somebody has written since: it can't any more
     assert "n4" not in mine.asked
+
+
+def test_g1_nothing_is_held_while_a_candidate_does_not_hold() -> None:
+    """Of an older version, or declared otherwise: it promises nothing and may follow, so it is needed."""
+    mine = claim()
+    mine.sends(wanted(LIST, [("n4", "")], 2.0))
+    for node in ("n2", "n3"):
+        mine.on_promise(node, 100.0, 100.1, 101.0)
+    assert mine.missing(100.1) == ["n4"]
+    assert mine.right_until(100.1, 101.0) == 101.0
 
 
 def test_right_that_has_lapsed_never_comes_back() -> None:

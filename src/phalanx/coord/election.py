@@ -306,6 +306,11 @@ class Election:
         """The leader of an app that holds sees to its member list. False: it has to be tried again."""
         if self._reign is None or not self._bus.is_connected:
             return True
+        session = self._session
+        if session.right_until(self._app) > session.valid_until:
+            # The keeper lets it run that long, by the promises of those who are listed now: nobody may join.
+            await self._admission.step(self._reign.fence, ())
+            return False
         offers = [o for o in self.candidates.values() if not self._register.is_over(o.session)]
         return await self._admission.step(self._reign.fence, offers)
 
@@ -402,7 +407,8 @@ class Election:
         reign = Reign(Epoch(epoch), Fence(self._leader_subject, epoch), self.leader.unfenced)
         self._reign = reign
         self._tidy_at = system.now() + TIDY_SECONDS
-        if self._holds is not None and self._hold:
+        # If an earlier life of this node has not said there that it holds, anybody may follow.
+        if self._holds is not None and self._hold and self.leader.hold:
             self._admission.begin(self._holds.begin(self._app, epoch, self._session))
         self._on_acquired(self._succession(vacant_for))
         self._reigns.put_nowait(reign)

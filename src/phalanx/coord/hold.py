@@ -57,7 +57,10 @@ class Holds:
         self._seen: dict[str, int] = {}
         self._reigns: dict[str, _Reign] = {}
         self._places: dict[str, tuple[str, int]] = {}
-        self._number = 0
+        self._lookups: dict[str, asyncio.Task[None]] = {}
+        # Also the next life of a node that takes its session up asks with numbers that were never used in it:
+        # else an answer to the earlier life, late or repeated by somebody, would pass for one to this.
+        self._number = int(system.now() * 1e6)
 
     # --- as one that could follow
 
@@ -117,8 +120,9 @@ class Holds:
             return {}
         silent = system.now() - 2 * self.timing.ttl
         found = {node: reign.heard.get(node, (NEVER, "")) for node in reign.claim.asked}
+        mute = {node for node, address in reign.claim.asked.items() if not address}
         return {
-            node: refusal or "it does not answer"
+            node: "it does not hold" if node in mute else refusal or "it does not answer"
             for node, (at, refusal) in found.items()
             if refusal or at < silent
         }
@@ -154,35 +158,53 @@ class Holds:
 
     async def run(self) -> None:
         """Ask for promises when they are needed; else, now and then, whether they would be given."""
-        while True:
-            for reign in list(self._reigns.values()):
-                await self._look(reign)
-            await asyncio.sleep(self.timing.renew_every / 2)
+        try:
+            while True:
+                for reign in list(self._reigns.values()):
+                    self._look(reign)
+                await asyncio.sleep(self.timing.renew_every / 2)
+        finally:
+            for lookup in self._lookups.values():
+                lookup.cancel()
 
-    async def _look(self, reign: _Reign) -> None:
+    def _look(self, reign: _Reign) -> None:
         now = system.now()
         needed = asks_now(now, reign.session.valid_until, self.timing)
         if needed or now >= reign.probe_at:
             reign.probe_at = now + self.timing.ttl
             for node, address in reign.claim.asked.items():
-                await self._ask(reign, node, address, self.timing.ttl if needed else 0.0)
+                self._ask(reign, node, address, self.timing.ttl if needed else 0.0)
         self._extend(reign, now)
 
-    async def _ask(self, reign: _Reign, node: str, address: str, lease: float) -> None:
-        if address not in self._places:
-            # Looked up while all is well, and kept: a name server may be gone with NATS.
-            async with asyncio.timeout(self.timing.renew_every):
-                place = await resolve(address)
-            if place is None:
-                return
-            self._places[address] = place
+    def _ask(self, reign: _Reign, node: str, address: str, lease: float) -> None:
+        place = self._place(address)
+        if place is None:
+            return
         now = system.now()
         self._number += 1
         reign.sent[self._number] = (node, now, lease > 0)
         reign.sent = {n: sent for n, sent in reign.sent.items() if now - sent[1] < self.timing.ttl}
         if self.direct is not None:
             ask = Ask(reign.app, reign.epoch, reign.session.id, self._number, lease)
-            self.direct.ask(self._places[address], node, ask)
+            self.direct.ask(place, node, ask)
+
+    def _place(self, address: str) -> tuple[str, int] | None:
+        """Where that is, if it is known yet."""
+        if address and address not in self._places and address not in self._lookups:
+            # One at a time, and nobody waits: a name server that does not answer takes long to give up.
+            self._lookups[address] = asyncio.create_task(self._look_up(address), name=f"look up {address}")
+        return self._places.get(address)
+
+    async def _look_up(self, address: str) -> None:
+        try:
+            place = await resolve(address)
+        finally:
+            self._lookups.pop(address, None)
+        if place is not None:
+            # Kept, as a name server may be gone with NATS.
+            self._places[address] = place
+            for reign in self._reigns.values():
+                reign.probe_at = NEVER
 
     def _extend(self, reign: _Reign, now: float) -> None:
         until = reign.claim.until(now)

@@ -36,7 +36,8 @@ ALWAYS = float("inf")
 
 
 class MemberList(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Who may follow a session that is over, and where each is reached without NATS (``host:port``).
+    """Who may follow a session that is over, and where each is reached without NATS (``host:port``; empty:
+    nowhere, so that it never promises).
 
     ``lease_seconds``: how long a promise may bind its giver, at most.
     """
@@ -223,7 +224,9 @@ def hands_over(now: float, back_since: float, timing: Timing, *, has_successor: 
 
 
 def wanted(members: MemberList, offers: Iterable[tuple[str, str]], lease_seconds: float) -> MemberList:
-    """The list that a leader wants: all that are on it, and all of *offers* (node and address)."""
-    return MemberList(
-        {**members.nodes, **{node: address for node, address in offers if address}}, lease_seconds
-    )
+    """The list that a leader wants: all that are on it, and all of *offers* (node and address).
+
+    Also who says no address: it does not hold, or knows nothing of that (an older version, which follows
+    whether it is listed or not). It can promise nothing, so nothing is held while it is listed.
+    """
+    return MemberList({**members.nodes, **dict(offers)}, lease_seconds)

@@ -1,0 +1,100 @@
+"""A node's part in apps that hold: whom it asks, and what it takes for an answer."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from phalanx import system
+from phalanx.coord import hold
+from phalanx.coord.direct import Answer
+from phalanx.coord.hold import Holds
+from phalanx.coord.session import Session
+from phalanx.decide.hold import Ask, Claim, MemberList
+from phalanx.decide.timing import Timing
+from phalanx.types import SessionId
+
+TIMING = Timing.of(1.0)
+
+
+class Sent:
+    """Takes down what would be sent."""
+
+    def __init__(self) -> None:
+        self.asks: list[tuple[str, Ask]] = []
+
+    def ask(self, address: tuple[str, int], to: str, ask: Ask) -> None:
+        """See Direct."""
+        self.asks.append((to, ask))
+
+
+def leading(holds: Holds, nodes: dict[str, str], session: SessionId) -> tuple[Claim, Sent]:
+    """An app of n1, whose session has just run out, and what it asks."""
+    claim = holds.begin("wiki", 5, Session(session, TIMING))
+    claim.on_list(7, MemberList(nodes, 1.0))
+    sent: Any = Sent()
+    holds.direct = sent
+    return claim, sent
+
+
+async def asking(holds: Holds, sent: Sent, count: int) -> None:
+    """Let it ask so often."""
+    task = asyncio.create_task(holds.run())
+    try:
+        async with asyncio.timeout(20):
+            while len(sent.asks) < count and not task.done():  # noqa: ASYNC110 - nothing tells of it
+                await asyncio.sleep(0.01)
+        assert not task.done()
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_name_server_that_does_not_answer_costs_only_the_promise_of_that_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The others are asked all the same, one look-up is under way, and nothing fails."""
+    lookups: list[str] = []
+
+    async def resolve(address: str) -> tuple[str, int] | None:
+        lookups.append(address)
+        if address.startswith("deaf"):
+            await asyncio.sleep(60)
+        return "127.0.0.1", 1
+
+    monkeypatch.setattr(hold, "resolve", resolve)
+    holds = Holds(TIMING, "n1", lambda app: True)
+    _, sent = leading(holds, {"n1": "h1:1", "n2": "deaf:1", "n3": "h3:1"}, SessionId("n1", "a"))
+    await asking(holds, sent, 20)
+    assert {to for to, _ in sent.asks} == {"n3"}
+    assert sorted(lookups) == ["deaf:1", "h3:1"]
+
+
+async def test_g1_answer_to_an_earlier_life_is_none_to_the_one_that_takes_its_session_up() -> None:
+    """Somebody may repeat it: its number was never used in this life."""
+    session = SessionId("n1", "a")
+    answers: list[Answer] = []
+    for life in range(2):
+        holds = Holds(TIMING, "n1", lambda app: True)
+        claim, sent = leading(holds, {"n1": "h1:1", "n2": "127.0.0.1:1"}, session)
+        await asking(holds, sent, 5)
+        if life == 0:
+            answers = [Answer("test", "n2", "n1", "wiki", session, ask.number) for _, ask in sent.asks]
+        else:
+            assert not {answer.number for answer in answers} & {ask.number for _, ask in sent.asks}
+            assert min(ask.number for _, ask in sent.asks) > max(answer.number for answer in answers)
+        assert claim.missing(system.now()) == ["n2"]
+
+
+async def test_node_that_does_not_hold_is_not_asked_and_nothing_is_held_meanwhile() -> None:
+    """It can take over whatever it would promise, so it never did; status says why."""
+    holds = Holds(TIMING, "n1", lambda app: True)
+    claim, sent = leading(holds, {"n1": "h1:1", "n2": "", "n3": "127.0.0.1:1"}, SessionId("n1", "a"))
+    await asking(holds, sent, 3)
+    now = system.now()
+    claim.on_promise("n3", now, now, now + 1.0)
+    assert {to for to, _ in sent.asks} == {"n3"}
+    assert not holds.is_held("wiki", now)
+    assert holds.missing("wiki")["n2"] == "it does not hold"
