@@ -123,7 +123,7 @@ async def test_g1_reign_that_an_earlier_life_began_without_holding_is_not_held(
 async def test_g1_nobody_is_added_while_the_keeper_lets_the_section_outlive_its_session(
     nats_server: NatsServer,
 ) -> None:
-    """Whoever is new has not promised what the keeper goes by; once the session reaches further it is added."""
+    """Who is new has not promised what the keeper goes by; once the session reaches further it is added."""
     async with leading(nats_server, LeaderBody(ME, nonce="x", hold=True)) as (bus, _, lease, _):
 
         async def listed(*nodes: str) -> None:
