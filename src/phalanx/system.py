@@ -144,6 +144,12 @@ def is_running(pid: int) -> bool:
     return not _output("ps", "-o", "stat=", "-p", str(pid)).startswith("Z") and process_start_time(pid) != 0
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether *pid* stands still by a signal (SIGSTOP) or a debugger. False where nobody can tell (macOS)."""
+    stat = _stat(pid) if LINUX else None
+    return stat is not None and stat.state in ("T", "t")
+
+
 def command_line(pid: int) -> list[str]:
     """The program and arguments of *pid*; empty if it is gone. macOS: split at every space."""
     if not LINUX:

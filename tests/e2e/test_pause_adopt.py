@@ -350,6 +350,25 @@ async def test_keeper_alone_in_a_pause_is_killed(s: Adopting) -> None:
     s.check_apart(last)
 
 
+async def test_g1_keeper_alone_in_a_pause_is_stopped(s: Adopting) -> None:
+    """It renews no more, and would end nothing: its warden kills it, and ends what runs."""
+    node, last = await s.paused()
+    node.kill()
+    kept = note.read(node.data_dir)
+    assert kept is not None
+    await s.until(lambda: (node.data_dir / note.SOCKET).exists(), "the keeper is not alone yet")
+    stopped = system.now()
+    os.kill(kept.pid, signal.SIGSTOP)
+    await s.until(lambda: not s.engine.running(), "nobody ends it")
+    print(f"said its last {1000 * (s.ticks()[-1].at - stopped):.0f} ms after the keeper's stop")
+    await s.until(lambda: not kept.lives, "the keeper still is there")
+    await s.client.resume("wiki")
+    await s.taken_over(node, last)
+    node.start()
+    await s.nodes.wait_for_standbys("wiki", 1)
+    s.check_apart(last)
+
+
 @pytest.mark.parametrize("warden", [True, False])
 async def test_node_and_keeper_killed_in_a_pause_then_started(s: Adopting, warden: bool) -> None:
     """Nothing of the old life runs on, or twice: its warden ends it, or else the next life does."""

@@ -207,7 +207,7 @@ async def test_warden_is_small_and_sleeps(nats_server: NatsServer, tmp_path: Pat
         node = s.nodes[await s.settled()]
         (warden,) = wardens_of(node)
         kept = open_descriptors(warden)
-        assert len(kept) <= 5, kept
+        assert len(kept) <= 6, kept  # the standard three, the channel, the lock, the node
 
         def used() -> int:
             fields = Path(f"/proc/{warden}/stat").read_text().rpartition(")")[2].split()
@@ -231,6 +231,28 @@ def sizes_of(pid: int) -> dict[str, int]:
 def open_descriptors(pid: int) -> dict[str, str]:
     """What *pid* has open."""
     return {entry.name: os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+async def test_g1_keeper_stopped_and_node_killed_the_warden_ends_what_is_left(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """Nobody else would, until the node is started again: the keeper cannot see that its node is dead."""
+    program, pids = forking(tmp_path)
+    with stage(tmp_path, nats_server, count=1, ttl=1.0, backend=program, hooks=False) as s:
+        node = s.nodes[await s.settled()]
+        victims = await s.nodes.wait_until(lambda: processes(pids), 10, "no programs")
+        keeper = system.ProcessRef.of(node.keeper_pid)
+        (warden,) = wardens_of(node)
+        os.kill(holder_of(node.data_dir), signal.SIGSTOP)  # it would do that too
+        try:
+            node.freeze_keeper()
+            node.kill()
+            await s.nodes.wait_until(lambda: not any(v.alive() for v in victims), 10.0, "they go on")
+        finally:
+            os.kill(holder_of(node.data_dir), signal.SIGCONT)
+        assert not keeper.alive()
+        await s.nodes.wait_until(lambda: not system.is_running(warden), 10.0, "the warden goes on")
+        assert f"the keeper, process {keeper.pid}, stands still: killing it" in node.log()
 
 
 # --- the parts

@@ -44,11 +44,14 @@ async def test_g1_what_a_dying_node_begins_at_the_last_moment_is_ended_too(
     ending: Any = SimpleNamespace(end_resources=end, prolong_addresses=lambda: None)
     link = NodeLink(os.getpid(), lambda message: None, lambda: None)
     watchdog = Watchdog(Timing.of(2.0), 0.0)
-    holding = Holding(start, renewer, watchdog, registry, link, wishes, ending, asyncio.Event())
+    told = list[int | None]()
+    wardens: Any = SimpleNamespace(on_node=told.append)
+    holding = Holding(start, renewer, watchdog, registry, link, wishes, ending, wardens, asyncio.Event())
     try:
         await holding._be_alone(Fencing("it stood still", kill_node=True))
     finally:
         holding._end_absence()  # pyright: ignore
         await asyncio.sleep(0)
     assert ended == ["other", "late"]
+    assert told == [None]
     assert registry.resources == [kept]

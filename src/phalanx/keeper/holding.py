@@ -19,6 +19,7 @@ from phalanx.keeper import away, fencing, wire
 from phalanx.keeper.ending import Ending
 from phalanx.keeper.link import NodeLink
 from phalanx.keeper.renewing import Renewer
+from phalanx.keeper.wardens import Wardens
 from phalanx.keeper.wishes import Wishes
 from phalanx.names import Names
 
@@ -40,11 +41,13 @@ class Holding:
         link: NodeLink,
         wishes: Wishes,
         ending: Ending,
+        wardens: Wardens,
         wake: asyncio.Event,
     ) -> None:
         self._start, self._names = start, Names(start.platform)
         self._renewer, self._watchdog, self._registry = renewer, watchdog, registry
         self._link, self._wishes, self._ending, self._wake = link, wishes, ending, wake
+        self._wardens = wardens
         self._switched_at = float("-inf")
         self._absence: away.Absence | None = None
 
@@ -140,6 +143,7 @@ class Holding:
         # Again: a node that woke up only now may have begun something between that look and its death.
         await self._end_unkept(kill_node=False)
         self._watchdog.on_away(system.now())
+        self._wardens.on_node(None)
         self._absence = away.Absence(self._renewer.bus, self._names, session, self._wake.set)
         await self._absence.begin(Path(self._start.state_dir), self._wishes.keep)
         self._ending.prolong_addresses()
@@ -196,6 +200,7 @@ class Holding:
         await self._ending.end_resources(ending, kill_node=False)
         self._end_absence()
         self._link.take_up(transport, pid)
+        self._wardens.on_node(pid)
         self._watchdog.on_back(system.now())
         log.info("node %s: taken up by process %d", session.node, pid)
         self._link.say(wire.Attached(session, tuple(registry.resources)))

@@ -100,7 +100,15 @@ class Keeper:
         ending = Ending(start, renewer, registry, self._link, self._wardens)
         try:
             await Holding(
-                start, renewer, watchdog, registry, self._link, self._wishes, ending, self._wake
+                start,
+                renewer,
+                watchdog,
+                registry,
+                self._link,
+                self._wishes,
+                ending,
+                self._wardens,
+                self._wake,
             ).run()
         finally:
             await bus.close()

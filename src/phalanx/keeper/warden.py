@@ -6,6 +6,9 @@ keeper has. An end without a goodbye means that the keeper died: the warden kill
 ``registered.json`` names, by the keeper's own code, and exits. If only the keeper dies, the node ends its
 sections itself, as its session is lost: both kill the same things, which does no harm.
 
+While there is no node (it was killed, or is away in a pause) nobody but the warden would notice a keeper that
+stands still: it renews nothing, and would end nothing. Such a keeper is killed, and then it is as above.
+
 It is forked before the keeper starts its event loop and any thread, so it costs neither start-up time nor,
 as all of its memory is shared, much of that.
 
@@ -22,6 +25,7 @@ import gc
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -29,7 +33,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from phalanx import system
 from phalanx.keeper import fencing
@@ -52,6 +56,14 @@ has the data directory. Then its warden ends what it has kept."""
 
 RESPAWN_SECONDS = 1.0
 """Between a warden's death and the start of the next one."""
+
+LOOK_SECONDS = 0.1
+"""Between looks at the keeper while there is no node."""
+
+STOPPED_LOOKS = 5
+"""A keeper that stands still at so many of them in a row is as good as dead. With the renewal before, that is
+still within the shortest session (1 s). Looks, not seconds: what was stopped along with the warden, and wakes
+with it, has as much time again."""
 
 _LOCK_POLL_SECONDS = 0.02
 _EXIT_SECONDS = 0.05
@@ -98,10 +110,15 @@ class Warden:
         process.returncode = 0  # it is waited for in :meth:`reap`, as a forked one
         return warden
 
-    def tell(self, state_dir: Path, lock: system.FileLock | None) -> None:
-        """From now on it kills what ``registered.json`` in *state_dir* names if this process dies; it holds
-        *lock* as well. Raises OSError if it is dead."""
-        message = json.dumps({"state_dir": str(state_dir.absolute())}).encode() + b"\n"
+    def tell(
+        self, state_dir: Path, lock: system.FileLock | None, node: system.ProcessRef | None = None
+    ) -> None:
+        """From now on it kills what ``registered.json`` in *state_dir* names if this process dies, or stands
+        still without *node* (None: there is none now); it holds *lock* as well.
+
+        Raises OSError if it is dead.
+        """
+        message = json.dumps({"state_dir": str(state_dir.absolute()), "node": node}).encode() + b"\n"
         descriptors = [lock.fileno()] if lock is not None else []
         socket.send_fds(self._channel, [message], descriptors)
 
@@ -219,7 +236,9 @@ def _name() -> None:
 def _serve(channel: socket.socket) -> None:
     """Wait until the keeper says goodbye, or is gone. Then what it has told of is killed."""
     received, descriptors = b"", list[int]()
+    watch = _Watch(channel)
     while not received.endswith(_GOODBYE):
+        watch.wait()
         try:
             data, new, _, _ = socket.recv_fds(channel, _MAX_BYTES, 1)
         except ConnectionResetError:
@@ -229,12 +248,66 @@ def _serve(channel: socket.socket) -> None:
             _keeper_died(received)
             return
         received += data
+        if received.endswith(b"\n") and not received.endswith(_GOODBYE):
+            watch.on_node(_last(received)["node"])
+
+
+class _Watch:
+    """Waits for *channel*, and has an eye on the keeper, our parent, while there is no node."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self._keeper, self._channel = os.getppid(), channel.fileno()
+        self._poll = select.poll()
+        self._poll.register(channel, select.POLLIN)
+        self._node: int | None = None
+        """Its descriptor, readable once it has ended."""
+        self._is_away, self._stopped_looks = False, 0
+
+    def on_node(self, node: list[int] | None) -> None:
+        """From now on there is that one, pid and start time; or none."""
+        self._forget_node()
+        self._is_away, self._stopped_looks = True, 0
+        if node is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self._node = system.open_pidfd(node[0])
+            if self._node is not None:
+                self._poll.register(self._node, select.POLLIN)
+            self._is_away = not system.ProcessRef(*node).alive()
+
+    def _forget_node(self) -> None:
+        if self._node is not None:
+            self._poll.unregister(self._node)
+            os.close(self._node)
+            self._node = None
+
+    def wait(self) -> None:
+        """Return when there is something to be received, or the end."""
+        while True:
+            ready = [number for number, _ in self._poll.poll(1000 * LOOK_SECONDS if self._is_away else None)]
+            if self._channel in ready:
+                return
+            if ready:
+                self._forget_node()
+                self._is_away = True
+            else:
+                self._look()
+
+    def _look(self) -> None:
+        self._stopped_looks = self._stopped_looks + 1 if system.is_stopped(self._keeper) else 0
+        if self._stopped_looks >= STOPPED_LOOKS and os.getppid() == self._keeper:
+            log.error("there is no node, and the keeper, process %d, stands still: killing it", self._keeper)
+            os.kill(self._keeper, signal.SIGKILL)  # its end is the channel's
+
+
+def _last(received: bytes) -> dict[str, Any]:
+    return json.loads(received.splitlines()[-1])
 
 
 def _keeper_died(received: bytes) -> None:
     if not received.endswith(b"\n"):
         return  # it died before it had registered anything
-    state_dir = Path(json.loads(received)["state_dir"])
+    state_dir = Path(_last(received)["state_dir"])
     began = system.now()
     try:
         left = fencing.Registry(state_dir).left_over()

@@ -22,6 +22,8 @@ class Wardens:
         self._warden: Warden | None = warden
         self._lock: system.FileLock | None = None
         self._replacing: asyncio.Task[None] | None = None
+        self._state_dir: Path | None = None
+        self._node: system.ProcessRef | None = system.ProcessRef.of(link.process.pid)
 
     async def take_lock(self, state_dir: Path) -> None:
         """Wait until nobody of an earlier life kills anything any more. Raises TimeoutError."""
@@ -29,12 +31,20 @@ class Wardens:
 
     def instruct(self, state_dir: Path) -> None:
         """Have it kill what is registered, should this process die; and be told if it dies itself."""
-        warden = self._warden
-        if warden is None:
-            return
-        warden.watch(lambda: self._on_death(state_dir))
+        self._state_dir = state_dir
+        if self._warden is not None:
+            self._warden.watch(lambda: self._on_death(state_dir))
+            self._tell(self._warden, state_dir)
+
+    def on_node(self, pid: int | None) -> None:
+        """There is that node from now on. None: there is none, and a warden looks whether we stand still."""
+        self._node = system.ProcessRef.of(pid) if pid is not None else None
+        if self._warden is not None and self._state_dir is not None:
+            self._tell(self._warden, self._state_dir)
+
+    def _tell(self, warden: Warden, state_dir: Path) -> None:
         try:
-            warden.tell(state_dir, self._lock)
+            warden.tell(state_dir, self._lock, self._node)
         except OSError as error:
             log.debug("the warden is dead: %s", error)  # the watch tells of it
 
