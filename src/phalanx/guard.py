@@ -185,9 +185,10 @@ class Guard:
             return True
         for app in left:
             back_since = self._holds.nats_back_since(app.name)
-            if back_since is not None and hands_over(
-                now, back_since, self._timing, has_successor=app.others_can()
-            ):
+            if back_since is None:
+                continue
+            can, waits = app.others_can(), app.spool_bytes
+            if hands_over(now, back_since, self._timing, has_successor=can, spool_bytes=waits):
                 app.end_section("NATS is back, and the session is over")
         return False
 

@@ -20,6 +20,7 @@ from phalanx.decide.hold import (
     hands_over,
     wanted,
 )
+from phalanx.decide.switchover import MAX_SPOOL_BYTES
 from phalanx.decide.timing import Timing
 from phalanx.types import LeaderRecord, SessionId
 
@@ -244,6 +245,13 @@ def test_reign_without_a_session_ends_when_somebody_can_follow_it() -> None:
     assert hands_over(100.0, 99.9, TIMING, has_successor=True)
     assert not hands_over(103.9, 100.0, TIMING, has_successor=False)
     assert hands_over(104.1, 100.0, TIMING, has_successor=False)
+
+
+def test_reign_without_a_session_ships_its_database_before_it_is_handed_over() -> None:
+    """All of the time without NATS waits for the log: more than a hand-over has time for."""
+    for since in (99.9, 10.0):
+        assert not hands_over(100.0, since, TIMING, has_successor=True, spool_bytes=MAX_SPOOL_BYTES + 1)
+        assert hands_over(100.0, since, TIMING, has_successor=True, spool_bytes=MAX_SPOOL_BYTES)
 
 
 @given(

@@ -156,6 +156,11 @@ class App(DeclaredApp):
         """The standing offers of all nodes to lead the app, as this node knows them."""
         return tuple(self._term.election.candidates.values()) if self._term is not None else ()
 
+    @property
+    def spool_bytes(self) -> int:
+        """What is committed in its database here and not in the log yet."""
+        return self.database.brief().spool_bytes if self.database is not None else 0
+
     def others_can(self) -> bool:
         """Whether another node is an eligible candidate."""
         return self._candidacy.others_can()

@@ -28,6 +28,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from phalanx.decide.switchover import MAX_SPOOL_BYTES
 from phalanx.decide.timing import OBSERVE_FACTOR, Timing
 from phalanx.types import LeaderRecord, SessionId
 
@@ -216,10 +217,18 @@ def asks_now(now: float, valid_until: float, timing: Timing) -> bool:
     return valid_until - now < timing.hold - 1.5 * timing.renew_every
 
 
-def hands_over(now: float, back_since: float, timing: Timing, *, has_successor: bool) -> bool:
+def hands_over(
+    now: float, back_since: float, timing: Timing, *, has_successor: bool, spool_bytes: int = 0
+) -> bool:
     """Whether a reign that has outlived its session ends now, as NATS is there again since *back_since*: as
     soon as somebody can follow, or when nobody has come for two TTLs. It cannot go on under another session:
-    its epoch is that of a leader key that names the old one."""
+    its epoch is that of a leader key that names the old one.
+
+    *spool_bytes*: what waits for the log of its database, all of the time without NATS. As a hand-over has
+    seconds for that, it is shipped first: the successor would begin without it.
+    """
+    if spool_bytes > MAX_SPOOL_BYTES:
+        return False
     return has_successor or now - back_since > 2 * timing.ttl
 
 
