@@ -18,7 +18,7 @@ import msgspec
 import pytest
 
 from phalanx import config, system
-from phalanx.backends import Holder, ProcessBackend, holder
+from phalanx.backends import Holder, ProcessBackend, holder, process
 from phalanx.keeper import note
 from phalanx.ports import Running, SectionContext
 from phalanx.testing.holders import holder_of
@@ -287,6 +287,43 @@ async def test_g1_what_is_not_the_very_program_is_not_adopted(lives: Lives, what
     assert await lives.adopt(asked, epoch) is None
     if what in ("start time", "pid", "epoch", "app"):
         await until(lambda: not system.is_running(resource.pgid))
+
+
+def zombies_of(holder_pid: int) -> list[int]:
+    """Children that have ended and are held on to."""
+    text = Path(f"/proc/{holder_pid}/task/{holder_pid}/children").read_text()
+    return [pid for pid in map(int, text.split()) if not system.is_running(pid)]
+
+
+async def test_what_is_not_adopted_is_let_go_of(lives: Lives) -> None:
+    """Its holder, which lives on, keeps neither its pid nor its pipe."""
+    resource = await lives.start("import time; time.sleep(60)")
+    await lives.leave()
+    assert await lives.adopt(resource, epoch=13) is None
+    await until(lambda: not zombies_of(lives.holder_pid))
+    assert await lives.holder.claim(resource.id) is None
+
+
+async def test_start_lets_go_of_an_earlier_life_before_it_looks_for_groups_that_nobody_holds(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else the empty control group of that would be there until the start after this one."""
+    resource = await lives.start("import time; time.sleep(60)")
+    await lives.leave()
+    os.killpg(resource.pgid, signal.SIGKILL)
+    await until(lambda: not system.is_running(resource.pgid))
+    backend, seen = lives.backend(["sleep", "60"]), list[list[int]]()
+    await lives.holder.claim(resource.id)
+    fence = process._fence  # pyright: ignore
+
+    def look(app: str, names: str) -> list[str]:
+        seen.append(zombies_of(lives.holder_pid))
+        return fence(app, names)
+
+    monkeypatch.setattr(process, "_fence", look)
+    running = await backend.start(lives.section())
+    assert seen == [[]]
+    await running.kill()
 
 
 async def test_g1_holder_that_was_killed_in_the_gap_has_left_nothing(lives: Lives) -> None:

@@ -168,12 +168,26 @@ class Holder:
         group = descriptors[1] if len(descriptors) > 1 else None
         return Taken(process, binascii.a2b_base64(answer["output"]), answer["dropped"], group)
 
-    def forget_claims(self, app: str) -> None:
-        """Nothing of what an earlier life has left of *app* runs any more."""
+    def forget_claim(self, marker: str) -> None:
+        """Nothing of that runs any more, and nobody takes it up."""
+        if self._link is not None and marker in self._link.claims:
+            self._link.forget(marker)
+
+    async def forget_claims(self, app: str) -> None:
+        """Nobody takes up what an earlier life has left of *app*; what runs of it is killed.
+
+        Returns when nothing of it is held any more.
+        """
         link = self._link
-        for marker in [one for one in (link.claims if link else ()) if one.startswith(f"{app}.")]:
-            assert link is not None
+        left = [one for one in (link.claims if link else ()) if one.startswith(f"{app}.")]
+        if link is None or not left:
+            return
+        for marker in left:
             link.forget(marker)
+        try:
+            await link.ask({"do": "sync"}, [])
+        except HolderGone as error:
+            log.error("app %s: what an earlier life has left may be held still: %s", app, error)
 
     # --- the process
 

@@ -22,6 +22,7 @@ that, and ``{"do": "end"}``, keep their form for ever. Then from the node, each 
   since nobody did), ``dropped`` (bytes of that which were too many), with the pipe's reading end, and the
   descriptor of the control group; or ``errno``.
 - ``forget``: ``id``, no answer. Nothing of it runs; its pid may become another's.
+- ``sync``: answered once everything before it is done (an older holder says ``errno``, then, too).
 
 To the node, whenever a program ends: ``{"ended": id, "code"}``, negative for a signal.
 """
@@ -349,6 +350,8 @@ class Holder:
                 self._take(link, message["number"], self._held.get(message["id"]))
             case "forget":
                 self._forget(message["id"])
+            case "sync":
+                link.send({"number": message["number"]})
             case "end":
                 self._end("a node of another version asked for it")
                 sys.exit(0)

@@ -73,16 +73,20 @@ class ProcessBackend:
         try:
             run = await self._take_up(section, resource)
         except BaseException:
-            await child.finish(
-                asyncio.create_task(_end_for_certain(resource), name=f"{section.app} backend, giving up")
-            )
+            await self._give_up(section, resource)
             section.unregister(resource.id)
             raise
         if run is None:
-            await child.finish(
-                asyncio.create_task(_end_for_certain(resource), name=f"{section.app} backend, giving up")
-            )
+            await self._give_up(section, resource)
         return run
+
+    async def _give_up(self, section: SectionContext, resource: Resource) -> None:
+        ending = asyncio.create_task(_end_for_certain(resource), name=f"{section.app} backend, giving up")
+        try:
+            await child.finish(ending)
+        finally:
+            if self._holder is not None:
+                self._holder.forget_claim(resource.id)
 
     async def _take_up(self, section: SectionContext, resource: Resource) -> _Run | None:
         app, holder = section.app, self._holder
@@ -121,9 +125,9 @@ class ProcessBackend:
         launch = await child.in_thread(partial(prepare, self._config, section.app))
         # Of this node alone: others, in tests and demos, may have the same host.
         own = f"{section.app}.{section.platform}.{section.node}."
-        await child.in_thread(partial(_fence, section.app, own))
         if self._holder is not None:
-            self._holder.forget_claims(section.app)
+            await self._holder.forget_claims(section.app)  # it holds the groups of that as well
+        await child.in_thread(partial(_fence, section.app, own))
         marker = f"{section.app}.{section.epoch}.{secrets.token_hex(8)}"
         details = {"cgroup": cgroup_v2.path_of(own + marker.partition(".")[2])} if launch.contained else {}
         resource = Resource("process", marker, section.app, section.epoch, details=details)
