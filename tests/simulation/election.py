@@ -107,9 +107,10 @@ class Election:
 
     def _takeover(self) -> Takeover:
         holder, hold = self.leader.session, self.node.hold
-        if holder is None or hold is None:
+        if hold is None:
             return Takeover()
-        return hold.takeover(self.leader, gone=self.node.watches.observer.ended_itself(holder))
+        gone = holder is None or self.node.watches.observer.ended_itself(holder)
+        return hold.takeover(self.leader, gone=gone)
 
     def _begin(self, epoch: int) -> None:
         thing = self.node.app.to_adopt(epoch)

@@ -102,6 +102,19 @@ def test_question_that_comes_twice_or_late_is_not_answered() -> None:
 # --- who follows
 
 
+@pytest.mark.parametrize("older", [LeaderRecord(0), LeaderRecord(4), LeaderRecord(3, OTHER)])
+def test_g1_promise_holds_though_the_servers_have_lost_the_key_of_that_reign(older: LeaderRecord) -> None:
+    """Released as the key may be now, or of somebody else: who was promised to knows nothing of that."""
+    member = Member(TIMING, 0.0)
+    member.answer(ask(), seen=5, leads=False, now=100.0)
+    takeover = follows(member, older, gone=older.session is None)
+    assert takeover.not_before == pytest.approx(102.1)
+    view = View(OTHER, True, True, older, True, 0.0, takeover=takeover)
+    if older.session is None:
+        assert next_action(view, 100.5, lambda s: True) == Wait(takeover.not_before)
+    assert follows(member, LeaderRecord(6), gone=True).not_before == NEVER
+
+
 def test_node_that_has_started_follows_nobody_for_the_longest_lease() -> None:
     """It may have promised in an earlier life: 1.05 times what the list says, or the TTL."""
     found = follows(Member(TIMING, 100.0))
@@ -157,8 +170,10 @@ def test_takeover_waits_for_what_was_promised_and_depends_on_the_list() -> None:
 
 def test_key_that_was_released_is_open_to_who_has_promised() -> None:
     """The reign that was promised to has ended."""
-    released = LeaderRecord(6)
-    assert next_action(view(Takeover(1e9, 7), released), 11.0, is_over) == Acquire(6)
+    released, member = LeaderRecord(6), Member(TIMING, 0.0)
+    assert member.answer(ask(), seen=5, leads=False, now=10.9) == ""
+    takeover = follows(member, released, gone=True)
+    assert next_action(view(takeover, released), 11.0, is_over) == Acquire(6)
 
 
 def test_reign_outlives_its_session_only_while_it_is_held() -> None:

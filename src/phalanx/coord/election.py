@@ -320,11 +320,9 @@ class Election:
     def _takeover(self) -> Takeover:
         """What it takes to follow who leads now, when that session is over."""
         holder = self.leader.session
-        if holder is None:
-            return Takeover()
         if self._holds is None:
-            return Takeover() if not self.leader.hold else Takeover(float("inf"))
-        gone = self._register.ended_itself(holder) or self._holds.is_fenced(holder)
+            return Takeover(float("inf")) if holder is not None and self.leader.hold else Takeover()
+        gone = holder is None or self._register.ended_itself(holder) or self._holds.is_fenced(holder)
         list_ = self._admission
         me, app = self._session.id.node, self._app
         return self._holds.member.takeover(me, app, self.leader, list_.members, list_.revision, gone=gone)

@@ -64,7 +64,7 @@ class View(msgspec.Struct, frozen=True):
     held: bool = False
     """The reign of this node goes on without its session: its members have promised so."""
     takeover: Takeover = Takeover()
-    """What it takes to follow a session that is over."""
+    """What it takes to take the key from who has it, or has had it."""
 
 
 class Idle(msgspec.Struct, frozen=True):
@@ -171,7 +171,7 @@ def next_action(view: View, now: float, is_over: Callable[[SessionId], bool]) ->
         return Idle()
     start = max(view.vacant_since + _delay(view, is_over), view.not_before)
     members = None
-    if view.leader.session is not None and not mine:
+    if not mine:
         start, members = max(start, view.takeover.not_before), view.takeover.members
     if start == float("inf"):
         return Idle()

@@ -77,6 +77,8 @@ class Member:
         self._began = now
         self._attempts: dict[str, int] = {}
         self._bound: dict[str, float] = {}
+        self._bound_epoch: dict[str, int] = {}
+        """The latest epoch of those promises, by app."""
         self._numbers: dict[SessionId, int] = {}
 
     def attempt(self, app: str, epoch: int) -> None:
@@ -103,6 +105,7 @@ class Member:
         if ask.lease_seconds > 0:
             bound = now + self._bind(ask.lease_seconds)
             self._bound[ask.app] = max(self._bound.get(ask.app, NEVER), bound)
+            self._bound_epoch[ask.app] = max(self._bound_epoch.get(ask.app, 0), ask.epoch)
         return ""
 
     def bound_until(self, app: str) -> float:
@@ -119,13 +122,17 @@ class Member:
         *,
         gone: bool,
     ) -> Takeover:
-        """What it takes that node *me* follows *leader*, whose session is over.
+        """What it takes that node *me* follows *leader*, whose session is over or who has given the key back.
 
         *members*: the list at *revision*; None and 0: nothing is there. *gone*: its own side has ended that
         session, or somebody has fenced it, so that nothing of it runs.
+
+        A key older than a reign it has promised is that of servers which have lost writes: whatever it
+        says, that reign may go on.
         """
-        if not leader.hold or gone:
-            return Takeover()
+        lost = leader.revision < self._bound_epoch.get(app, 0)
+        if leader.session is None or not leader.hold or gone:
+            return Takeover(self.bound_until(app) if lost else NEVER)
         lease = self.timing.ttl
         if members is not None:
             if me not in members.nodes:
