@@ -330,10 +330,14 @@ async def test_g1_holder_that_was_killed_in_the_gap_has_left_nothing(lives: Live
     """The kernel ends the program with it; the next life starts with another one."""
     resource = await lives.start("import time; time.sleep(60)")
     await lives.leave()
-    os.kill(lives.holder_pid, signal.SIGKILL)
+    before = system.ProcessRef.of(lives.holder_pid)
+    os.kill(before.pid, signal.SIGKILL)
     await until(lambda: not system.is_running(resource.pgid))
     assert await lives.adopt(resource) is None
     running = await lives.backend(["sleep", "60"]).start(lives.section())
+    assert (
+        system.process_start_time(before.pid) != before.start_time
+    )  # of our child not even a zombie is left
     await running.kill()
 
 

@@ -270,7 +270,22 @@ def _raise_refusal(answer: dict[str, Any]) -> None:
         raise OSError(number, os.strerror(number))
 
 
+_parted: set[int] = set()
+"""Holders that this process has started and left running, in a pause: it may go on, and is their parent."""
+
+
+def _reap_parted() -> None:
+    for pid in list(_parted):
+        try:
+            is_over = os.waitpid(pid, os.WNOHANG)[0] != 0
+        except ChildProcessError:
+            is_over = True
+        if is_over:
+            _parted.discard(pid)
+
+
 def _spawn(state_dir: Path, theirs: socket.socket) -> subprocess.Popen[bytes]:
+    _reap_parted()
     with unix_socket.bind(state_dir / SOCKET) as listening:
         numbers = (listening.fileno(), theirs.fileno())
         env = {name: text for name, text in child.environment().items() if name != system.MARKER_ENV}
@@ -526,6 +541,7 @@ def _see_end(process: subprocess.Popen[bytes], holds: bool) -> None:
     except subprocess.TimeoutExpired:
         if holds:
             process.returncode = 0  # no warning that it runs on: it is meant to
+            _parted.add(process.pid)
             return
         process.kill()
         process.wait()
