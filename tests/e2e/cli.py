@@ -24,6 +24,12 @@ class Cli:
 
     async def call(self, *words: str, code: int = 0, env: dict[str, str] | None = None) -> tuple[str, str]:
         """Run a command, which must end with *code*: what it printed, and its errors."""
+        ended, out, err = await self.run(*words, env=env)
+        assert ended == code, (words, ended, out, err)
+        return out, err
+
+    async def run(self, *words: str, env: dict[str, str] | None = None) -> tuple[int, str, str]:
+        """Run a command, however it ends: its exit code, what it printed, and its errors."""
         process = await asyncio.create_subprocess_exec(
             *CLI,
             *words,
@@ -40,9 +46,9 @@ class Cli:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
-        assert process.returncode == code, (words, process.returncode, out, err)
+        assert process.returncode is not None
         assert "Traceback" not in err, err
-        return out, err
+        return process.returncode, out, err
 
     async def json(self, *words: str, code: int = 0) -> Any:
         """What it prints with --json."""

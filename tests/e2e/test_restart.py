@@ -85,7 +85,7 @@ async def test_program_that_ends_is_restarted_in_place_and_all_of_it_reported(
         assert second.role is Role.STANDBY
         assert first.status().reason == ""
         assert set(starts(marks)) == {(first.epoch, "n1")}
-        counters = first._running_parts.metrics().decode()  # pyright: ignore
+        counters = first._running_parts.view.metrics().decode()  # pyright: ignore
         assert 'phalanx_backend_restarts_total{platform="test",node="n1",app="wiki"} 2' in counters
         await asyncio.sleep(0.3)
     entries = [e for e in await audited(nats_server) if "restart" in e.action or "ended" in e.action]
