@@ -46,11 +46,10 @@ class Lives:
         """That of the present life, which has a backend already."""
         return self._holders[-1]
 
-    def backend(self, command: list[str] | None = None) -> ProcessBackend:
+    def backend(self, command: list[str] | None = None, stop_timeout: float = 5.0) -> ProcessBackend:
         """That of the present life."""
-        declared = config.build_app(
-            "wiki", config.ActivePassive(), backend=config.Process(command or ["true"], stop_timeout=5.0)
-        ).backend
+        program = config.Process(command or ["true"], stop_timeout=stop_timeout)
+        declared = config.build_app("wiki", config.ActivePassive(), backend=program).backend
         assert isinstance(declared, config.Process)
         if not self._holders:
             self._holders.append(Holder(self._folder))
@@ -418,6 +417,30 @@ async def test_g1_without_a_pause_nothing_outlives_the_node(lives: Lives, tmp_pa
     await lives.leave()
     await until(lambda: not daemon.alive())
     await until(lambda: not system.is_running(pid))
+
+
+async def test_g7_stop_under_way_ends_when_the_program_was_killed_and_its_holder_says_nothing(
+    lives: Lives, tmp_path: Path
+) -> None:
+    """Who killed it need not wait for the holder, and neither need who waits for its graceful end."""
+    deaf = tmp_path / "deaf"
+    code = (
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"open({str(deaf)!r}, 'w').close()\ntime.sleep(600)"
+    )
+    backend = lives.backend([sys.executable, "-uc", code], stop_timeout=120)
+    running = await backend.start(lives.section())
+    await until(deaf.exists)
+    stopping = asyncio.create_task(running.stop("hand-over"))
+    await until(lambda: running.status().state is ProgramState.STOPPING)
+    frozen = lives.holder_pid
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        await running.kill()
+        async with asyncio.timeout(20):
+            await stopping
+    finally:
+        os.kill(frozen, signal.SIGCONT)
 
 
 async def test_second_node_is_turned_away(

@@ -84,6 +84,8 @@ class HeldProcess:
     def reap(self) -> None:
         """Let go of a program that has ended: its pid, and what is left in its pipe. Twice is harmless."""
         self.leave()
+        # Whoever killed it may be quicker than the holder's word, which nobody hears from now on.
+        self._end("has ended", -1)
         if not self._is_reaped:
             self._is_reaped = True
             self._on_forget()
