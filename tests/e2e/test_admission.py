@@ -39,10 +39,15 @@ class Lease:
     def __init__(self) -> None:
         self.valid_until = system.now() + 1000.0
         self.extended_until = 0.0
+        self.withdrawn: list[str] = []
 
     def right_until(self, app: str) -> float:
         """See Session."""
         return max(self.valid_until, self.extended_until)
+
+    def withdraw(self, app: str) -> None:
+        """See Session."""
+        self.withdrawn.append(app)
 
     def on_change(self, callback: Callable[[], None]) -> None:
         """See Session."""
@@ -118,6 +123,14 @@ async def test_g1_reign_that_an_earlier_life_began_without_holding_is_not_held(
         await asyncio.sleep(3 * TIMING.renew_every)
         assert await members(bus) == {}
         assert holds.describe("wiki", lease) == (0.0, "")  # type: ignore[arg-type]
+
+
+async def test_g1_what_was_promised_to_an_earlier_reign_is_withdrawn_before_the_next_begins(
+    nats_server: NatsServer,
+) -> None:
+    """The session is the same: who has promised something to the first may follow the second."""
+    async with leading(nats_server, LeaderBody(ME, nonce="x", hold=True)) as (_, _, lease, _):
+        assert lease.withdrawn == ["wiki"]
 
 
 async def test_g1_nobody_is_added_while_the_keeper_lets_the_section_outlive_its_session(

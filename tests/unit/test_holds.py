@@ -14,7 +14,9 @@ from phalanx.coord.hold import Holds
 from phalanx.coord.session import Session
 from phalanx.decide.hold import Ask, Claim, MemberList
 from phalanx.decide.timing import Timing
-from phalanx.types import SessionId
+from phalanx.keeper import wire
+from phalanx.keeper.wishes import Wishes
+from phalanx.types import Resource, SessionId
 
 TIMING = Timing.of(1.0)
 
@@ -98,3 +100,45 @@ async def test_node_that_does_not_hold_is_not_asked_and_nothing_is_held_meanwhil
     assert {to for to, _ in sent.asks} == {"n3"}
     assert not holds.is_held("wiki", now)
     assert holds.missing("wiki")["n2"] == "it does not hold"
+
+
+class Keeper:
+    """Heeds what the node says of how long something may go on."""
+
+    def __init__(self) -> None:
+        self.wishes = Wishes()
+        self._lines = wire.Lines()
+
+    def write(self, data: bytes) -> None:
+        """See asyncio.WriteTransport."""
+        for line in self._lines.feed(data):
+            match wire.decode_from_node(line):
+                case wire.Extend(app, moment):
+                    self.wishes.extend(app, moment)
+                case _:
+                    pass
+
+    def get_write_buffer_size(self) -> int:
+        """See asyncio.WriteTransport."""
+        return 0
+
+    def is_closing(self) -> bool:
+        """See asyncio.WriteTransport."""
+        return False
+
+
+async def test_g1_neither_node_nor_keeper_believes_what_was_promised_to_an_earlier_reign() -> None:
+    """Two reigns of an app in one session, within one lease; another app keeps what it has."""
+    session, now = Session(SessionId("n1", "a"), TIMING), system.now()
+    keeper: Any = Keeper()
+    session._transport = keeper  # pyright: ignore[reportPrivateUsage]
+    for app in ("wiki", "shop"):
+        session.extend(app, now + 60)
+    session.withdraw("wiki")
+    assert (session.covers("wiki"), session.covers("shop")) == (False, True)
+    assert session.right_until("wiki") < now
+    wiki, shop = (Resource("unit", app, app, 1) for app in ("wiki", "shop"))
+    assert keeper.wishes.extended_until([wiki]) < now
+    assert keeper.wishes.extended_until([shop]) == now + 60
+    session.extend("wiki", now + 5)
+    assert keeper.wishes.extended_until([wiki]) == session.right_until("wiki") == now + 5

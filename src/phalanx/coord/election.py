@@ -405,6 +405,9 @@ class Election:
         reign = Reign(Epoch(epoch), Fence(self._leader_subject, epoch), self.leader.unfenced)
         self._reign = reign
         self._tidy_at = system.now() + TIDY_SECONDS
+        if self._hold:
+            # Before anything of it runs: who has promised something to the reign before may follow this one.
+            self._session.withdraw(self._app)
         # If an earlier life of this node has not said there that it holds, anybody may follow.
         if self._holds is not None and self._hold and self.leader.hold:
             self._admission.begin(self._holds.begin(self._app, epoch, self._session))

@@ -100,6 +100,17 @@ class Session:
             wire.send(self._transport, wire.Extend(app, moment))
         self.on_extended()
 
+    def withdraw(self, app: str) -> None:
+        """A reign over *app* begins: what an earlier one was promised is not for it. The keeper is told.
+
+        Sent also if this life of the node has extended nothing: an earlier one, with this keeper, may have.
+        """
+        self._extended.pop(app, None)
+        if self._transport is None or self.lost.is_set():
+            return
+        if not wire.send(self._transport, wire.Extend(app, wire.WITHDRAWN)):
+            self._lose("the keeper cannot be told what was withdrawn")
+
     @property
     def may_begin(self) -> bool:
         """Whether there is time enough to begin something: the session does not run out just now."""

@@ -68,6 +68,10 @@ class Release(msgspec.Struct, frozen=True, tag="release"):
     reason: str
 
 
+WITHDRAWN = 0.0
+"""Instead of the moment of :class:`Extend`: nothing that was promised counts any more."""
+
+
 class Extend(msgspec.Struct, frozen=True, tag="extend"):
     """Node to keeper: what runs of *app* may go on until *moment* (this machine's boot-time clock), also
     without the session: all who could follow have promised so."""

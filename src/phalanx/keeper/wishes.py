@@ -25,7 +25,10 @@ class Wishes:
         self._noted = False
 
     def extend(self, app: str, moment: float) -> None:
-        """What runs of *app* may go on until *moment*."""
+        """What runs of *app* may go on until *moment*; WITHDRAWN: no longer than the session."""
+        if moment == wire.WITHDRAWN:
+            self.extended.pop(app, None)
+            return
         self.extended[app] = max(self.extended.get(app, float("-inf")), moment)
 
     def extended_until(self, resources: Collection[Resource]) -> float:
