@@ -8,18 +8,21 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
+import pytest
 from tests.waiting import until
 
 from phalanx import system
 from phalanx.bus.connection import NatsBus
 from phalanx.bus.provision import bucket_config, create_stream
 from phalanx.config import NatsOptions
+from phalanx.coord.admission import Admission
 from phalanx.coord.election import Election
 from phalanx.coord.hold import Holds
 from phalanx.decide.election import LeaderBody
 from phalanx.decide.hold import MemberList
 from phalanx.decide.timing import Timing
 from phalanx.names import LEADER_KEY, MEMBERS_KEY, Names
+from phalanx.ports import Record
 from phalanx.testing.nats import NatsServer
 from phalanx.types import Candidate, SessionId
 
@@ -152,3 +155,25 @@ async def test_g1_nobody_is_added_while_the_keeper_lets_the_section_outlive_its_
         await listed("n1")
         lease.valid_until = lease.extended_until
         await listed("n1", "n2")
+
+
+@pytest.mark.parametrize("left", ["an older one", "none"])
+async def test_list_that_the_servers_have_lost_does_not_keep_a_follower_from_reading_it(
+    nats_server: NatsServer, left: str
+) -> None:
+    """It would expect a list that nobody has any more, and never lead."""
+    bus = await NatsBus.connect(NatsOptions(urls=(nats_server.url(),)), name="n1", ping_interval=1.0)
+    try:
+        await create_stream(bus, bucket_config(NAMES, BUCKET, "wiki", history=1, replicas=1))
+        revision = 0
+        if left == "an older one":
+            revision = await put(bus, MEMBERS_KEY, MemberList({"n1": "a:1"}, 2.0))
+        admission = Admission(bus, NAMES, "wiki")
+        later = msgspec.json.encode(MemberList({"n1": "a:1", "n2": "b:1"}, 2.0))
+        admission.learn(Record(admission.subject, later, revision + 5))
+        assert await admission.read()
+        assert admission.revision == revision
+        assert (admission.members is None) is (left == "none")
+        assert not await admission.read()
+    finally:
+        await bus.close()

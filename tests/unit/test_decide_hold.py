@@ -293,3 +293,13 @@ def test_g1_leader_stops_before_the_giver_of_a_promise_follows(
     assert follows(member).not_before / rate_of_member >= stops - 1e-9
     restarted = Member(timing, received * rate_of_member)
     assert follows(restarted).not_before / rate_of_member >= stops - 1e-9
+
+
+@pytest.mark.parametrize("revision", [7, 9])
+def test_g1_nothing_is_claimed_once_the_list_has_vanished(revision: int) -> None:
+    """Whoever finds none may follow, so nobody's promise is enough."""
+    mine = Claim(Timing.of(2.0), "n1")
+    mine.on_list(7, LIST)
+    mine.on_list(revision, None)
+    assert not mine.is_known
+    assert mine.until(100.0) == NEVER

@@ -66,11 +66,22 @@ class Admission:
             return False
         return True
 
-    async def read(self) -> None:
-        """Learn the list from the stream's leader. Raises BusError."""
+    async def read(self) -> bool:
+        """Learn the list from the stream's leader, also if it is older or gone: servers may have lost writes.
+        True then. Raises BusError.
+
+        Who follows by it does that only if it is still at this revision, so an answer that is out of date
+        costs no more than a refusal.
+        """
+        before = self.revision
         record = await self._bus.read(self._stream, self.subject, timeout=TIMEOUT_SECONDS)
+        if self.revision > before:
+            return False  # the watch was faster
+        if record is None or record.revision < before:
+            self.revision, self.members = 0, None
         if record is not None:
             self.learn(record)
+        return self.revision < before
 
     async def _read(self, claim: Claim) -> None:
         record = await self._bus.read(self._stream, self.subject, timeout=TIMEOUT_SECONDS)

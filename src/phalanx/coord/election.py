@@ -365,7 +365,7 @@ class Election:
                 return RETRY_SECONDS
             if members is not None and not await self._read_members():
                 return RETRY_SECONDS
-            return 0.0 if self.leader.revision == expected else None
+            return RETRY_SECONDS if self.leader.revision == expected else None
         except BusError as error:
             self._failures += 1
             self._complain("taking the leader key", error)
@@ -381,7 +381,9 @@ class Election:
 
     async def _read_members(self) -> bool:
         try:
-            await self._admission.read()
+            if await self._admission.read():
+                log.warning("app %s: the stored member list is older than the one that was seen", self._app)
+                self._watch.forget(self._admission.subject)
         except BusError as error:
             self._complain("reading the member list", error)
             return False

@@ -177,8 +177,9 @@ class Claim:
 
     @property
     def is_known(self) -> bool:
-        """Whether it is known who could follow: the list was read, and there is one."""
-        return self.revision > 0
+        """Whether it is known who could follow: the list was read, and there is one. If it vanishes, anybody
+        could."""
+        return self.revision > 0 and bool(self.members.nodes)
 
     @property
     def asked(self) -> dict[str, str]:
