@@ -227,15 +227,19 @@ class Guard:
         return moment
 
     async def fence_all(self, reason: str) -> None:
-        """End all sections at once; if they do not end, end the node."""
+        """End all sections at once; if they do not end, each within its own right, end the node."""
         sections = [app for app in self._apps if app.has_section]
         if not sections:
             return
         self._fence(reason)
-        left = self._session.valid_until - self._timing.fence_budget / 2 - system.now()
+        began = system.now()
+        # One that is held may take as long as its promises reach, though the session is long over.
+        rights = sorted(((self._right_until(app, began), app) for app in sections), key=lambda pair: pair[0])
         try:
-            async with asyncio.timeout(min(FENCE_WAIT_SECONDS, max(0.2, left))):
-                for app in sections:
+            for right_until, app in rights:
+                left = right_until - self._timing.fence_budget / 2 - began
+                deadline = began + min(FENCE_WAIT_SECONDS, max(0.2, left))
+                async with asyncio.timeout(max(0.0, deadline - system.now())):
                     await app.wait_ended()
         except TimeoutError:
             die(self._journal, f"sections do not end ({reason})")
