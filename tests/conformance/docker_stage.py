@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
@@ -43,5 +44,6 @@ class DockerStage(HostStage):
         own = (self.folder / "program.pid").read_text()
         for what in self.left():
             pid = int(what.split()[1])
-            if re.search(rf"^NSpid:.*\s{own}$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
-                os.kill(pid, 9)
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a process of a moment
+                if re.search(rf"^NSpid:.*\s{own}$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
+                    os.kill(pid, 9)

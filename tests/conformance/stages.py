@@ -78,7 +78,7 @@ class Stage(Protocol):
         """What the keeper does with that; whether all of it is gone."""
         ...
 
-    def lose(self) -> None:
+    async def lose(self) -> None:
         """After the node's death: whoever else would end what runs, dies as well."""
         ...
 
@@ -175,7 +175,7 @@ class RealStage:
                 return True
         return False
 
-    def lose(self) -> None:
+    async def lose(self) -> None:
         """See ``Stage.lose``: nobody would."""
 
     async def close(self) -> None:
@@ -227,9 +227,14 @@ class ProcessStage(HostStage):
         note.write(self.folder, SessionId("n1", "ab"))
         return await super().node_dies(behaviour, at)
 
-    def lose(self) -> None:
-        """See ``Stage.lose``: the holder would end it."""
-        os.kill(holder_of(self.folder), 9)
+    async def lose(self) -> None:
+        """See ``Stage.lose``: the holder would end it. Its locks are there until it is gone."""
+        holder = system.ProcessRef.of(holder_of(self.folder))
+        assert holder.pid
+        os.kill(holder.pid, 9)
+        async with asyncio.timeout(20):
+            while holder.alive():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
 
     async def close(self) -> None:
         """See ``Stage.close``."""
@@ -304,7 +309,7 @@ class FakeStage:
             self.host.kill(resource.id)
         return True
 
-    def lose(self) -> None:
+    async def lose(self) -> None:
         """See ``Stage.lose``: nobody would."""
 
     async def close(self) -> None:

@@ -428,7 +428,7 @@ async def test_there_is_nothing_to_adopt_of_what_has_ended(stage: Stage, recorde
 async def test_fence_ends_what_a_dead_node_left(stage: Stage, recorder: Recorder) -> None:
     """G1: node and keeper are dead, and their list is lost: fence() finds what runs of the app, by itself."""
     await stage.node_dies(LEAVES_A_DAEMON, 0)
-    stage.lose()
+    await stage.lose()
     backend = stage.backend(SERVES)
     assert stage.left()
     assert await backend.fence(stage.app)
@@ -440,7 +440,7 @@ async def test_fence_ends_what_a_dead_node_left(stage: Stage, recorder: Recorder
 async def test_start_ends_what_a_dead_node_left(stage: Stage, recorder: Recorder) -> None:
     """The same when the app is started again: never two of them."""
     await stage.node_dies(LEAVES_A_DAEMON, 0)
-    stage.lose()
+    await stage.lose()
     before = set(stage.left())
     running = await stage.backend(SERVES).start(recorder.section)
     assert not before & set(stage.left())

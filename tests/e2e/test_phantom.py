@@ -153,11 +153,14 @@ async def test_g3_programs_killed_while_they_commit_again_and_again(bench: Bench
     db.execute("INSERT INTO t (x) VALUES ('first')")
     capture = bench.capture()
     await capture.start(0)
-    for number in range(6):
+    for number in range(60):
         await asyncio.to_thread(kill_within_commit, bench.live)
         db.execute("INSERT INTO t (x) VALUES (?)", (f"after {number}",))
         await capture.sync(10)
         assert f"after {number}" in rows_in(capture.files(0), tmp_path)
+        # Litestream may be quicker, or slower, than all of that: then nothing had to be withdrawn.
+        if number >= 5 and "withdrawn" in bench.kinds():
+            break
     assert "withdrawn" in bench.kinds()
     await bench.stop(capture)
     bench.assert_rebuilds(capture.files(0))
