@@ -1,15 +1,13 @@
-"""Running schedules: one, or many over all cores."""
+"""Running one schedule."""
 
 from __future__ import annotations
 
-import multiprocessing
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+
+from tests.schedules import Outcome, outcome_of
 
 from .node import Node
-from .world import Outcome, Violation, World
+from .world import World
 
 HEAL_BOUND = 14.0
 """Seconds after the last fault within which every partition is owned by the right number of nodes: deaf
@@ -17,8 +15,6 @@ hooks, sessions that expire one after the other, the longest settling of members
 
 SETTLED_SECONDS = 1.5
 """What is settled stays so for this long: longer than members that come take to be planned in."""
-
-BATCH = 25
 
 
 class Hosts:
@@ -172,6 +168,13 @@ FAULTS: tuple[Callable[[Hosts, Node], None], ...] = (
 )
 
 
+def _drive(world: World) -> None:
+    hosts = Hosts(world)
+    world.run(hosts.chaos_until)
+    hosts.heal()
+    _recover(world)
+
+
 def _recover(world: World) -> None:
     """Liveness: every partition has its owner, each node its share, and that stays so."""
     bound = world.now + HEAL_BOUND
@@ -186,59 +189,4 @@ def _recover(world: World) -> None:
 def run_one(seed: int, broken: str = "", *, tracing: bool = False) -> Outcome:
     """One schedule, from its seed."""
     world = World(seed, broken, tracing=tracing)
-    outcome = Outcome(seed)
-    try:
-        hosts = Hosts(world)
-        world.run(hosts.chaos_until)
-        hosts.heal()
-        _recover(world)
-    except Violation as violation:
-        outcome.violation, outcome.promise = str(violation), violation.promise
-    outcome.counts, outcome.seconds, outcome.lines = world.counts, world.now, world.lines or []
-    return outcome
-
-
-@dataclass
-class Summary:
-    """What many schedules came to. ``coverage``: in how many schedules something happened."""
-
-    schedules: int = 0
-    coverage: Counter[str] = field(default_factory=lambda: Counter[str]())
-    violations: list[Outcome] = field(default_factory=lambda: [])
-    virtual_seconds: float = 0.0
-    seconds: float = 0.0
-
-
-def _batch(work: tuple[int, int, str]) -> tuple[int, Counter[str], list[Outcome], float]:
-    first, number, broken = work
-    outcomes = [run_one(seed, broken) for seed in range(first, first + number)]
-    coverage: Counter[str] = Counter()
-    for outcome in outcomes:
-        coverage.update(outcome.counts.keys())
-    return number, coverage, [o for o in outcomes if o.violation], sum(o.seconds for o in outcomes)
-
-
-def run_many(first: int, number: int, jobs: int, broken: str = "", *, seconds: float = 0.0) -> Summary:
-    """Schedules *first* … over *jobs* processes, until the first violation, or *seconds* have passed."""
-    summary, began = Summary(), time.monotonic()
-
-    def batches() -> Iterator[tuple[int, int, str]]:
-        for at in range(first, first + number, BATCH):
-            yield at, min(BATCH, first + number - at), broken
-
-    def take(results: Iterator[tuple[int, Counter[str], list[Outcome], float]]) -> None:
-        for done, coverage, violations, virtual in results:
-            summary.schedules += done
-            summary.coverage += coverage
-            summary.violations += violations
-            summary.virtual_seconds += virtual
-            if violations or 0 < seconds <= time.monotonic() - began:
-                return
-
-    if jobs <= 1:
-        take(map(_batch, batches()))
-    else:
-        with multiprocessing.get_context("fork").Pool(jobs) as pool:
-            take(pool.imap(_batch, batches()))
-    summary.seconds = time.monotonic() - began
-    return summary
+    return outcome_of(world, lambda: _drive(world))

@@ -1,12 +1,11 @@
-"""Virtual time, the bucket, and the promises that are checked after every step."""
+"""The bucket and the sessions of a schedule, and the promises that are checked after every step."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from random import Random
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tests.virtual_time import VirtualTime
 
 from phalanx.decide.ring import plan, targets
 from phalanx.decide.ring_plan import SETTLE_SECONDS, RingPlan
@@ -20,14 +19,6 @@ PLAN = -1
 
 UNANSWERED = object()
 REFUSED = object()
-
-
-class Violation(Exception):
-    """A promise was broken. ``promise`` is G2, G6 or the name of an invariant."""
-
-    def __init__(self, promise: str, text: str, at: float) -> None:
-        super().__init__(f"{promise} at {at:.4f} s: {text}")
-        self.promise, self.text, self.at = promise, text, at
 
 
 @dataclass(slots=True, eq=False)
@@ -54,26 +45,14 @@ class Session:
     """Counts renewals: an expiry that was planned before the latest one is void."""
 
 
-@dataclass(slots=True)
-class Outcome:
-    """What one schedule came to."""
-
-    seed: int
-    violation: str = ""
-    promise: str = ""
-    counts: dict[str, int] = field(default_factory=lambda: {})
-    seconds: float = 0.0
-    lines: list[str] = field(default_factory=lambda: [])
-
-
-class World:
+class World(VirtualTime):
     """One schedule: the clock, the bucket, the nodes, what is true about them."""
 
+    NAME_WIDTH: ClassVar[int] = 8
+
     def __init__(self, seed: int, broken: str, *, tracing: bool = False) -> None:
-        self.seed, self.broken, self.rng = seed, broken, Random(seed)
-        self.now = 0.0
-        self.lines: list[str] | None = [] if tracing else None
-        self.counts: dict[str, int] = {}
+        super().__init__(seed, tracing=tracing)
+        self.broken = broken
         self.partitions = self.rng.choice((1, 3, 5, 8, 12, 16))
         self.settle_seconds = self.rng.choice((0.01, 0.05, SETTLE_SECONDS))
         self.loss = self.rng.choice((0.005, 0.02, 0.1))
@@ -89,39 +68,6 @@ class World:
         self.sessions: dict[SessionId, Session] = {}
         self.calm = False
         """Everything is healed: messages are no longer lost."""
-        self._heap: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
-        self._number = 0
-
-    # --- time and record
-
-    def after(self, delay: float, call: Callable[..., object], *args: Any) -> None:
-        """Call that much later; in the order of the requests where moments are equal."""
-        self._number += 1
-        heapq.heappush(self._heap, (self.now + delay, self._number, call, args))
-
-    def run(self, until: float, stop: Callable[[], bool] | None = None) -> bool:
-        """Advance; True when *stop* said so before *until*."""
-        while self._heap and self._heap[0][0] <= until:
-            self.now, _, call, args = heapq.heappop(self._heap)
-            call(*args)
-            if stop is not None and stop():
-                return True
-        self.now = until
-        return False
-
-    def log(self, who: str, text: str) -> None:
-        """One line of the trace."""
-        if self.lines is not None:
-            self.lines.append(f"{self.now:9.4f}  {who:<8} {text}")
-
-    def count(self, what: str) -> None:
-        """Coverage: this happened."""
-        self.counts[what] = self.counts.get(what, 0) + 1
-
-    def fail(self, promise: str, text: str) -> None:
-        """A promise is broken."""
-        self.log("VIOLATION", f"{promise}: {text}")
-        raise Violation(promise, text, self.now)
 
     def chance(self, probability: float) -> bool:
         """Whether something that happens so often happens now; nothing does once all is healed."""

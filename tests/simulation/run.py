@@ -1,13 +1,8 @@
-"""Running schedules: one, or many over all cores."""
+"""Running one schedule."""
 
 from __future__ import annotations
 
-import multiprocessing
-import time
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from tests.schedules import Outcome, outcome_of
 
 from phalanx.decide.session import StreamList
 from phalanx.decide.timing import Timing
@@ -17,13 +12,11 @@ from .hold import Peers
 from .host import Host
 from .nats import Nats
 from .plan import Plan
-from .world import Outcome, Violation, World
+from .world import World
 
 HEAL_BOUND = 14.0
 """Seconds after the last fault within which somebody must be active again: restart of the processes, an
 election of the bucket, two sessions that expire one after the other."""
-
-BATCH = 50
 
 
 def build(seed: int, broken: str = "", *, tracing: bool = False, holds: bool = False) -> World:
@@ -84,79 +77,4 @@ def _resync(world: World) -> None:
 def run_one(seed: int, broken: str = "", *, tracing: bool = False, holds: bool = False) -> Outcome:
     """One schedule, from its seed."""
     world = build(seed, broken, tracing=tracing, holds=holds)
-    outcome = Outcome(seed)
-    try:
-        _drive(world)
-    except Violation as violation:
-        outcome.violation, outcome.promise = str(violation), violation.promise
-    outcome.counts, outcome.seconds = world.counts, world.now
-    outcome.lines = world.lines or []
-    return outcome
-
-
-def digest(outcome: Outcome) -> int:
-    """A number that differs when two traces differ."""
-    return zlib.crc32("\n".join(outcome.lines).encode())
-
-
-@dataclass
-class Summary:
-    """What many schedules came to. ``coverage``: in how many schedules something happened."""
-
-    schedules: int = 0
-    coverage: Counter[str] = field(default_factory=lambda: Counter[str]())
-    violations: list[Outcome] = field(default_factory=lambda: [])
-    virtual_seconds: float = 0.0
-    seconds: float = 0.0
-
-
-def _batch(work: tuple[int, int, str, bool]) -> tuple[int, Counter[str], list[Outcome], float]:
-    first, number, broken, holds = work
-    coverage: Counter[str] = Counter()
-    violations: list[Outcome] = []
-    virtual = 0.0
-    for seed in range(first, first + number):
-        outcome = run_one(seed, broken, holds=holds)
-        coverage.update(outcome.counts.keys())
-        virtual += outcome.seconds
-        if outcome.violation:
-            violations.append(outcome)
-    return number, coverage, violations, virtual
-
-
-def run_many(
-    first: int,
-    number: int,
-    jobs: int,
-    broken: str = "",
-    *,
-    holds: bool = False,
-    seconds: float = 0.0,
-    stop_at: int = 1,
-    progress: Callable[[Summary], None] = lambda summary: None,
-) -> Summary:
-    """Schedules *first* … over *jobs* processes, until *stop_at* violations, or *seconds* have passed."""
-    summary, began = Summary(), time.monotonic()
-
-    def batches() -> Iterator[tuple[int, int, str, bool]]:
-        for at in range(first, first + number, BATCH):
-            yield at, min(BATCH, first + number - at), broken, holds
-
-    def take(results: Iterator[tuple[int, Counter[str], list[Outcome], float]]) -> None:
-        for done, coverage, violations, virtual in results:
-            summary.schedules += done
-            summary.coverage += coverage
-            summary.violations += violations
-            summary.virtual_seconds += virtual
-            summary.seconds = time.monotonic() - began
-            progress(summary)
-            if len(summary.violations) >= stop_at or 0 < seconds <= summary.seconds:
-                return
-
-    if jobs <= 1:
-        take(map(_batch, batches()))
-    else:
-        with multiprocessing.get_context("fork").Pool(jobs) as pool:
-            take(pool.imap(_batch, batches()))
-    summary.seconds = time.monotonic() - began
-    return summary
+    return outcome_of(world, lambda: _drive(world))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
+from tests.schedules import simulate
 
+from .__main__ import MODULE
 from .hold_faults import FAULTS
 from .run import run_one
-from .test_simulation import simulate
 
 SCHEDULES = int(os.environ.get("PHALANX_HOLD_SCHEDULES", "0"))
 """How many exactly; 0: up to MOST in SECONDS."""
@@ -33,7 +34,7 @@ def test_g1_holds_in_every_schedule_of_an_app_that_goes_on_without_nats(
     """Nodes cut off from NATS and from each other, restarts, who joins and who is forgotten: no two sections
     overlap; with all reached the active one goes on for three TTLs without NATS, and else it ends."""
     found = simulate(
-        "--hold", "--schedules", str(SCHEDULES or MOST), "--seconds", str(0 if SCHEDULES else SECONDS)
+        MODULE, "--hold", "--schedules", str(SCHEDULES or MOST), "--seconds", str(0 if SCHEDULES else SECONDS)
     )
     coverage = found["coverage"]
     with capsys.disabled():

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
+from tests.schedules import ROOT, digest, digests_elsewhere, simulate
 
+from .__main__ import MODULE
 from .breaks import BREAKS
 from .plan import FAULTS
-from .run import digest, run_one
+from .run import run_one
 
-ROOT = Path(__file__).parents[2]
-JOBS = os.cpu_count() or 1
 SCHEDULES = int(os.environ.get("PHALANX_SCHEDULES", "0"))
 """How many exactly; 0: up to MOST in SECONDS, as a machine that has other things to do manages fewer."""
 
@@ -79,18 +76,11 @@ RARE = (
 """The same, of ten thousand or more."""
 
 
-def simulate(*arguments: str) -> dict[str, Any]:
-    """Many schedules in processes of their own: nothing is forked from pytest, which may have threads."""
-    command = [sys.executable, "-m", "tests.simulation", "--jobs", str(JOBS), "--json", *arguments]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode in (0, 1), run.stderr
-    return json.loads(run.stdout)
-
-
 @pytest.mark.alone  # it takes all cores
 def test_g1_g2_g4_g9_g10_hold_in_every_schedule(capsys: pytest.CaptureFixture[str]) -> None:
     """No seeded schedule of faults breaks a promise, and together they contain every kind of fault."""
     found = simulate(
+        MODULE,
         "--schedules",
         str(SCHEDULES or MOST),
         "--seed",
@@ -113,7 +103,7 @@ def test_g1_g2_g4_g9_g10_hold_in_every_schedule(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("broken", BREAKS)
 def test_a_planted_rule_break_is_found_and_its_seed_replays_it(broken: str) -> None:
     """Each planted break shows within 10,000 schedules; its seed shows it again, and holds without it."""
-    violations = simulate("--schedules", "10000", "--break", broken)["violations"]
+    violations = simulate(MODULE, "--schedules", "10000", "--break", broken)["violations"]
     assert violations, f"{broken} ({BREAKS[broken]}) was not found"
     again = run_one(violations[0]["seed"], broken, tracing=True)
     assert again.violation == violations[0]["text"]
@@ -132,22 +122,9 @@ def test_the_same_seed_gives_the_same_trace() -> None:
 
 def test_a_seed_means_the_same_in_another_process_and_with_another_hash_seed() -> None:
     """What CI prints can be replayed elsewhere: no schedule depends on PYTHONHASHSEED."""
-    code = (
-        "from tests.simulation.run import *; print(*(digest(run_one(s, tracing=True)) for s in range(1, 30)))"
-    )
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "4711")
-    ]
-    assert outputs[0] == outputs[1]
-    assert outputs[0].split() == [str(digest(run_one(s, tracing=True))) for s in range(1, 30)]
+    here = [digest(run_one(seed, tracing=True)) for seed in range(1, 30)]
+    assert digests_elsewhere(MODULE, range(1, 30), "1") == here
+    assert digests_elsewhere(MODULE, range(1, 30), "4711") == here
 
 
 def test_the_command_line_prints_the_seed_and_replays_it() -> None:

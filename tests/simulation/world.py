@@ -1,12 +1,11 @@
-"""Virtual time, the trace, and the promises that are checked after every step."""
+"""The parts of a schedule, and the promises that are checked after every step."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from random import Random
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tests.virtual_time import VirtualTime
 
 from phalanx.decide.timing import Timing
 from phalanx.types import Nomination, SessionId
@@ -19,14 +18,6 @@ if TYPE_CHECKING:
     from .nats import Bucket, Nats, Pausing
     from .node import Node
     from .things import Thing
-
-
-class Violation(Exception):
-    """A promise was broken. ``promise`` is G1 … or the name of an invariant."""
-
-    def __init__(self, promise: str, text: str, at: float) -> None:
-        super().__init__(f"{promise} at {at:.4f} s: {text}")
-        self.promise, self.text, self.at = promise, text, at
 
 
 @dataclass(slots=True, eq=False)
@@ -48,14 +39,12 @@ class Section:
     """Another one began while this one's host could neither run it nor end it (frozen, both stopped)."""
 
 
-class World:
+class World(VirtualTime):
     """One schedule: the clock of true time, the parts, what is true about them."""
 
     def __init__(self, seed: int, rules: Rules, *, tracing: bool = False) -> None:
-        self.seed, self.rules, self.rng = seed, rules, Random(seed)
-        self.now = 0.0
-        self.lines: list[str] | None = [] if tracing else None
-        self.counts: dict[str, int] = {}
+        super().__init__(seed, tracing=tracing)
+        self.rules = rules
         self.timing = Timing()
         self.hosts: list[Host] = []
         self.nats: Nats
@@ -81,48 +70,6 @@ class World:
         """Leaders that had to be fenced when the leader key was taken from them: nothing of them may run when
         the next section begins, whatever was dead or stood still there."""
         self.over_at: dict[SessionId, float] = {}
-        self.digest = 0
-        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self._number = 0
-
-    # --- time
-
-    def at(self, when: float, call: Callable[..., None], *args: Any) -> None:
-        """Call at that moment of true time; in the order of the requests where moments are equal."""
-        self._number += 1
-        heapq.heappush(self._heap, (when, self._number, call, args))
-
-    def after(self, delay: float, call: Callable[..., None], *args: Any) -> None:
-        """Call that much later."""
-        self._number += 1
-        heapq.heappush(self._heap, (self.now + delay, self._number, call, args))
-
-    def run(self, until: float, stop: Callable[[], bool] | None = None) -> bool:
-        """Advance; True when *stop* said so before *until*."""
-        heap, pop = self._heap, heapq.heappop
-        while heap and heap[0][0] <= until:
-            self.now, _, call, args = pop(heap)
-            call(*args)
-            if stop is not None and stop():
-                return True
-        self.now = until
-        return False
-
-    # --- the record
-
-    def log(self, who: str, text: str) -> None:
-        """One line of the trace."""
-        if self.lines is not None:
-            self.lines.append(f"{self.now:9.4f}  {who:<10} {text}")
-
-    def count(self, what: str) -> None:
-        """Coverage: this happened."""
-        self.counts[what] = self.counts.get(what, 0) + 1
-
-    def fail(self, promise: str, text: str) -> None:
-        """A promise is broken."""
-        self.log("VIOLATION", f"{promise}: {text}")
-        raise Violation(promise, text, self.now)
 
     # --- what must hold
 
@@ -262,15 +209,3 @@ class World:
             self.last_fenced = epoch
         else:
             self.count("fenced writes refused")
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What one schedule came to."""
-
-    seed: int
-    violation: str = ""
-    promise: str = ""
-    counts: dict[str, int] = field(default_factory=lambda: {})
-    seconds: float = 0.0
-    lines: list[str] = field(default_factory=lambda: [])
