@@ -18,6 +18,7 @@ from typing import Protocol
 import msgspec
 import pytest
 from _pytest.mark import ParameterSet
+from tests.waiting import until
 
 from phalanx import cgroup_v2, config, system
 from phalanx.backends import Holder, make_backend
@@ -232,9 +233,7 @@ class ProcessStage(HostStage):
         holder = system.ProcessRef.of(holder_of(self.folder))
         assert holder.pid
         os.kill(holder.pid, 9)
-        async with asyncio.timeout(20):
-            while holder.alive():  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await until(lambda: not holder.alive())
 
     async def close(self) -> None:
         """See ``Stage.close``."""

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any as Value
@@ -15,6 +15,7 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 from tests.e2e.cli import Cli
+from tests.waiting import until
 
 import phalanx
 from phalanx import (
@@ -69,13 +70,6 @@ class Order(msgspec.Struct):
 class Receipt:
     number: int
     node: str
-
-
-async def eventually(condition: Callable[[], object], timeout: float = 20.0) -> None:
-    """Wait until *condition* holds."""
-    async with asyncio.timeout(timeout):
-        while not condition():  # noqa: ASYNC110 - many kinds of condition
-            await asyncio.sleep(0.01)
 
 
 class Orders:
@@ -168,7 +162,7 @@ async def two_nodes(nats: NatsServer, tmp_path: Path) -> AsyncIterator[tuple[dic
         await first.wait_for_role("orders", Role.ACTIVE)
         second, orders2 = await stack.enter_async_context(node(nats, tmp_path, "n2"))
         await second.wait_for_role("orders", Role.STANDBY)
-        await eventually(lambda: can_follow(orders1, "n2"))
+        await until(lambda: can_follow(orders1, "n2"))
         client = PlatformClient("test", NatsOptions(urls=tuple(nats.urls)))
         await stack.enter_async_context(client)
         yield {"n1": orders1, "n2": orders2}, client.api("orders")
@@ -208,11 +202,11 @@ async def test_hand_over_loses_no_call(
         leader = "n1"
         for _ in range(4):
             other = "n2" if leader == "n1" else "n1"
-            await eventually(lambda leader=leader: answered and answered[-1] == leader)
-            await eventually(lambda leader=leader, other=other: can_follow(orders[leader], other))
+            await until(lambda leader=leader: answered and answered[-1] == leader)
+            await until(lambda leader=leader, other=other: can_follow(orders[leader], other))
             await orders[leader].app.step_down(to=other)
             leader = other
-        await eventually(lambda: answered[-1] == leader)
+        await until(lambda: answered[-1] == leader)
         stop.set()
         await asyncio.gather(*streams)
         assert len(answered) == sum(len(each.placed) for each in orders.values())
@@ -225,7 +219,7 @@ async def test_leader_is_killed_hard_and_idempotent_calls_go_on(
     async with two_nodes(nats_server, tmp_path) as (orders, api):
         unsafe = asyncio.create_task(api.call("wait", 30, timeout=30))
         safe = asyncio.create_task(api.call("wait", 30, timeout=30, idempotent=True, returns=str))
-        await eventually(lambda: len(orders["n1"].placed) == 2)
+        await until(lambda: len(orders["n1"].placed) == 2)
         orders["n2"].gate.set()
         app = orders["n1"].app
         await app.fail_over(app.epoch, "test", "n2")
@@ -243,10 +237,10 @@ async def test_g1_calls_under_way_end_before_the_section_does(
     monkeypatch.setattr("phalanx.messaging.serving.DRAIN_SECONDS", 0.3)
     async with two_nodes(nats_server, tmp_path) as (orders, api):
         slow = asyncio.create_task(api.call("wait", 30, timeout=30))
-        await eventually(lambda: orders["n1"].placed)
+        await until(lambda: orders["n1"].placed)
         handing_over = asyncio.create_task(orders["n1"].app.step_down(to="n2"))
         # It is not begun while the section stands down, and is answered by the next one.
-        await eventually(lambda: orders["n1"].app.role is Role.STANDING_DOWN)
+        await until(lambda: orders["n1"].app.role is Role.STANDING_DOWN)
         orders["n2"].gate.set()
         assert await api.call("wait", 30, timeout=30, returns=str) == "n2"
         assert orders["n1"].cancelled
@@ -261,9 +255,9 @@ async def test_call_under_way_is_answered_at_a_planned_hand_over(
     """What ends within the drain deadline is answered under its epoch, by the node that began it."""
     async with two_nodes(nats_server, tmp_path) as (orders, api):
         slow = asyncio.create_task(api.call("wait", 30, timeout=30, returns=str))
-        await eventually(lambda: orders["n1"].placed)
+        await until(lambda: orders["n1"].placed)
         handing_over = asyncio.create_task(orders["n1"].app.step_down(to="n2"))
-        await eventually(lambda: orders["n1"].app.role is Role.STANDING_DOWN)
+        await until(lambda: orders["n1"].app.role is Role.STANDING_DOWN)
         orders["n1"].gate.set()
         assert await slow == "n1"
         await handing_over
@@ -388,14 +382,14 @@ async def test_overload_is_answered_busy_and_tried_again(nats_server: NatsServer
         await platform.wait_for_role("orders", Role.ACTIVE)
         api = platform.api("orders")
         first = asyncio.create_task(api.call("one-at-a-time", timeout=30))
-        await eventually(lambda: orders.app.handlers.by_name["one-at-a-time"].running)
+        await until(lambda: orders.app.handlers.by_name["one-at-a-time"].running)
         with pytest.raises(Busy, match="1 calls of one-at-a-time run on node n1") as busy:
             await api.call("one-at-a-time", timeout=0.2)
         assert not busy.value.started
         patient = asyncio.create_task(api.call("one-at-a-time", timeout=30))
         handler = orders.app.handlers.by_name["one-at-a-time"]
         errors = handler.errors
-        await eventually(lambda: handler.errors > errors)
+        await until(lambda: handler.errors > errors)
         orders.gate.set()
         assert (await first, await patient) == (1, 1)
 
@@ -409,13 +403,13 @@ async def test_deadline_and_cancellation_reach_the_handler(nats_server: NatsServ
             await api.call("wait", 30, timeout=0.3)
         assert late.value.started
         assert 0 < orders.deadlines[0] <= 0.3
-        await eventually(lambda: len(orders.cancelled) == 1)
+        await until(lambda: len(orders.cancelled) == 1)
         call = asyncio.create_task(api.call("wait", 30, timeout=30))
-        await eventually(lambda: len(orders.placed) == 2)
+        await until(lambda: len(orders.placed) == 2)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call
-        await eventually(lambda: len(orders.cancelled) == 2)
+        await until(lambda: len(orders.cancelled) == 2)
 
 
 async def test_any_and_node_routes(nats_server: NatsServer, tmp_path: Path) -> None:
@@ -577,9 +571,9 @@ async def test_g5_app_user_calls_only_what_it_may(tmp_path: Path) -> None:
             assert await api.call("echo", 1, timeout=10) == 1
             assert await api.call("where", to=phalanx.Any, timeout=10) == "n1"
             call = asyncio.create_task(api.call("wait", 30, timeout=30))
-            await eventually(lambda: orders.placed)
+            await until(lambda: orders.placed)
             call.cancel()
-            await eventually(lambda: orders.cancelled)
+            await until(lambda: orders.cancelled)
             epoch = orders.app.epoch
             await orders.app.step_down()
             assert await api.call("echo", 2, timeout=20) == 2

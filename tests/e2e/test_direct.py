@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import msgspec
 import pytest
+from tests.waiting import until
 
 from phalanx import StartError
 from phalanx.coord.direct import MAX_BYTES, Answer, Direct, DirectSecret, Question, resolve
@@ -51,13 +52,6 @@ async def end(
         direct.stop()
 
 
-async def ignored(direct: Direct, count: int) -> None:
-    """Wait until so many datagrams were ignored."""
-    async with asyncio.timeout(20):
-        while direct.ignored < count:  # noqa: ASYNC110 - nothing tells of it
-            await asyncio.sleep(0.01)
-
-
 @pytest.mark.parametrize("refusal", ["", "it is active here"])
 async def test_question_is_answered(refusal: str) -> None:
     """By number, with the promise or the reason against it."""
@@ -89,7 +83,7 @@ async def test_what_is_not_for_this_node_is_ignored_and_counted(
         direct.ask(place, "n2", ASK)
         async with asyncio.timeout(20):
             await one.answers.get()
-        await ignored(listening, 1)
+        await until(lambda: listening.ignored >= 1)
         assert len(other.questions) == 1
 
 
@@ -102,7 +96,7 @@ async def test_junk_and_what_is_too_long_is_ignored_and_counted() -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             for data in junk:
                 sender.sendto(data, place)
-        await ignored(listening, len(junk))
+        await until(lambda: listening.ignored >= len(junk))
         direct.ask(place, "n2", ASK)
         async with asyncio.timeout(20):
             await one.answers.get()

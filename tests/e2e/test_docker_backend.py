@@ -11,11 +11,12 @@ import socket
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.waiting import until
 
 from phalanx import child, config, containers, netlink, system
 from phalanx.backends import make_backend
@@ -97,13 +98,6 @@ async def own_host() -> AsyncIterator[Host]:
     """The same with an engine of this test's own, with live-restore, to be frozen and killed."""
     with DockerDaemon(live_restore=True) as dockerd:
         yield Host(dockerd)
-
-
-async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    """Wait until *condition* holds, or fail."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 # --- what is refused
@@ -321,14 +315,14 @@ async def test_healthcheck_of_the_image_drives_readiness_and_health(
     (container,) = host.running()
     host.dockerd.docker("exec", container, "touch", "/ill")
     await until(lambda: running.status().detail == "health: unhealthy", 15)
-    await until(lambda: "its HEALTHCHECK says unhealthy: no disk" in caplog.text)
+    await until(lambda: "its HEALTHCHECK says unhealthy: no disk" in caplog.text, 10)
     assert running.status().state is ProgramState.RUNNING
     told = [
         (Health.UNKNOWN, "its HEALTHCHECK says starting"),
         (Health.HEALTHY, "its HEALTHCHECK says healthy"),
         (Health.UNHEALTHY, "its HEALTHCHECK says unhealthy: no disk"),
     ]
-    await until(lambda: host.told == (told if follow else []))
+    await until(lambda: host.told == (told if follow else []), 10)
     await running.kill()
     assert len(host.told) == (3 if follow else 0)
 
@@ -377,7 +371,7 @@ async def test_existing_container_is_started_and_stopped_and_stays(
     for epoch in (7, 9):
         caplog.clear()
         running = await backend.start(host.section(epoch))
-        await until(lambda: "up" in caplog.messages)
+        await until(lambda: "up" in caplog.messages, 10)
         assert host.running() == {container}
         await running.stop("done")
         assert (host.running(), host.all()) == (set(), {container})
@@ -460,7 +454,7 @@ async def test_engine_that_hangs_does_not_keep_it_alive(own_host: Host) -> None:
     # The engine forgot to remove it: the next start does.
     await host.backend().fence("wiki")
     await host.backend(node="n2").fence("wiki")
-    await until(lambda: not host.all())
+    await until(lambda: not host.all(), 10)
 
 
 async def test_engine_that_hangs_does_not_cost_a_program_its_grace(own_host: Host, tmp_path: Path) -> None:
@@ -468,7 +462,7 @@ async def test_engine_that_hangs_does_not_cost_a_program_its_grace(own_host: Hos
     host = own_host
     command = ["sh", "-c", "trap 'echo bye > /out/bye; exit 0' TERM; > /out/up; while :; do sleep 0.05; done"]
     running = await host.backend(command=command, volumes=[f"{tmp_path}:/out"]).start(host.section())
-    await until((tmp_path / "up").exists)
+    await until((tmp_path / "up").exists, 10)
     host.dockerd.freeze()
     try:
         began = system.now()
@@ -495,7 +489,7 @@ async def test_engine_that_hangs_before_the_start_is_known_keeps_the_app_held(ow
     finally:
         host.dockerd.thaw()
     assert await asyncio.to_thread(keeper.kill, resource)
-    await until(lambda: not host.all())  # the engine may still be busy with what was asked of it before
+    await until(lambda: not host.all(), 10)  # the engine may still be busy with what was asked of it before
 
 
 async def test_engine_killed_and_started_again_is_no_end(own_host: Host) -> None:
@@ -506,7 +500,7 @@ async def test_engine_killed_and_started_again_is_no_end(own_host: Host) -> None
     ended = asyncio.ensure_future(running.ended)
     (container,) = host.running()
     await asyncio.to_thread(host.dockerd.kill)
-    await until(lambda: running.status().detail == "the Docker Engine does not answer")
+    await until(lambda: running.status().detail == "the Docker Engine does not answer", 10)
     assert containers.find(container)
     await asyncio.to_thread(host.dockerd.start)
     await until(lambda: running.status().detail == "", 20)

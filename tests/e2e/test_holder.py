@@ -16,6 +16,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from tests.waiting import until
 
 from phalanx import config, system
 from phalanx.backends import Holder, ProcessBackend, holder, process
@@ -114,13 +115,6 @@ def lines() -> Iterator[list[str]]:
     yield found
     LINES.removeHandler(keeps)
     LINES.setLevel(logging.NOTSET)
-
-
-async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    """Wait until *condition* holds, or fail."""
-    async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
 
 
 def touch_when(there: Path, say: str) -> str:

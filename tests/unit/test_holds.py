@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from tests.waiting import until
 
 from phalanx import system
 from phalanx.coord import hold
@@ -45,9 +46,7 @@ async def asking(holds: Holds, sent: Sent, count: int) -> None:
     """Let it ask so often."""
     task = asyncio.create_task(holds.run())
     try:
-        async with asyncio.timeout(20):
-            while len(sent.asks) < count and not task.done():  # noqa: ASYNC110 - nothing tells of it
-                await asyncio.sleep(0.01)
+        await until(lambda: len(sent.asks) >= count or task.done())
         assert not task.done()
     finally:
         task.cancel()
