@@ -206,6 +206,15 @@ class Adopting:
         assert self.engine.running() == [last.run]
         return node, last
 
+    async def keeper_alone(self) -> tuple[NodeProcess, Tick, note.KeeperNote]:
+        """As ``paused``; then the node is killed: its keeper goes on, and has noticed."""
+        node, last = await self.paused()
+        node.kill()
+        kept = note.read(node.data_dir)
+        assert kept is not None
+        await self.until(lambda: (node.data_dir / note.SOCKET).exists(), "the keeper is not alone yet")
+        return node, last, kept
+
     async def until(self, condition: Callable[[], object], problem: str, seconds: float = 10.0) -> None:
         """Wait for it."""
         await self.nodes.wait_until(condition, seconds, problem)
@@ -328,13 +337,9 @@ async def test_resumed_while_the_node_is_away(s: Adopting) -> None:
 
 async def test_keeper_alone_in_a_pause_is_killed(s: Adopting) -> None:
     """Its warden ends what runs, well before the session does; nobody takes over before the resume."""
-    node, last = await s.paused()
-    node.kill()
-    kept = note.read(node.data_dir)
-    assert kept is not None
-    await s.until(lambda: (node.data_dir / note.SOCKET).exists(), "the keeper is not alone yet")
+    node, last, keeper = await s.keeper_alone()
     killed = system.now()
-    os.kill(kept.pid, signal.SIGKILL)
+    os.kill(keeper.pid, signal.SIGKILL)
     await s.until(lambda: not s.engine.running(), "the warden does not end it")
     last_word = s.ticks()[-1].at
     print(f"said its last {1000 * (last_word - killed):.0f} ms after the keeper's end")
@@ -352,16 +357,12 @@ async def test_keeper_alone_in_a_pause_is_killed(s: Adopting) -> None:
 
 async def test_g1_keeper_alone_in_a_pause_is_stopped(s: Adopting) -> None:
     """It renews no more, and would end nothing: its warden kills it, and ends what runs."""
-    node, last = await s.paused()
-    node.kill()
-    kept = note.read(node.data_dir)
-    assert kept is not None
-    await s.until(lambda: (node.data_dir / note.SOCKET).exists(), "the keeper is not alone yet")
+    node, last, keeper = await s.keeper_alone()
     stopped = system.now()
-    os.kill(kept.pid, signal.SIGSTOP)
+    os.kill(keeper.pid, signal.SIGSTOP)
     await s.until(lambda: not s.engine.running(), "nobody ends it")
     print(f"said its last {1000 * (s.ticks()[-1].at - stopped):.0f} ms after the keeper's stop")
-    await s.until(lambda: not kept.lives, "the keeper still is there")
+    await s.until(lambda: not keeper.lives, "the keeper still is there")
     await s.client.resume("wiki")
     await s.taken_over(node, last)
     node.start()

@@ -8,8 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +23,7 @@ from phalanx.keeper.fencing import Registry
 from phalanx.keeper.warden import NAME, Warden, take_lock
 from phalanx.testing.holders import holder_of
 from phalanx.testing.nats import NatsServer
-from phalanx.testing.nodes import NodeProcess
+from phalanx.testing.nodes import NodeProcess, Nodes
 from phalanx.testing.stage import stage
 from phalanx.types import Resource
 
@@ -48,38 +51,58 @@ def wardens_of(node: NodeProcess) -> list[int]:
     return [int(pid) for pid in children if Path(f"/proc/{pid}/comm").read_text().strip() == NAME]
 
 
-def forking(tmp_path: Path) -> tuple[str, Path]:
-    """The command of that program, and the file with its pids."""
-    script, pids = tmp_path / "forks.py", tmp_path / "pids"
-    script.write_text(FORKS)
-    return f"{sys.executable} {script} {pids}", pids
-
-
 def processes(pids: Path, count: int = 2) -> list[system.ProcessRef]:
     """The processes that were written down, once there are so many."""
     lines = pids.read_text().splitlines() if pids.exists() else []
     return [system.ProcessRef.of(int(pid)) for pid in lines] if len(lines) >= count else []
 
 
+@dataclass(frozen=True)
+class Forking:
+    """Nodes, the active of which runs ``FORKS``. ``pids``: the file with those of all its lives."""
+
+    nodes: Nodes
+    node: NodeProcess
+    pids: Path
+
+    async def running(self) -> list[system.ProcessRef]:
+        """Wait until both of its processes run."""
+        return await self.nodes.wait_until(lambda: processes(self.pids), 10, "no programs")
+
+    async def gone(self, victims: list[system.ProcessRef], seconds: float) -> None:
+        """Wait at most *seconds* until none of them is left."""
+        await self.nodes.wait_until(lambda: not any(v.alive() for v in victims), seconds, "they go on")
+
+
+@asynccontextmanager
+async def forking(
+    nats_server: NatsServer, tmp_path: Path, count: int = 1, **settings: Any
+) -> AsyncGenerator[Forking]:
+    """*count* nodes for ``FORKS``, one of them active. *settings*: see ``stage``."""
+    script, pids = tmp_path / "forks.py", tmp_path / "pids"
+    script.write_text(FORKS)
+    command = f"{sys.executable} {script} {pids}"
+    with stage(tmp_path, nats_server, count=count, backend=command, hooks=False, **settings) as s:
+        yield Forking(s.nodes, s.nodes[await s.settled()], pids)
+
+
 async def test_g1_node_and_keeper_killed_at_once_a_daemonised_child_is_gone_within_a_second(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:
     """The kernel kills the program itself; the warden what that has started, before another node begins."""
-    program, pids = forking(tmp_path)
-    with stage(tmp_path, nats_server, count=2, backend=program, hooks=False) as s:
-        active = await s.settled()
-        victims = await s.nodes.wait_until(lambda: processes(pids), 10, "no programs")
+    async with forking(nats_server, tmp_path, count=2) as s:
+        victims = await s.running()
         assert all(one.alive() for one in victims)
-        (warden,) = wardens_of(s.nodes[active])
-        s.nodes[active].kill_both()
+        (warden,) = wardens_of(s.node)
+        s.node.kill_both()
         killed = system.now()
-        await s.nodes.wait_until(lambda: not any(v.alive() for v in victims), 1.0, "they go on")
+        await s.gone(victims, 1.0)
         print(f"gone after {1000 * (system.now() - killed):.0f} ms")
         await s.nodes.wait_until(lambda: not system.is_running(warden), 2.0, "the warden goes on")
-        log = s.nodes[active].log()
+        log = s.node.log()
         assert "the keeper died: killing what it has kept: wiki." in log
         assert "all of it is gone after" in log
-        await s.nodes.wait_for_active("wiki", other_than=active)
+        await s.nodes.wait_for_active("wiki", other_than=s.node.node)
 
 
 async def test_g1_all_four_killed_while_nats_is_away_the_next_life_ends_what_is_left_all_the_same(
@@ -87,10 +110,9 @@ async def test_g1_all_four_killed_while_nats_is_away_the_next_life_ends_what_is_
 ) -> None:
     """Node, keeper, warden and holder: nobody is left to end a daemonised child. A node without NATS
     does it before all else."""
-    program, pids = forking(tmp_path)
-    with stage(tmp_path, nats_server, count=1, ttl=1.0, backend=program, hooks=False) as s:
-        node = s.nodes[await s.settled()]
-        victims = await s.nodes.wait_until(lambda: processes(pids), 10, "no programs")
+    async with forking(nats_server, tmp_path, ttl=1.0) as s:
+        node = s.node
+        victims = await s.running()
         nats_server.kill(0)
         holder = holder_of(node.data_dir)
         os.kill(holder, signal.SIGSTOP)
@@ -100,21 +122,20 @@ async def test_g1_all_four_killed_while_nats_is_away_the_next_life_ends_what_is_
         os.kill(holder, signal.SIGKILL)
         assert any(one.alive() for one in victims)
         node.start()
-        await s.nodes.wait_until(lambda: not any(v.alive() for v in victims), 5.0, "they go on")
+        await s.gone(victims, 5.0)
 
 
 async def test_g1_holder_ends_what_is_left_when_node_keeper_and_warden_are_killed_at_once(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:
     """A daemonised child as well, and then itself; nobody has to start the node again for that."""
-    program, pids = forking(tmp_path)
-    with stage(tmp_path, nats_server, count=1, ttl=1.0, backend=program, hooks=False) as s:
-        node = s.nodes[await s.settled()]
-        victims = await s.nodes.wait_until(lambda: processes(pids), 10, "no programs")
+    async with forking(nats_server, tmp_path, ttl=1.0) as s:
+        node = s.node
+        victims = await s.running()
         for warden in wardens_of(node):
             os.kill(warden, signal.SIGKILL)
         node.kill_both()
-        await s.nodes.wait_until(lambda: not any(v.alive() for v in victims), 10.0, "they go on")
+        await s.gone(victims, 10.0)
         await s.nodes.wait_until(lambda: not holder_of(node.data_dir), 10.0, "the holder goes on")
 
 
@@ -122,13 +143,12 @@ async def test_node_that_is_started_again_at_once_loses_nothing_of_its_new_life(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:
     """The new keeper waits for the old warden's lock; what it starts then is killed by nobody."""
-    program, pids = forking(tmp_path)
-    with stage(tmp_path, nats_server, count=1, ttl=1.0, backend=program, hooks=False) as s:
-        node = s.nodes[await s.settled()]
+    async with forking(nats_server, tmp_path, ttl=1.0) as s:
+        node = s.node
         victims = list[system.ProcessRef]()
         for life in range(1, 4):
             victims = await s.nodes.wait_until(
-                lambda n=2 * life: processes(pids, n), 20, "the programs did not start"
+                lambda n=2 * life: processes(s.pids, n), 20, "the programs did not start"
             )
             assert all(one.alive() for one in victims[-2:])
             assert not any(one.alive() for one in victims[:-2])
@@ -145,13 +165,12 @@ async def test_keeper_dies_alone_and_the_new_one_has_a_warden_of_its_own(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:
     """Node and old warden both end the section; the next session begins with a new keeper and warden."""
-    program, pids = forking(tmp_path)
-    with stage(tmp_path, nats_server, count=1, ttl=1.0, backend=program, hooks=False) as s:
-        node = s.nodes[await s.settled()]
-        await s.nodes.wait_until(lambda: processes(pids), 10, "no programs")
+    async with forking(nats_server, tmp_path, ttl=1.0) as s:
+        node = s.node
+        await s.running()
         (old,) = wardens_of(node)
         node.kill_keeper()
-        victims = await s.nodes.wait_until(lambda: processes(pids, 4), 20, "it did not start again")
+        victims = await s.nodes.wait_until(lambda: processes(s.pids, 4), 20, "it did not start again")
         assert not any(one.alive() for one in victims[:2])
         assert all(one.alive() for one in victims[2:])
         assert not system.is_running(old)
@@ -173,10 +192,9 @@ async def test_graceful_end_dismisses_the_warden(nats_server: NatsServer, tmp_pa
 
 async def test_dead_warden_is_replaced_and_reported(nats_server: NatsServer, tmp_path: Path) -> None:
     """SIGKILL of the warden: no failover, an audit entry, and the next one does the work as well."""
-    program, pids = forking(tmp_path)
-    with stage(tmp_path, nats_server, count=1, backend=program, hooks=False) as s:
-        node = s.nodes[await s.settled()]
-        victims = await s.nodes.wait_until(lambda: processes(pids), 10, "no programs")
+    async with forking(nats_server, tmp_path) as s:
+        node = s.node
+        victims = await s.running()
         (first,) = wardens_of(node)
         os.kill(first, signal.SIGKILL)
         (second,) = await s.nodes.wait_until(
@@ -192,7 +210,7 @@ async def test_dead_warden_is_replaced_and_reported(nats_server: NatsServer, tmp
         assert f"process {first}) has ended: killed by signal 9" in found[0].reason
         assert node.is_active("wiki")
         node.kill_both()
-        await s.nodes.wait_until(lambda: not any(v.alive() for v in victims), 1.5, "they go on")
+        await s.gone(victims, 1.5)
 
 
 def holds_lock(pid: int, node: NodeProcess) -> bool:
@@ -237,17 +255,16 @@ async def test_g1_keeper_stopped_and_node_killed_the_warden_ends_what_is_left(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:
     """Nobody else would, until the node is started again: the keeper cannot see that its node is dead."""
-    program, pids = forking(tmp_path)
-    with stage(tmp_path, nats_server, count=1, ttl=1.0, backend=program, hooks=False) as s:
-        node = s.nodes[await s.settled()]
-        victims = await s.nodes.wait_until(lambda: processes(pids), 10, "no programs")
+    async with forking(nats_server, tmp_path, ttl=1.0) as s:
+        node = s.node
+        victims = await s.running()
         keeper = system.ProcessRef.of(node.keeper_pid)
         (warden,) = wardens_of(node)
         os.kill(holder_of(node.data_dir), signal.SIGSTOP)  # it would do that too
         try:
             node.freeze_keeper()
             node.kill()
-            await s.nodes.wait_until(lambda: not any(v.alive() for v in victims), 10.0, "they go on")
+            await s.gone(victims, 10.0)
         finally:
             os.kill(holder_of(node.data_dir), signal.SIGCONT)
         assert not keeper.alive()
@@ -316,15 +333,14 @@ async def test_lock_that_is_held_for_long_is_an_error_that_names_its_holder(
 
 async def test_frozen_keeper_of_an_earlier_life_is_killed(nats_server: NatsServer, tmp_path: Path) -> None:
     """SIGSTOP of the keeper, SIGKILL of the node, and a new start: nobody has to help."""
-    program, pids = forking(tmp_path)
-    with stage(tmp_path, nats_server, count=1, ttl=1.0, backend=program, hooks=False) as s:
-        node = s.nodes[await s.settled()]
-        await s.nodes.wait_until(lambda: processes(pids), 10, "no programs")
+    async with forking(nats_server, tmp_path, ttl=1.0) as s:
+        node = s.node
+        await s.running()
         keeper = system.ProcessRef.of(node.keeper_pid)
         node.freeze_keeper()
         node.kill()
         node.start()
-        victims = await s.nodes.wait_until(lambda: processes(pids, 4), 30, "it did not start again")
+        victims = await s.nodes.wait_until(lambda: processes(s.pids, 4), 30, "it did not start again")
         assert not keeper.alive()
         assert not any(one.alive() for one in victims[:2])
         assert all(one.alive() for one in victims[2:])
