@@ -69,14 +69,17 @@ class Withdrawn(NamedTuple):
 
 def find(address: Address) -> list[Present]:
     """Where this host has *address*, if anywhere. Raises OSError."""
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     with _Socket(_NETLINK_ROUTE) as netlink:
-        answers = netlink.dump(_GETADDR, _ADDRESS_HEADER.pack(family, 0, 0, 0, 0))
+        answers = netlink.dump(_GETADDR, _ADDRESS_HEADER.pack(_family(address), 0, 0, 0, 0))
         return [present for body in answers if (present := _present(body)).address == address]
 
 
+def _family(address: Address) -> int:
+    return socket.AF_INET if address.version == 4 else socket.AF_INET6
+
+
 def _present(body: bytes) -> Present:
-    _family, prefix, flags, _scope, index = _ADDRESS_HEADER.unpack_from(body)
+    _, prefix, flags, _, index = _ADDRESS_HEADER.unpack_from(body)
     found = dict(_attributes(body[_ADDRESS_HEADER.size :]))
     # Of a point-to-point link the address is that of the other end.
     address = ip_address(found.get(_IFA_LOCAL) or found[_IFA_ADDRESS])
@@ -90,12 +93,8 @@ def _present(body: bytes) -> Present:
 
 def remove(present: Present) -> None:
     """Take it away; one that is gone already is as good. Raises OSError."""
-    family = socket.AF_INET if present.address.version == 4 else socket.AF_INET6
-    packed = present.address.packed
-    body = _ADDRESS_HEADER.pack(family, present.prefix, 0, 0, present.interface)
-    body += _attribute(_IFA_LOCAL, packed) + _attribute(_IFA_ADDRESS, packed)
     with _Socket(_NETLINK_ROUTE) as netlink:
-        problem = netlink.ask(_DELADDR, body)
+        problem = netlink.ask(_DELADDR, _naming(present))
     if problem not in (0, errno.EADDRNOTAVAIL, errno.ENODEV):
         raise OSError(problem, os.strerror(problem))
 
@@ -105,12 +104,9 @@ def prolong(present: Present, seconds: int) -> None:
 
     The caller has just seen it: the kernel makes one that is not there.
     """
-    family, preferred = socket.AF_INET, seconds
-    if present.address.version == 6:
-        family, preferred = socket.AF_INET6, 0  # as it was put there: this host's own connections avoid it
-    packed = present.address.packed
-    body = _ADDRESS_HEADER.pack(family, present.prefix, 0, 0, present.interface)
-    body += _attribute(_IFA_LOCAL, packed) + _attribute(_IFA_ADDRESS, packed)
+    # IPv6 as it was put there: this host's own connections avoid it.
+    preferred = seconds if present.address.version == 4 else 0
+    body = _naming(present)
     if present.label:
         body += _attribute(_IFA_LABEL, present.label.encode() + b"\0")
     if present.protocol:
@@ -121,6 +117,13 @@ def prolong(present: Present, seconds: int) -> None:
         problem = netlink.ask(_NEWADDR, body, _REPLACE)
     if problem:
         raise OSError(problem, os.strerror(problem))
+
+
+def _naming(present: Present) -> bytes:
+    """What a request that is about it begins with."""
+    packed = present.address.packed
+    header = _ADDRESS_HEADER.pack(_family(present.address), present.prefix, 0, 0, present.interface)
+    return header + _attribute(_IFA_LOCAL, packed) + _attribute(_IFA_ADDRESS, packed)
 
 
 def withdraw(address: Address, *, created: int = 0, label: str = "") -> Withdrawn:
@@ -177,8 +180,7 @@ def reset_connections(address: Address) -> int:
 
 def _from_address(address: Address) -> bytes:
     """A program of inet_diag with one step: a socket's own address is this one, whatever its port."""
-    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    condition = struct.pack("=BBHi", family, address.max_prefixlen, 0, -1) + address.packed
+    condition = struct.pack("=BBHi", _family(address), address.max_prefixlen, 0, -1) + address.packed
     length = 4 + len(condition)
     return struct.pack("=BBH", _SOURCE_CONDITION, length, length + 4) + condition
 

@@ -115,11 +115,7 @@ class Held:
         # From now on a keeper that acts late cannot take a newer section's for this one.
         details = {**self._resource.details, "created": str(self._created)}
         self._resource = msgspec.structs.replace(self._resource, details=details, adoptable=True)
-        self._holds = True
-        self._announce()
-        await self._section.register(self._resource)
-        self._own(self._keep(), f"{self._section.app} keeping {self._declared.address}")
-        log.info("app %s: has taken %s", self._section.app, self, extra={"app": self._section.app})
+        await self._begin("has taken")
 
     async def take_up(self, resource: Resource) -> bool:
         """Go on with *resource*, which an earlier life of the node has put there; nobody is asked for it: we
@@ -131,12 +127,16 @@ class Held:
             return False
         if self._link.mac:
             self._open_segment()
+        await self._begin("has adopted")
+        return True
+
+    async def _begin(self, how: str) -> None:
+        """It is here: the network and the keeper are told, and it is kept from now on."""
         self._holds = True
         self._announce()
         await self._section.register(self._resource)
         self._own(self._keep(), f"{self._section.app} keeping {self._declared.address}")
-        log.info("app %s: has adopted %s", self._section.app, self, extra={"app": self._section.app})
-        return True
+        log.info("app %s: %s %s", self._section.app, how, self, extra={"app": self._section.app})
 
     def begin_anew(self) -> None:
         """What an earlier life has left is not here: :meth:`take` takes it as if there had been none."""
