@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from phalanx import unix_socket
+from phalanx.aio import Background
 from phalanx.decide.election import LeaderBody
 from phalanx.decide.pause import WHOLE_PLATFORM
 from phalanx.errors import BusError
@@ -145,6 +146,7 @@ class Absence:
     def __init__(self, bus: Bus, names: Names, session: SessionId, on_event: Callable[[], None]) -> None:
         self._bus, self._names, self._session, self._on_event = bus, names, session, on_event
         self._door = Door(session, self._on_visit)
+        self._background = Background(log)
         self._looking: asyncio.Task[None] | None = None
         self._is_over = False
         self.visit: Visit | None = None
@@ -165,7 +167,7 @@ class Absence:
         looking = look_after(
             self._bus, self._names, self._session, set(keep.apps), set(keep.others), self._on_resumed
         )
-        self._looking = asyncio.create_task(looking, name="keeper alone")
+        self._looking = self._background.spawn(looking, "keeper alone")
 
     def end(self) -> None:
         """Somebody has it, or there is nothing left to have."""

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from phalanx import system
+from phalanx.aio import Background
 from phalanx.keeper import wire
 from phalanx.keeper.link import NodeLink
 from phalanx.keeper.warden import RESPAWN_SECONDS, Warden, take_lock
@@ -21,6 +22,7 @@ class Wardens:
         self._link = link
         self._warden: Warden | None = warden
         self._lock: system.FileLock | None = None
+        self._background = Background(log)
         self._replacing: asyncio.Task[None] | None = None
         self._state_dir: Path | None = None
         self._node: system.ProcessRef | None = system.ProcessRef.of(link.process.pid)
@@ -54,7 +56,7 @@ class Wardens:
             log.error("%s; another one is started", problem)
             self._link.say(wire.Noted("warden-exited", problem))
             self._warden = None
-            self._replacing = asyncio.create_task(self._replace(state_dir), name="keeper warden")
+            self._replacing = self._background.spawn(self._replace(state_dir), "keeper warden")
 
     async def _replace(self, state_dir: Path) -> None:
         while self._warden is None:
