@@ -12,13 +12,11 @@ from collections.abc import Callable
 from phalanx import system
 from phalanx.coord.direct import Answer, Direct, Question, resolve
 from phalanx.coord.session import Session
-from phalanx.decide.hold import Ask, Claim, Member, asks_now
+from phalanx.decide.hold import NEVER, Ask, Claim, Member, asks_now
 from phalanx.decide.timing import Timing
 from phalanx.types import SessionId
 
 log = logging.getLogger("phalanx.hold")
-
-NEVER = float("-inf")
 
 
 class _Reign:

@@ -76,7 +76,11 @@ class Session:
     def covers(self, app: str) -> bool:
         """Whether something of *app* may run now: by the session, or by promises that reach past it."""
         over = self._releasing or self.lost.is_set()
-        return not over and system.now() < max(self.valid_until, self._extended.get(app, float("-inf")))
+        return not over and system.now() < self.right_until(app)
+
+    def right_until(self, app: str) -> float:
+        """Until when that is so, as known now."""
+        return max(self.valid_until, self._extended.get(app, float("-inf")))
 
     def note_outlived(self) -> None:
         """The session is over, and something goes on without it: what hung on the session (locks) is told."""
@@ -88,10 +92,6 @@ class Session:
     def was_extended(self) -> bool:
         """Whether something may have outlived the session, or may do so yet."""
         return bool(self._extended)
-
-    def right_until(self, app: str) -> float:
-        """Until when that is so, as known now."""
-        return max(self.valid_until, self._extended.get(app, float("-inf")))
 
     def extend(self, app: str, moment: float) -> None:
         """*app* may go on until *moment*, also without the session: the keeper has to know."""

@@ -24,7 +24,7 @@ _LOOK_SECONDS = 0.05
 async def take_up(state_dir: Path, wish: wire.Attach) -> Session | None:
     """The session that the keeper of an earlier life holds for us.
 
-       None where there is none, or it is refused: then nothing of that life runs any more.
+    None where there is none, or it is refused: then nothing of that life runs any more.
     The caller has the lock of *state_dir*, so that life is over.
     """
     found = note.read(state_dir)

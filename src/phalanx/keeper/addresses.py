@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from phalanx import netlink, system
+from phalanx.aio import wait_at_most
 from phalanx.types import Resource
 
 log = logging.getLogger("phalanx.keeper")
@@ -76,11 +77,7 @@ class Prolonging:
         while self._resources and not self._stopped.is_set():
             for resource in list(self._resources):
                 await self._prolong(resource)
-            try:
-                async with asyncio.timeout(self._period):
-                    await self._stopped.wait()
-            except TimeoutError:
-                continue
+            await wait_at_most(self._stopped, self._period)
 
     async def _prolong(self, resource: Resource) -> None:
         address = resource.details.get("address")

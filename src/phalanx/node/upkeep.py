@@ -62,10 +62,7 @@ class StreamCheck:
     def _streams_needed(self) -> dict[str, str]:
         """What has to be there, once it was made, and how to call it."""
         names = self._names
-        buckets = [
-            names.platform_bucket,
-            *(names.app_bucket(name) for name in (app.name for app in self._apps)),
-        ]
+        buckets = [names.platform_bucket, *(names.app_bucket(app.name) for app in self._apps)]
         needed = {names.bucket_stream(bucket): f"the bucket {bucket!r}" for bucket in buckets}
         for name in (app.name for app in self._apps if app.database is not None):
             log_stream, objects = names.wal_stream(name), names.object_stream(names.snapshots_bucket(name))
