@@ -20,6 +20,7 @@ from tests.waiting import until
 
 from phalanx import config, system
 from phalanx.backends import Holder, ProcessBackend, holder, process
+from phalanx.decide.keeper import AWAY_SECONDS
 from phalanx.keeper import note
 from phalanx.ports import Running, SectionContext
 from phalanx.testing.holders import holder_of
@@ -348,10 +349,13 @@ async def test_g1_holder_of_another_version_is_ended_with_what_it_holds(
     await until(lambda: not system.is_running(before))
 
 
-def test_holder_speaks_the_version_that_the_node_understands() -> None:
-    """The two are written down apart, as the holder's process imports nothing of Phalanx."""
+def test_holder_means_the_same_as_the_node_by_what_both_have_written_down() -> None:
+    """It is written down twice, as the holder's process imports nothing of Phalanx."""
     code = Path(holder.__file__).with_name("holder_process.py").read_text()
     assert f"\nVERSION = {holder.VERSION}\n" in code
+    assert f'\nMARKER_ENV = "{system.MARKER_ENV}"\n' in code
+    assert f'\n_NOTE = "{note.NOTE}"\n' in code
+    assert float(code.partition("\nAWAY_SECONDS = ")[2].split()[0]) > AWAY_SECONDS
 
 
 async def test_g1_holder_ends_what_it_holds_when_the_keeper_has_gone_too(

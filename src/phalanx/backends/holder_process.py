@@ -3,6 +3,8 @@
 :mod:`phalanx.backends.holder` starts it as a file, not as a module (``python -I -S holder_process.py``). It
 imports only the standard library, and little of that: some megabytes, some milliseconds. It has one thread,
 so the kernel ends the programs with it (prctl(2), PR_SET_PDEATHSIG: with the *thread* that started them).
+Hence a few things of :mod:`phalanx.system`, :mod:`phalanx.unix_socket` and the other end of the connection
+stand here once more, on purpose, and only as far as it needs them.
 
 What it is not: it decides nothing about who may be active, and no kill goes through it. Node, keeper and
 warden kill processes and control groups themselves, however this one fares.
