@@ -22,7 +22,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import resource
 import select
 import signal
 import socket
@@ -511,17 +510,6 @@ def set_pdeathsig(number: int = signal.SIGKILL) -> None:
 
     if ctypes.CDLL(None, use_errno=True).prctl(1, number, 0, 0, 0):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-
-
-def raise_nofile_limit() -> int:
-    """Raise the soft limit of open files to the hard one; returns what it is now."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # macOS reports "unlimited" but refuses it (OPEN_MAX).
-    wanted = hard if LINUX or hard != resource.RLIM_INFINITY else 10240
-    if soft != wanted:
-        with contextlib.suppress(ValueError, OSError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def notify(state: str) -> bool:

@@ -28,7 +28,7 @@ import msgspec
 
 from phalanx import cgroup_v2, child, system
 from phalanx.backends import gate, limits, readiness
-from phalanx.backends.abandoning import until_gone
+from phalanx.backends.abandoning import RETRY_SECONDS, until_gone
 from phalanx.backends.held import HeldProcess
 from phalanx.backends.holder import Claim, Holder, HolderGone
 from phalanx.backends.launch import Launch, prepare, spawn_failed
@@ -44,7 +44,6 @@ LINES_KEPT = 1000
 """How many of the last lines of its programs a backend knows (of 4 KiB at most, ``child.MAX_LINE_BYTES``)."""
 
 _GROUP_POLL_SECONDS = 0.03
-_RETRY_SECONDS = 0.5
 
 
 class ProcessBackend:
@@ -478,7 +477,7 @@ async def _end_for_certain(resource: Resource) -> None:
                 return
             problem = f"processes {remaining} do not die"
         log.critical("app %s: left-over %s: %s; trying on", resource.app, resource.id, problem)
-        await asyncio.sleep(_RETRY_SECONDS)
+        await asyncio.sleep(RETRY_SECONDS)
 
 
 def _empty(group: cgroup_v2.Cgroup) -> tuple[int, ...]:
