@@ -9,12 +9,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from phalanx import preflight, system
 from phalanx.app import App
 from phalanx.backends import Holder, make_backend
-from phalanx.client import PlatformClient
 from phalanx.config import (
     ActivePassive,
     AppConfig,
@@ -47,6 +46,9 @@ from phalanx.net import make_addresses
 from phalanx.node import Node
 from phalanx.observe.logs import configure_logging
 from phalanx.types import Member, NodeStatus, Role
+
+if TYPE_CHECKING:
+    from phalanx.client import PlatformClient
 
 log = logging.getLogger("phalanx")
 
@@ -126,6 +128,8 @@ class Platform:
         As ``async with`` (then :meth:`PlatformClient.api`), or as ``with`` for code without an event loop.
         *nats*: else PHALANX_NATS. *timeout*: how long connecting may take, in seconds. Raises ConfigError.
         """
+        from phalanx.client import PlatformClient  # nothing that a node needs
+
         servers = build_platform(name, node="client", nats=nats).nats
         if not isinstance(servers, NatsOptions):
             raise ConfigError("nats", "embedded", "a client starts no server", "give the URLs of servers")

@@ -37,7 +37,7 @@ def test_errors_of_databases_are_caught_without_loading_what_raises_them() -> No
 @pytest.mark.parametrize("module", ["phalanx.platform", "phalanx.keeper.__main__", "phalanx.cli.main"])
 def test_node_and_keeper_do_not_import_what_only_some_apps_need(module: str) -> None:
     """They start sooner and stay smaller; whoever needs one of these imports it, also after us."""
-    heavy = {"aiohttp", "aiodocker", "dbus_fast", "pyroute2"}
+    heavy = {"aiohttp", "aiodocker", "dbus_fast", "pyroute2", "phalanx.client"}
     code = (
         f"import sys, {module}\n"
         f"print(sorted({heavy!r} & sys.modules.keys()))\n"
