@@ -441,6 +441,34 @@ async def test_no_leader_within_the_deadline(nats_server: NatsServer, tmp_path: 
         assert not nobody.value.started
 
 
+async def test_node_that_stops_sends_on_what_it_held(nats_server: NatsServer, tmp_path: Path) -> None:
+    """A call waits for a reign that never begins here: when the node stops it is answered "moved"."""
+    platform = platform_of(nats_server, tmp_path, "n1")
+    app = platform.app("orders")
+    app.handle("echo")(_echo)
+
+    @app.on_start
+    async def barred() -> None:
+        raise RuntimeError("so that nobody leads")
+
+    async with PlatformClient("test", NatsOptions(urls=tuple(nats_server.urls))) as client:
+
+        def ask(method: str) -> asyncio.Task[Message]:
+            subject = client.names.call_node_subject("orders", "n1", method)
+            headers = {wire.CALL: wire.call_header(method, 60.0, 1 << 40, "somebody")}
+            return asyncio.create_task(client.bus.request(subject, b"1", headers=headers, timeout=60.0))
+
+        async with platform:
+            held = ask("echo")
+            await ask("none")  # behind the other on the same subscription: so that one has come
+            assert not held.done()
+        async with asyncio.timeout(20):
+            answer = await held
+        problem = wire.problem_of(answer.data, answer.headers)
+        assert problem is not None
+        assert (problem.code, problem.started) == (wire.MOVED, False)
+
+
 async def _echo(value: int) -> int:
     return value
 

@@ -15,7 +15,8 @@ from collections import deque
 from typing import Any
 
 from phalanx import system
-from phalanx.errors import BusError, CallError, Fenced, HookFailed, NotActive, PhalanxError, SessionLost
+from phalanx.aio import Background
+from phalanx.errors import CallError, Fenced, HookFailed, NotActive, PhalanxError, SessionLost
 from phalanx.messaging import call_wire as wire
 from phalanx.messaging.content import ContentError, encode
 from phalanx.messaging.context import DEADLINE, CallContext
@@ -81,6 +82,7 @@ class CallServer:
         self._held: deque[_Call] = deque()
         self._running: dict[asyncio.Task[None], int] = {}
         """What runs, and in the section of which epoch; 0: in none."""
+        self._refusals = Background(log)
         self._by_id: dict[str, asyncio.Task[None]] = {}
         self._draining = 0
         self._micro = MicroService(app, node, handlers, bus, names)
@@ -119,6 +121,7 @@ class CallServer:
             task.cancel()
         if self._running:
             await asyncio.wait(set(self._running), timeout=CANCEL_SECONDS)
+        await self._refusals.close(CANCEL_SECONDS)
 
     # --- with the section
 
@@ -347,12 +350,7 @@ class CallServer:
             handler.errors += 1
             handler.last_error = f"{code}: {message}"
         data, headers = wire.refusal(wire.Problem(code, message, path))
-        self._spawn(self._send(call.message, data, headers))
-
-    def _spawn(self, work: Any) -> None:
-        task: asyncio.Task[None] = asyncio.create_task(work, name=f"answer of {self._app}")
-        self._running[task] = 0
-        task.add_done_callback(lambda task: self._running.pop(task, None))
+        self._refusals.spawn(self._send(call.message, data, headers), f"answer of {self._app}")
 
     async def _send(self, message: Message, data: bytes, headers: dict[str, str], epoch: int = 0) -> None:
         if not message.reply:
@@ -360,5 +358,5 @@ class CallServer:
         headers[wire.ANSWER] = f"{self._node};{epoch}"
         try:
             await self._bus.publish(message.reply, data, headers=headers)
-        except (BusError, PhalanxError) as error:
+        except PhalanxError as error:
             log.warning("an answer of %s could not be sent: %s", self._app, error)
