@@ -441,6 +441,19 @@ async def test_no_leader_within_the_deadline(nats_server: NatsServer, tmp_path: 
         assert not nobody.value.started
 
 
+async def test_unknown_apps_leave_nothing_behind(nats_server: NatsServer, tmp_path: Path) -> None:
+    """Names that no app has, as a gateway is asked for, in several calls at once: nothing is followed on."""
+    async with (
+        node(nats_server, tmp_path),
+        PlatformClient("test", NatsOptions(urls=tuple(nats_server.urls))) as client,
+    ):
+        names = [f"no-such-{number}" for number in range(5)]
+        calls = [client.api(name).call("echo", timeout=20) for name in names for _ in range(5)]
+        for error in await asyncio.gather(*calls, return_exceptions=True):
+            assert isinstance(error, UnknownApp)
+        assert not client._calls()._views
+
+
 async def test_node_that_stops_sends_on_what_it_held(nats_server: NatsServer, tmp_path: Path) -> None:
     """A call waits for a reign that never begins here: when the node stops it is answered "moved"."""
     platform = platform_of(nats_server, tmp_path, "n1")

@@ -110,9 +110,9 @@ class Caller:
 
     async def close(self) -> None:
         """End what is followed. Calls under way fail with the connection."""
-        for view in self._views.values():
+        views, self._views = self._views, {}
+        for view in views.values():
             await view.close()
-        self._views.clear()
         await self._background.close()
 
     async def call(
@@ -189,8 +189,11 @@ class Caller:
                 self._views[app] = view
         return view
 
-    async def _check_known(self, call: _Call) -> None:
-        """Nobody of the app is there: raises UnknownApp if there never was, as far as we may know that."""
+    async def _check_known(self, call: _Call, view: LeaderView) -> None:
+        """Nobody of the app is there: raises UnknownApp if there never was, as far as we may know that.
+
+        Then *view* is dropped: names of no app, from whomever, must not add up.
+        """
         if call.app in self._known:
             return
         bucket = self._names.platform_bucket
@@ -204,6 +207,9 @@ class Caller:
             log.debug("whether there is an app %s: %s", call.app, error)
             return
         if found is None or found.removed:
+            if self._views.get(call.app) is view:
+                del self._views[call.app]
+                await view.close()
             problem = f"platform {self._names.platform} has no app {call.app}; phalanx status lists them"
             raise call.failed(UnknownApp, "unknown-app", problem)
         self._known.add(call.app)
@@ -212,7 +218,7 @@ class Caller:
 
     async def _to_leader(self, call: _Call, view: LeaderView) -> Message:
         if not view.answered and not await view.ask(call.deadline):
-            await self._check_known(call)
+            await self._check_known(call, view)
         while True:
             left = call.deadline - system.now()
             if left <= 0:
@@ -245,7 +251,7 @@ class Caller:
             if answer is not None:
                 return answer
             if not view.answered:
-                await self._check_known(call)
+                await self._check_known(call, view)
             await asyncio.sleep(max(0.0, min(call.delay(), call.deadline - system.now())))
 
     def _too_late(self, call: _Call, kind: type[CallError], code: str, message: str) -> CallError:

@@ -133,12 +133,12 @@ class LeaderView:
 
         Several who ask at once share one answer.
         """
-        if self._asking is None or self._asking.done():
-            self._asking = asyncio.create_task(self._ask(), name=f"who leads {self._app}")
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(until - system.now()):
-                return await asyncio.shield(self._asking)
-        return False
+        asking = self._asking
+        if asking is None or asking.done():
+            asking = self._asking = asyncio.create_task(self._ask(), name=f"who leads {self._app}")
+        # Not awaited itself: its cancellation, by close(), is none of whoever waits for it here.
+        await asyncio.wait({asking}, timeout=until - system.now())
+        return asking.done() and not asking.cancelled() and asking.result()
 
     async def _ask(self) -> bool:
         try:
