@@ -233,6 +233,10 @@ class Names:
         """A call to the instance on one node."""
         return f"{self.platform}._.api.{app}.node.{node}.{method}"
 
+    def call_queue(self, app: str) -> str:
+        """The queue group of its instances, of which one answers."""
+        return f"{self.platform}.{app}"
+
     def call_who_subject(self, app: str) -> str:
         """Any instance answers here who leads the app, and which methods may be repeated."""
         return f"{self.platform}._.api.{app}.who"

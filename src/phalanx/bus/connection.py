@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from typing import Any
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
+from phalanx.aio import wait_at_most
 from phalanx.bus.client import subscribe
 from phalanx.bus.jetstream import (
     NO_MESSAGE_FOUND,
@@ -340,9 +340,7 @@ class NatsBus:
             subscription = await subscribe(client, inbox, keep)
             try:
                 await client.publish(subject, data, reply=inbox)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(timeout):
-                        await enough.wait()
+                await wait_at_most(enough, timeout)
             finally:
                 await subscription.unsubscribe()
         except (NatsError, OSError) as error:

@@ -66,8 +66,6 @@ _KINDS: dict[str, type[errors.CallError]] = {
     "failed": errors.HandlerFailed,
 }
 
-RESERVED_CODES = frozenset(_NUMBERS)
-
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     """The body of an error, always JSON."""

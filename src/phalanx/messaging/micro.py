@@ -94,7 +94,7 @@ class MicroService:
     def _endpoint(self, handler: Handler) -> dict[str, Any]:
         names = self._names
         if handler.anywhere:
-            subject, queue = names.call_any_subject(self._app, handler.name), f"{names.platform}.{self._app}"
+            subject, queue = names.call_any_subject(self._app, handler.name), names.call_queue(self._app)
         else:
             subject, queue = names.call_leader_subject(self._app, handler.name), ""
         return {"name": handler.name, "subject": subject, "queue_group": queue}

@@ -93,7 +93,7 @@ class CallServer:
         """Begin to answer. Raises BusError."""
         self._handlers.is_served = True
         bus, names, app = self._bus, self._names, self._app
-        queue = f"{names.platform}.{app}"
+        queue = names.call_queue(app)
         wanted = (
             (names.call_who_subject(app), self._on_who, queue),
             (names.call_cancel_subject(app), self._on_cancel, ""),
@@ -276,8 +276,8 @@ class CallServer:
         timer.cancel()
         handler.running -= 1
         self._running.pop(task, None)
-        if call.id:
-            self._by_id.pop(call.id, None)
+        if self._by_id.get(call.id) is task:  # and not a later try of the same call
+            del self._by_id[call.id]
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s could not be answered", task.get_name(), exc_info=error)
 
