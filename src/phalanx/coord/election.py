@@ -12,6 +12,7 @@ import msgspec
 from phalanx import system
 from phalanx.aio import wait_at_most
 from phalanx.coord.admission import Admission
+from phalanx.coord.complaints import Complaints
 from phalanx.coord.hold import Holds
 from phalanx.coord.register import Register
 from phalanx.coord.session import Session
@@ -109,7 +110,7 @@ class Election:
         self._eligible, self._not_before = False, float("-inf")
         self._reign: Reign | None = None
         self._ended = self._failures = 0
-        self._complaints: dict[str, int] = {}
+        self._complaints = Complaints(log, app)
         self._highest = highest
         self._unreleased: tuple[int, LeaderBody] | None = None
         self._releasing = asyncio.Lock()
@@ -368,7 +369,7 @@ class Election:
             return RETRY_SECONDS if self.leader.revision == expected else None
         except BusError as error:
             self._failures += 1
-            self._complain("taking the leader key", error)
+            self._complaints.tell("taking the leader key", error)
             await self._read_leader()
             return RETRIES.delay(self._failures)
         self._failures = 0
@@ -385,7 +386,7 @@ class Election:
                 log.warning("app %s: the stored member list is older than the one that was seen", self._app)
                 self._watch.forget(self._admission.subject)
         except BusError as error:
-            self._complain("reading the member list", error)
+            self._complaints.tell("reading the member list", error)
             return False
         return True
 
@@ -457,7 +458,7 @@ class Election:
             self._unreleased = None
             return True
         except BusError as error:
-            self._complain(f"releasing epoch {epoch}", error)
+            self._complaints.tell(f"releasing epoch {epoch}", error)
             return False
         self._unreleased = None
         self._learn(_record(revision, body))
@@ -474,23 +475,17 @@ class Election:
         try:
             await self._bus.write(subject, _encode(offer), timeout=1.0)
         except BusError as error:
-            self._complain("publishing the candidacy", error)
+            self._complaints.tell("publishing the candidacy", error)
             return False
         self._offered = offer
         return True
-
-    def _complain(self, what: str, error: BusError) -> None:
-        """It is tried again and again while NATS has no leader: told once, then ever more rarely."""
-        self._complaints[what] = count = self._complaints.get(what, 0) + 1
-        level = logging.WARNING if count & (count - 1) == 0 else logging.DEBUG
-        log.log(level, "app %s: %s: %s%s", self._app, what, error, f" (try {count})" if count > 1 else "")
 
     async def _read_leader(self) -> bool:
         """Learn the leader key from the stream's leader. False if it did not answer."""
         try:
             record = await self._bus.read(self._stream, self._leader_subject, timeout=VERIFY_TIMEOUT_SECONDS)
         except BusError as error:
-            self._complain("reading the leader key", error)
+            self._complaints.tell("reading the leader key", error)
             return False
         self._complaints.clear()  # NATS is well again
         await self._learn_from_leader(record)

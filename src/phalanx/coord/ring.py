@@ -16,6 +16,7 @@ import msgspec
 
 from phalanx import system
 from phalanx.aio import Background, wait_at_most
+from phalanx.coord.complaints import Complaints
 from phalanx.coord.register import Register
 from phalanx.coord.watch import Watch
 from phalanx.decide.ring_ownership import Begin, End, Ownership, PartitionBody, Read, Write
@@ -100,7 +101,7 @@ class RingPartitions:
         self._waiting: deque[Write | Read] = deque()
         """At most one for each partition."""
         self._under_way, self._window = 0, MOST_UNDER_WAY
-        self._complaints: dict[str, int] = {}
+        self._complaints = Complaints(log, app)
         self._background = Background(log)
         self._changed = asyncio.Event()
         self._clear = asyncio.Event()
@@ -263,11 +264,9 @@ class RingPartitions:
         self._answered()
 
     async def _unanswered(self, what: str, error: BusError) -> None:
-        """Told once, then ever more rarely, while NATS has no leader; and tried again a moment later."""
+        """It is tried again a moment later."""
         self._window = max(1, self._window // 2)
-        self._complaints[what] = count = self._complaints.get(what, 0) + 1
-        level = logging.WARNING if count & (count - 1) == 0 else logging.DEBUG
-        log.log(level, "app %s: %s: %s%s", self._app, what, error, f" (try {count})" if count > 1 else "")
+        self._complaints.tell(what, error)
         await asyncio.sleep(RETRY_SECONDS)
 
     def _answered(self) -> None:
