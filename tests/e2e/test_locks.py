@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 import pytest
+from tests.e2e.sessions import NAMES, STREAM, Heartbeat, connected, registered
 from tests.waiting import until
 
 from phalanx import system
 from phalanx.bus.connection import NatsBus
-from phalanx.bus.provision import bucket_config, create_stream, session_config
-from phalanx.config import NatsOptions
+from phalanx.bus.provision import bucket_config, create_stream
 from phalanx.coord.kv import AppKV
 from phalanx.coord.lock_key import Holder
 from phalanx.coord.locks import Lock, Locks
 from phalanx.coord.register import Register
-from phalanx.decide.session import SessionBody, StreamList
 from phalanx.decide.timing import Timing
 from phalanx.errors import BusError, BusTimeout, ConfigError, Fenced, LockLost, LockTimeout, SessionLost
-from phalanx.names import LEADER_KEY, Names
+from phalanx.names import LEADER_KEY
 from phalanx.ports import Fence
 from phalanx.testing.nats import NatsCluster, NatsServer
 from phalanx.types import SessionId
 
-NAMES = Names("prod")
-STREAM = NAMES.session_stream(1)
-STREAMS = StreamList(1, (STREAM,))
 TIMING = Timing.of(1.0)
 BUCKET = NAMES.app_bucket("wiki")
 LEADER = NAMES.key_subject(BUCKET, LEADER_KEY)
@@ -40,47 +36,17 @@ def lock_subject(name: str) -> str:
     return NAMES.key_subject(BUCKET, f"lock.{name}")
 
 
-class Heartbeat:
-    """A session that this process renews by itself, in place of a keeper; ``die()`` is a power loss."""
+class ToldHeartbeat(Heartbeat):
+    """A session that is valid until one is told otherwise."""
 
-    def __init__(self, bus: NatsBus, node: str) -> None:
-        self.id = SessionId.new(node)
-        self.lost_reason = ""
-        self._bus, self._callbacks = bus, list[Callable[[], None]]()
-        self._subject = NAMES.session_subject(STREAM, self.id)
-        self._task: asyncio.Task[None] | None = None
-        self.is_valid = True
-
-    async def start(self) -> None:
-        await self._renew()
-        self._task = asyncio.create_task(self._beat())
-
-    async def _renew(self) -> None:
-        await self._bus.write(self._subject, msgspec.json.encode(SessionBody(1)))
-
-    async def _beat(self) -> None:
-        while True:
-            await asyncio.sleep(TIMING.renew_every)
-            with contextlib.suppress(BusError):
-                await self._renew()
-
-    async def die(self) -> None:
-        """No longer renew; whoever holds something by it is not told."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+    is_valid = True
+    lost_reason = ""
 
     def lose(self, reason: str) -> None:
         """What the keeper's word does."""
         self.is_valid, self.lost_reason = False, reason
         for callback in list(self._callbacks):
             callback()
-
-    def on_change(self, callback: Callable[[], None]) -> None:
-        self._callbacks.append(callback)
-
-    def off_change(self, callback: Callable[[], None]) -> None:
-        self._callbacks.remove(callback)
 
     @property
     def listeners(self) -> int:
@@ -90,7 +56,7 @@ class Heartbeat:
 class Node:
     """What locks stand on, on one node: a connection, a session, a register."""
 
-    def __init__(self, bus: NatsBus, session: Heartbeat, register: Register) -> None:
+    def __init__(self, bus: NatsBus, session: ToldHeartbeat, register: Register) -> None:
         self.bus, self.session, self.register = bus, session, register
         self.locks = Locks(bus, NAMES, "wiki", session, register)
         self.kv = AppKV(bus, NAMES, "wiki")
@@ -99,23 +65,15 @@ class Node:
 @asynccontextmanager
 async def node(name: str, *urls: str, replicas: int = 1) -> AsyncGenerator[Node]:
     """One node; the streams are made where they are missing."""
-    bus = await NatsBus.connect(NatsOptions(urls=urls), name=name, ping_interval=1.0)
-    await create_stream(bus, session_config(NAMES, STREAM))
-    await create_stream(bus, bucket_config(NAMES, BUCKET, "wiki", history=1, replicas=replicas))
-    session = Heartbeat(bus, name)
-    register = Register(bus, NAMES, STREAMS, TIMING, session.id)
-    running = asyncio.create_task(register.run())
-    await session.start()
-    await register.ready.wait()
-    made = Node(bus, session, register)
-    try:
-        yield made
-    finally:
-        await made.locks.close()
-        await session.die()
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        await bus.close()
+    async with connected(name, urls) as bus:
+        await create_stream(bus, bucket_config(NAMES, BUCKET, "wiki", history=1, replicas=replicas))
+        session = ToldHeartbeat(bus, name, TIMING)
+        async with registered(bus, session) as register:
+            made = Node(bus, session, register)
+            try:
+                yield made
+            finally:
+                await made.locks.close()
 
 
 @pytest.fixture

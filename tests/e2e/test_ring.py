@@ -3,47 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import msgspec
 import pytest
+from tests.e2e.sessions import NAMES, Heartbeat, connected, registered
 from tests.waiting import until
 
 from phalanx import system
 from phalanx.bus.connection import NatsBus
-from phalanx.bus.provision import bucket_config, create_stream, session_config
-from phalanx.config import NatsOptions
+from phalanx.bus.provision import bucket_config, create_stream
 from phalanx.coord.register import Register
 from phalanx.coord.ring import RingPartitions
-from phalanx.decide.session import SessionBody, StreamList
+from phalanx.decide.session import SessionBody
 from phalanx.decide.timing import Timing
-from phalanx.errors import BusError, ConfigError, WrongRevision
-from phalanx.names import Names
+from phalanx.errors import ConfigError, WrongRevision
 from phalanx.ports import Fence
 from phalanx.testing.nats import NatsServer
-from phalanx.types import SessionId
 
-NAMES = Names("prod")
-STREAM = NAMES.session_stream(1)
-STREAMS = StreamList(1, (STREAM,))
 TIMING = Timing.of(10.0)
 BUCKET = NAMES.app_bucket("sessions")
 
 
-class Heartbeat:
-    """A session that this process renews by itself, in place of a keeper."""
+class TimedHeartbeat(Heartbeat):
+    """A session that holds for so long after its renewal, until its node has ended."""
 
-    def __init__(self, bus: NatsBus, node: str) -> None:
-        self.id, self.timing = SessionId.new(node), TIMING
-        self.valid_until = float("-inf")
-        self.ended = False
-        self._bus, self._callbacks = bus, list[Callable[[], None]]()
-        self._subject = NAMES.session_subject(STREAM, self.id)
-        self._task: asyncio.Task[None] | None = None
+    ended = False
+
+    @property
+    def valid_until(self) -> float:
+        return self.renewed_at + TIMING.hold
 
     @property
     def is_valid(self) -> bool:
@@ -53,43 +45,24 @@ class Heartbeat:
     def may_begin(self) -> bool:
         return self.is_valid and system.now() < TIMING.stand_down_at(self.valid_until)
 
-    def on_change(self, callback: Callable[[], None]) -> None:
-        self._callbacks.append(callback)
-
-    def off_change(self, callback: Callable[[], None]) -> None:
-        self._callbacks.remove(callback)
-
-    async def start(self) -> None:
-        await self._renew()
-        self._task = asyncio.create_task(self._beat())
-
-    async def _renew(self) -> None:
-        sent_at = system.now()
-        await self._bus.write(self._subject, msgspec.json.encode(SessionBody(1)))
-        self.valid_until = sent_at + TIMING.hold
-
-    async def _beat(self) -> None:
-        while True:
-            await asyncio.sleep(TIMING.renew_every)
-            with contextlib.suppress(BusError):
-                await self._renew()
-
-    async def close(self, *, tombstone: bool) -> None:
-        """No longer renew; *tombstone*: and say so, as the keeper of a dead node does."""
+    async def die(self) -> None:
+        """See ``Heartbeat.die``."""
         self.ended = True
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
-            self._task = None
-        if tombstone:
-            body = SessionBody(1, True, "its node died", self.id.node, True)
-            await self._bus.write(self._subject, msgspec.json.encode(body))
+        await super().die()
+
+    async def end(self) -> None:
+        """No longer renew, and say so, as the keeper of a dead node does."""
+        await self.die()
+        body = SessionBody(1, True, "its node died", self.id.node, True)
+        await self._bus.write(self._subject, msgspec.json.encode(body))
 
 
 class Node:
     """One node: what it owns, and what all of them together have seen of each partition."""
 
-    def __init__(self, bus: NatsBus, session: Heartbeat, register: Register, owners: dict[int, Any]) -> None:
+    def __init__(
+        self, bus: NatsBus, session: TimedHeartbeat, register: Register, owners: dict[int, Any]
+    ) -> None:
         self.bus, self.session, self.register, self.owners = bus, session, register, owners
         self.fences: dict[int, Fence] = {}
         self.clashes: list[str] = []
@@ -124,7 +97,7 @@ class Node:
         for partition in self.fences:
             del self.owners[partition]
         self.fences.clear()
-        await self.session.close(tombstone=True)
+        await self.session.end()
 
 
 @asynccontextmanager
@@ -132,37 +105,29 @@ async def node(
     name: str, url: str, owners: dict[int, Any], *, partitions: int = 256, weight: int = 1
 ) -> AsyncGenerator[Node]:
     """One node that takes part; at the end it gives back what it has."""
-    bus = await NatsBus.connect(NatsOptions(urls=(url,)), name=name, ping_interval=1.0)
-    await create_stream(bus, session_config(NAMES, STREAM))
-    await create_stream(bus, bucket_config(NAMES, BUCKET, "sessions", history=1, replicas=1))
-    session = Heartbeat(bus, name)
-    register = Register(bus, NAMES, STREAMS, TIMING, session.id)
-    registering = asyncio.create_task(register.run())
-    await session.start()
-    await register.ready.wait()
-    made = Node(bus, session, register, owners)
-    made.ring = RingPartitions(
-        bus,
-        NAMES,
-        "sessions",
-        session,
-        register,
-        partitions,
-        on_begin=made.begin,
-        on_end=made.end,
-        settle_seconds=0.2,
-    )
-    made.ring.offer(ready=True, weight=weight)
-    made.task = asyncio.create_task(made.ring.run())
-    try:
-        yield made
-    finally:
-        made.task.cancel()
-        await asyncio.gather(made.task, *made.tasks, return_exceptions=True)
-        await session.close(tombstone=False)
-        registering.cancel()
-        await asyncio.gather(registering, return_exceptions=True)
-        await bus.close()
+    async with connected(name, (url,)) as bus:
+        await create_stream(bus, bucket_config(NAMES, BUCKET, "sessions", history=1, replicas=1))
+        session = TimedHeartbeat(bus, name, TIMING)
+        async with registered(bus, session) as register:
+            made = Node(bus, session, register, owners)
+            made.ring = RingPartitions(
+                bus,
+                NAMES,
+                "sessions",
+                session,
+                register,
+                partitions,
+                on_begin=made.begin,
+                on_end=made.end,
+                settle_seconds=0.2,
+            )
+            made.ring.offer(ready=True, weight=weight)
+            made.task = asyncio.create_task(made.ring.run())
+            try:
+                yield made
+            finally:
+                made.task.cancel()
+                await asyncio.gather(made.task, *made.tasks, return_exceptions=True)
 
 
 def counts(owners: dict[int, Any]) -> dict[str, int]:
