@@ -39,7 +39,6 @@ class Node:
         self._acting: dict[int, Acting] = {}
         self._proposing = self._offering = False
         self._offered: RingMember | None = None
-        self._reading = False
         self._timer_at = float("inf")
         self.own = OWNERSHIPS.get(world.broken, Ownership)(self.session.id, world.partitions, self._is_over)
         self.planner = PLANNERS.get(world.broken, Planner)(

@@ -33,7 +33,6 @@ class Away:
         self.has_door = False
         self.is_busy = False
         """It ends what does not outlive the node, and looks at nothing else meanwhile."""
-        self._resumed = False
 
     def on_keep(self, keeps: bool) -> None:
         """The node says so; it is noted in ``keeper.json``."""
@@ -57,7 +56,7 @@ class Away:
         keeper.world.log(keeper.name, f"is alone: {why.reason}")
         if why.kill_node and keeper.node.alive:
             keeper.node.die(f"killed by its keeper: {why.reason}")
-        self.is_busy, self._resumed = True, False
+        self.is_busy = True
         things = {str(index): thing for index, thing in enumerate(keeper.host.registered)}
         known = [Resource("section", "section", APP, section.epoch) for section in keeper.registered]
         known += [self._resource(key, thing) for key, thing in things.items()]

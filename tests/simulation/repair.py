@@ -17,17 +17,15 @@ class Repair:
 
     def __init__(self, node: Node) -> None:
         self.node, self.host, self.world, self.nats = node, node.host, node.world, node.nats
-        self.pending: tuple[str, StreamList, float] | None = None
+        self.pending: tuple[StreamList, float] | None = None
+        """The joint list to settle, and since when it is known here, on the clock of the host."""
 
     def replace(self, following: tuple[str, ...]) -> None:
         """First step of a replacement."""
-        if (
-            self.node.watches.observer is None
-            or not self.node.session_valid()
-            or self.node.watches.observer.streams.is_joint
-        ):
+        observer = self.node.watches.observer
+        if observer is None or not self.node.session_valid() or observer.streams.is_joint:
             return
-        now = self.node.watches.observer.streams
+        now = observer.streams
         if self.world.rules.broken == "single-list-switch":
             then = StreamList(now.generation + 1, following)
         else:
@@ -46,18 +44,16 @@ class Repair:
             return
         self.node.watches.use_streams(streams)
         if streams.is_joint:
-            self.pending = ("settle", streams, self.host.clock())
+            self.pending = (streams, self.host.clock())
 
     def take_over(self) -> None:
         """A joint list that somebody left behind is brought to its end by whoever finds it."""
-        if (
-            self.node.watches.observer is not None
-            and self.node.watches.observer.streams.is_joint
-            and self.pending is None
-        ):
-            self.pending = ("settle", self.node.watches.observer.streams, self.host.clock())
-            for name in self.node.watches.observer.streams.all_streams:
-                self.node.watches.ask(name, interrupted=False)
+        watches = self.node.watches
+        observer = watches.observer
+        if observer is not None and observer.streams.is_joint and self.pending is None:
+            self.pending = (observer.streams, self.host.clock())
+            for name in observer.streams.all_streams:
+                watches.ask(name, interrupted=False)
 
     def settle(self) -> None:
         """Second step, once all streams were read after the first and every live session uses both lists.
@@ -65,19 +61,18 @@ class Repair:
         Read after the first: a session that was made under the old list just before must be known here.
         """
         assert self.pending is not None
-        _, joint, since = self.pending
-        if self.node.watches.observer.streams.generation != joint.generation:
+        joint, since = self.pending
+        watches = self.node.watches
+        observer = watches.observer
+        if observer.streams.generation != joint.generation:
             self.pending = None
             return
-        if any(self.node.watches.caught_up.get(name, float("-inf")) < since for name in joint.all_streams):
-            for name in joint.all_streams:
-                if self.node.watches.caught_up.get(name, float("-inf")) < since:
-                    self.node.watches.ask(name, interrupted=False)
+        unread = [name for name in joint.all_streams if watches.caught_up.get(name, float("-inf")) < since]
+        if unread:
+            for name in unread:
+                watches.ask(name, interrupted=False)
             return
-        if any(
-            self.node.watches.observer.seen_generation(s) < joint.generation
-            for s in self.node.watches.observer.live()
-        ):
+        if any(observer.seen_generation(session) < joint.generation for session in observer.live()):
             return
         self.pending = None
         then = joint.settled()
