@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Set
 
 from phalanx import preflight
 from phalanx.cli.findings import Finding, fail, ok, warn
@@ -48,15 +48,15 @@ class AppChecks:
             return [fail("fence", f"{problem.value}: {problem.problem}", problem.remedy)]
         return [ok("fence", f"{self._config.fence.command[0]} can be run")]
 
-    async def claims(self, holders: Mapping[str, str]) -> list[Finding]:
+    async def claims(self, held: Set[str]) -> list[Finding]:
         """Whether somebody else answers for the addresses of apps that no node holds.
 
-        *holders*: app and the node that holds its addresses, which is not asked for.
+        *held*: the apps whose addresses some node holds, which are not asked for.
         """
         asked = {
             name: app
             for name, app in self._apps.items()
-            if app.config.vip and name not in holders and name not in self._misplaced
+            if app.config.vip and name not in held and name not in self._misplaced
         }
         answers = await asyncio.gather(*(app.address_claims() for app in asked.values()))
         found: list[Finding] = []

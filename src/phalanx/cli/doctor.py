@@ -63,19 +63,19 @@ async def _findings(
     if apps is not None:
         async for finding in run_checks([("apps", apps.programs), ("fence", apps.fence)]):
             yield finding
-    holders: dict[str, str] = {}
-    async for finding in _of_nats(config, timeout, holders, declared=platform is not None):
+    held: set[str] = set()
+    async for finding in _of_nats(config, timeout, held, declared=platform is not None):
         yield finding
     if apps is not None:
         # Last, as only NATS tells which of them a node holds, whose answer is as it should be.
-        async for finding in run_checks([("addresses", lambda: apps.claims(holders))]):
+        async for finding in run_checks([("addresses", lambda: apps.claims(held))]):
             yield finding
 
 
 async def _of_nats(
-    config: PlatformConfig, timeout: float, holders: dict[str, str], *, declared: bool
+    config: PlatformConfig, timeout: float, held: set[str], *, declared: bool
 ) -> AsyncIterator[Finding]:
-    """*holders* gets the apps that some node holds, with the node."""
+    """*held* gets the apps that some node holds."""
     client = PlatformClient(config.name, nats_options(config), timeout=timeout)
     try:
         await client.__aenter__()
@@ -91,11 +91,8 @@ async def _of_nats(
             if finding.check == "jetstream" and finding.level is Level.FAIL:
                 return  # nothing of the rest could work
         with contextlib.suppress(PhalanxError):  # said above
-            holders |= {
-                app.name: status.node
-                for status in await client.status()
-                for app in status.apps
-                if app.role in HOLDING
+            held |= {
+                app.name for status in await client.status() for app in status.apps if app.role in HOLDING
             }
     finally:
         await client.__aexit__(None, None, None)

@@ -69,7 +69,6 @@ class Shape:
     """A declared type, ready to decode both content types. Raises TypeError for one that cannot be sent."""
 
     def __init__(self, kind: Any) -> None:
-        self.kind = kind
         info = msgspec.inspect.type_info(kind)
         if isinstance(info, msgspec.inspect.CustomType) and not hasattr(info.cls, "model_validate"):
             raise TypeError(f"{getattr(kind, '__name__', kind)} is no type that can be sent")

@@ -39,7 +39,7 @@ class Handler:
         self.task_name = f"call {app}.{name}"
         self.idempotent, self.anywhere, self.concurrency = idempotent, anywhere, concurrency
         key = f"apps.{app}.handle({name!r})"
-        self.takes_request, self.takes_context, kind, self.returns = _signature(key, function, request)
+        self.takes_request, self.takes_context, kind = _signature(key, function, request)
         try:
             self.shape: Shape = shape_of(kind)
         except TypeError as error:
@@ -109,8 +109,8 @@ class Handlers:
         return tuple(h.name for h in self.by_name.values() if h.idempotent)
 
 
-def _signature(key: str, function: Function, request: Any) -> tuple[bool, bool, Any, Any]:
-    """Whether it takes a request, and a context; the types of request and answer."""
+def _signature(key: str, function: Function, request: Any) -> tuple[bool, bool, Any]:
+    """Whether it takes a request, and a context; the type of the request."""
     if not inspect.iscoroutinefunction(function):
         remedy = "make it async; for what blocks use asyncio.to_thread inside, and wait for its end"
         raise ConfigError(key, function, "not an async function", remedy)
@@ -127,14 +127,11 @@ def _signature(key: str, function: Function, request: Any) -> tuple[bool, bool, 
     only_context = len(given) == 1 and given[0].name in ("ctx", "context")
     takes_request = bool(given) and not only_context
     takes_context = len(given) == 2 or only_context
+    if request is not None:
+        return takes_request, takes_context, request
     try:
         hints = typing.get_type_hints(function)
     except (NameError, TypeError) as error:
-        if request is None:
-            remedy = "declare it at the module's top, or give it: handle(..., request=Type)"
-            raise ConfigError(key, function, f"its types cannot be found ({error})", remedy) from None
-        hints = {}
-    if request is not None:
-        return takes_request, takes_context, request, hints.get("return", Any)
-    kind = hints.get(given[0].name, Any) if takes_request else Any
-    return takes_request, takes_context, kind, hints.get("return", Any)
+        remedy = "declare it at the module's top, or give it: handle(..., request=Type)"
+        raise ConfigError(key, function, f"its types cannot be found ({error})", remedy) from None
+    return takes_request, takes_context, hints.get(given[0].name, Any) if takes_request else Any
