@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -25,8 +24,6 @@ from phalanx.keeper import note
 from phalanx.ports import Running, SectionContext
 from phalanx.testing.holders import holder_of
 from phalanx.types import ProgramState, Resource, SessionId
-
-LINES = logging.getLogger("phalanx.app.wiki")
 
 
 class Lives:
@@ -99,23 +96,6 @@ async def lives(tmp_path: Path) -> AsyncIterator[Lives]:
     made = Lives(tmp_path)
     yield made
     await made.close()
-
-
-@pytest.fixture
-def lines() -> Iterator[list[str]]:
-    """What the program's logger was given."""
-    found: list[str] = []
-
-    class Keeps(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
-
-    keeps = Keeps()
-    LINES.addHandler(keeps)
-    LINES.setLevel(logging.INFO)
-    yield found
-    LINES.removeHandler(keeps)
-    LINES.setLevel(logging.NOTSET)
 
 
 def touch_when(there: Path, say: str) -> str:

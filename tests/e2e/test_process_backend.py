@@ -100,23 +100,6 @@ def python(code: str) -> list[str]:
 LINES = logging.getLogger("phalanx.app.wiki")
 
 
-@pytest.fixture
-def lines() -> AsyncIterator[list[str]]:
-    """What the program's logger was given."""
-    found: list[str] = []
-
-    class Keeps(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            found.append(record.getMessage())
-
-    handler = Keeps()
-    LINES.addHandler(handler)
-    LINES.setLevel(logging.INFO)
-    yield found  # pyright: ignore
-    LINES.removeHandler(handler)
-    LINES.setLevel(logging.NOTSET)
-
-
 REPORT = """
 import json, os, sys
 print(json.dumps({
