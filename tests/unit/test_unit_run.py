@@ -43,19 +43,30 @@ class Manager:
         """Nothing is open."""
 
 
-async def test_a_failure_of_the_bus_library_does_not_end_following(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It is logged, and the unit is read again: else its end would never be seen."""
+@pytest.fixture(autouse=True)
+def permits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written to a folder of the test's own."""
     monkeypatch.setattr(units, "PERMITS", tmp_path)
+
+
+def unit_run(manager: object, **options: Any) -> UnitRun:
+    """The unit, declared with *options*, under that manager."""
 
     async def register(resource: Resource) -> None:
         pass
 
     section = SectionContext("prod", "n1", "wiki", 7, register, lambda one: None)
     resource = Resource("unit", "wiki.7.x", "wiki", 7, details={"unit": UNIT.id, "cgroup": "/wiki"})
-    manager = cast("Any", Manager())
-    run = UnitRun(config.Systemd(unit=UNIT.id), section, manager, "/wiki", (UNIT, SERVICE), resource)
+    declared = config.Systemd(unit=UNIT.id, **options)
+    return UnitRun(declared, section, cast("Any", manager), "/wiki", (UNIT, SERVICE), resource)
+
+
+async def test_a_failure_of_the_bus_library_does_not_end_following(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is logged, and the unit is read again: else its end would never be seen."""
+    manager = Manager()
+    run = unit_run(manager)
     async with asyncio.timeout(5):
         await run.take_up()
     assert manager.asked == 2
@@ -91,19 +102,10 @@ class Hasty:
         """Nothing is open."""
 
 
-async def test_job_that_is_over_before_its_unit_was_read_again_has_started_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_job_that_is_over_before_its_unit_was_read_again_has_started_it() -> None:
     """Its state is asked for once more, rather than taken for a start that came to nothing."""
-    monkeypatch.setattr(units, "PERMITS", tmp_path)
-
-    async def register(resource: Resource) -> None:
-        pass
-
-    section = SectionContext("prod", "n1", "wiki", 7, register, lambda one: None)
-    resource = Resource("unit", "wiki.7.x", "wiki", 7, details={"unit": UNIT.id, "cgroup": "/wiki"})
-    manager = cast("Any", Hasty())
-    run = UnitRun(config.Systemd(unit=UNIT.id), section, manager, "/wiki", (UNIT, SERVICE), resource)
+    manager = Hasty()
+    run = unit_run(manager)
     async with asyncio.timeout(5):
         await run.start()
     assert manager.asked == 2
@@ -111,14 +113,8 @@ async def test_job_that_is_over_before_its_unit_was_read_again_has_started_it(
         task.cancel()
 
 
-async def test_unit_that_systemd_does_not_tell_of_is_not_taken_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_unit_that_systemd_does_not_tell_of_is_not_taken_up() -> None:
     """A systemd that fell silent holds no activation up for ever: it fails by ready_timeout."""
-    monkeypatch.setattr(units, "PERMITS", tmp_path)
-
-    async def register(resource: Resource) -> None:
-        pass
 
     class Silent(Manager):
         async def read(self, path: str) -> tuple[Unit, Service]:
@@ -126,10 +122,7 @@ async def test_unit_that_systemd_does_not_tell_of_is_not_taken_up(
             await asyncio.Event().wait()
             raise AssertionError
 
-    section = SectionContext("prod", "n1", "wiki", 7, register, lambda one: None)
-    resource = Resource("unit", "wiki.7.x", "wiki", 7, details={"unit": UNIT.id, "cgroup": "/wiki"})
-    declared = config.Systemd(unit=UNIT.id, ready_timeout=0.1)
-    run = UnitRun(declared, section, cast("Any", Silent()), "/wiki", (UNIT, SERVICE), resource)
+    run = unit_run(Silent(), ready_timeout=0.1)
     with pytest.raises(BackendError, match="did not tell of wiki"):
         async with asyncio.timeout(5):
             await run.take_up()
