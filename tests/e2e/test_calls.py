@@ -139,6 +139,19 @@ def platform_of(nats: NatsServer, tmp_path: Path, name: str) -> Platform:
     )
 
 
+def barred_node(nats: NatsServer, tmp_path: Path) -> Platform:
+    """A node n1 in this process with the app "orders", which never leads it."""
+    platform = platform_of(nats, tmp_path, "n1")
+    app = platform.app("orders")
+    app.handle("echo")(_echo)
+
+    @app.on_start
+    async def barred() -> None:
+        raise RuntimeError("so that nobody leads")
+
+    return platform
+
+
 @asynccontextmanager
 async def node(nats: NatsServer, tmp_path: Path, name: str = "n1") -> AsyncIterator[tuple[Platform, Orders]]:
     """One node in this process with the app "orders", and "plain" that answers no calls."""
@@ -427,14 +440,7 @@ async def test_any_and_node_routes(nats_server: NatsServer, tmp_path: Path) -> N
 
 async def test_no_leader_within_the_deadline(nats_server: NatsServer, tmp_path: Path) -> None:
     """Nobody is active: the call waits, and says so when its time is over; it was not begun."""
-    platform = platform_of(nats_server, tmp_path, "n1")
-    app = platform.app("orders")
-    app.handle("echo")(_echo)
-
-    @app.on_start
-    async def barred() -> None:
-        raise RuntimeError("so that nobody leads")
-
+    platform = barred_node(nats_server, tmp_path)
     async with platform:
         with pytest.raises(NoLeader, match="no node leads") as nobody:
             await platform.api("orders").call("echo", timeout=0.3)
@@ -456,14 +462,7 @@ async def test_unknown_apps_leave_nothing_behind(nats_server: NatsServer, tmp_pa
 
 async def test_node_that_stops_sends_on_what_it_held(nats_server: NatsServer, tmp_path: Path) -> None:
     """A call waits for a reign that never begins here: when the node stops it is answered "moved"."""
-    platform = platform_of(nats_server, tmp_path, "n1")
-    app = platform.app("orders")
-    app.handle("echo")(_echo)
-
-    @app.on_start
-    async def barred() -> None:
-        raise RuntimeError("so that nobody leads")
-
+    platform = barred_node(nats_server, tmp_path)
     async with PlatformClient("test", NatsOptions(urls=tuple(nats_server.urls))) as client:
 
         def ask(method: str) -> asyncio.Task[Message]:
