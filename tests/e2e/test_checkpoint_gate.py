@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from phalanx.data.checkpoints import Checkpoints, checkpoint_pages
 from phalanx.data.litestream import Paths
 from phalanx.data.records import WalPlace
 from phalanx.data.replica_client import ReplicaProcess
+from phalanx.data.replica_process import Server
 from phalanx.data.wal_tail import WalTail
 from phalanx.errors import DatabaseError
 
@@ -157,6 +159,19 @@ async def test_signs_of_life_do_not_keep_the_gate_closed(
     async with asyncio.timeout(10 * GATE_SECONDS):
         while checkpoint(db) == BUSY:
             await replica.state()
+
+
+def test_gate_opens_although_a_request_waits_at_every_moment(db: sqlite3.Connection, live: Path) -> None:
+    """Time passes for the gate as well while the process always has something to do."""
+    node, channel = socket.socketpair()
+    with node, channel:
+        server = Server(channel)
+        assert server._gate.close(live)
+        deadline = time.monotonic() + 20 * GATE_SECONDS
+        while server._gate.look_seconds is not None:
+            assert time.monotonic() < deadline
+            node.send(b"x")
+            assert server._next() == b"x"
 
 
 async def test_killed_replica_process_leaves_the_gate_open(

@@ -225,12 +225,16 @@ async def left_running(line: str) -> Resource:
 
 
 @pytest.mark.parametrize("command", ["restart", "stop"])
-async def test_g1_what_cannot_be_adopted_is_ended(command: str) -> None:
+async def test_g1_what_cannot_be_adopted_is_ended(command: str, tmp_path: Path) -> None:
     """Somebody restarted it while its node was away, or it takes its time to stop: none of it is left."""
-    ignores = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up'); time.sleep(1000)"
+    deaf = tmp_path / "deaf"
+    ignores = (
+        "import signal, time; signal.signal(15, signal.SIG_IGN); "
+        f"open({str(deaf)!r}, 'w').close(); time.sleep(1000)"
+    )
     resource = await left_running(script(ignores) if command == "stop" else SLEEPS)
     if command == "stop":
-        await until(lambda: "up" in systemctl("status", UNIT, check=False))
+        await until(deaf.exists)
     systemctl(command, "--no-block" if command == "stop" else "--quiet", UNIT)
     await until(lambda: state() == ("deactivating" if command == "stop" else "active"))
     assert await backend().adopt(section(), resource) is None

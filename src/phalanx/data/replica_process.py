@@ -64,11 +64,11 @@ class Server:
             look, rest = self._gate.look_seconds, self._rest_seconds()
             # Not by a timeout of the socket, which is a whole number of milliseconds.
             ready, _, _ = select.select([self._channel], [], [], rest if look is None else look)
+            # Also when there is always a next request: the gate opens at its time, whatever is asked.
+            self._gate.look()
             if ready:
                 return self._channel.recv(1)
-            if look is not None:
-                self._gate.look()
-            else:
+            if look is None:
                 self._rest()
 
     def _receive(self, count: int) -> bytearray:
