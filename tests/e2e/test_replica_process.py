@@ -275,11 +275,10 @@ async def test_g8_kill_at_a_random_moment_while_others_read(tmp_path: Path, seed
         begun = process.position.txid
         work = asyncio.create_task(feed(process, entries[begun:]))
         await asyncio.sleep(chance.random() * 0.03)
-        killed = process.pid
-        os.kill(killed, signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)
         acknowledged = await work
         # The kernel closes its end of the channel before the file that locks the folder.
-        await until(lambda: not system.is_running(killed))
+        await until(lambda: not system.is_running(process.pid))
         kills += 1
         if reader is not None and chance.random() < 0.3:
             # Sometimes nobody keeps the index alive: then SQLite's recovery decides how far it is.
