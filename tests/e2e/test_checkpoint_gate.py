@@ -234,7 +234,7 @@ async def test_checkpoint_under_way_is_not_waited_for(
     assert other.close(live)
     began = time.monotonic()
     assert not mine.close(live)
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
     other.open()
     assert mine.close(live)
     mine.open()

@@ -114,7 +114,7 @@ async def test_http_answer_that_never_ends_passes_soon() -> None:
     async with Server(b"HTTP/1.1 200 OK\r\n\r\ndata: 1\n", hangs=True) as server:
         began = system.now()
         assert await run(HttpCheck(server.url, timeout=5)) == "HTTP 200"
-        assert system.now() - began < 1
+        assert system.now() - began < 4
 
 
 async def test_http_server_that_does_not_answer_times_out() -> None:
@@ -123,7 +123,7 @@ async def test_http_server_that_does_not_answer_times_out() -> None:
         began = system.now()
         with pytest.raises(CheckFailed, match=r"no result within 0\.2 s"):
             await run(HttpCheck(server.url, timeout=0.2))
-        assert 0.2 <= system.now() - began < 1
+        assert 0.2 <= system.now() - began < 5
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ async def test_function_that_ignores_cancellation_hangs_nobody() -> None:
     began = system.now()
     with pytest.raises(CheckFailed, match=r"no result within 0\.1 s"):
         await probe.run()
-    assert system.now() - began < 1
+    assert system.now() - began < 5
     with pytest.raises(CheckFailed, match="its last run has not ended"):
         await probe.run()
     assert stubborn.calls == 1
@@ -461,7 +461,7 @@ async def test_stubborn_function_makes_ill_and_the_monitor_ends() -> None:
         assert monitor.reason.startswith("stubborn: its last run has not ended")
         assert monitor.results()[1].health is Health.HEALTHY
         began = system.now()
-    assert system.now() - began < 1
+    assert system.now() - began < 5
     assert stubborn.most == stubborn.calls == 1
     stubborn.let_go.set()
     await until(lambda: stubborn.running == 0)
