@@ -1,14 +1,12 @@
 """One ring on this node: watches its keys, plans, takes partitions and gives them back.
 
-It decides nothing: :mod:`phalanx.decide.ring_plan` and :mod:`phalanx.decide.ring_ownership` do. What it asks
-of single partitions is pipelined, so that hundreds change hands within some round trips to NATS.
+It decides nothing: :mod:`phalanx.decide.ring_plan` and :mod:`phalanx.decide.ring_ownership` do.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
@@ -17,9 +15,10 @@ import msgspec
 from phalanx import system
 from phalanx.aio import Background, wait_at_most
 from phalanx.coord.complaints import Complaints
+from phalanx.coord.owned_keys import OwnedKeys, holder_in
 from phalanx.coord.register import Register
 from phalanx.coord.watch import Watch
-from phalanx.decide.ring_ownership import Begin, End, Ownership, PartitionBody, Read, Write
+from phalanx.decide.ring_ownership import Begin, End, Ownership, Read, Write
 from phalanx.decide.ring_plan import SETTLE_SECONDS, Planner, Propose, RingMember, RingPlan, Wait, wanted
 from phalanx.decide.timing import Timing
 from phalanx.errors import BusError, ConfigError, WrongRevision
@@ -29,17 +28,9 @@ from phalanx.types import SessionId
 
 log = logging.getLogger("phalanx.ring")
 
-MOST_UNDER_WAY = 64
-"""Requests about single partitions that wait for an answer at a time: half as many after each that nobody
-answered, one more after each write. Else thousands of them would keep a slow server from answering any."""
-
 REQUEST_TIMEOUT_SECONDS = 2.0
 RETRY_SECONDS = 0.1
-STALE_SECONDS = 0.2
-"""An answer older than what was seen may be that of a server which does not know yet that it leads no more:
-it is asked for again after this."""
 
-_body_of = msgspec.json.Decoder(PartitionBody).decode
 _member_of = msgspec.json.Decoder(RingMember).decode
 _plan_of = msgspec.json.Decoder(RingPlan).decode
 _encode = msgspec.json.Encoder().encode
@@ -98,9 +89,6 @@ class RingPartitions:
         self._offering = self._proposing = False
         self._noted: set[SessionId] = set()
         self._refused: ConfigError | None = None
-        self._waiting: deque[Write | Read] = deque()
-        """At most one for each partition."""
-        self._under_way, self._window = 0, MOST_UNDER_WAY
         self._complaints = Complaints(log, app)
         self._background = Background(log)
         self._changed = asyncio.Event()
@@ -112,6 +100,16 @@ class RingPartitions:
             f"{names.key_subject(self._bucket, RING_KEYS)}.>",
             watch_prefix=f"{names.watch_prefix(app)}.{RING_KEYS}",
             on_record=self._on_record,
+        )
+        self._keys = OwnedKeys(
+            bus,
+            app,
+            self._own,
+            self._stream,
+            self._complaints,
+            subject=self._subject,
+            forget=self._watch.forget,
+            on_answer=self._changed.set,
         )
 
     # --- for the app
@@ -177,6 +175,7 @@ class RingPartitions:
             for session in self._noted:
                 self._register.unnote(session)
             self._noted.clear()
+            await self._keys.close()
             await self._background.close()
             await self._watch.close()
 
@@ -191,8 +190,7 @@ class RingPartitions:
                 case End(partition, _, reason, hard):
                     self._on_end(partition, reason, hard)
                 case Write() | Read():
-                    self._waiting.append(action)
-        self._send()
+                    self._keys.carry_out(action)
         self._note_sessions()
         moments: list[float] = []
         if valid:
@@ -217,70 +215,12 @@ class RingPartitions:
             self._register.unnote(session)
         self._noted = named
 
-    # --- single partitions
-
-    def _send(self) -> None:
-        while self._waiting and self._under_way < self._window:
-            action = self._waiting.popleft()
-            self._under_way += 1
-            work = self._write(action) if isinstance(action, Write) else self._read(action)
-            self._background.spawn(work, f"ring {self._app} partition")
-
-    async def _write(self, action: Write) -> None:
-        number, body = action.partition, PartitionBody(self._session.id if action.take else None)
-        try:
-            revision = await self._bus.write(
-                self._subject(number),
-                _encode(body),
-                expect=action.expected_revision,
-                timeout=REQUEST_TIMEOUT_SECONDS,
-            )
-        except WrongRevision:
-            self._own.on_not_written(number)
-        except BusError as error:
-            await self._unanswered("the key of a partition", error)
-            self._own.on_not_written(number)
-        else:
-            self._own.on_written(number, revision, take=action.take)
-            self._window = min(MOST_UNDER_WAY, self._window + 1)
-            self._complaints.clear()
-        self._answered()
-
-    async def _read(self, action: Read) -> None:
-        number = action.partition
-        try:
-            revision, session = await self._stored(number)
-            if revision < self._own.holder(number)[0]:
-                await asyncio.sleep(STALE_SECONDS)
-                revision, session = await self._stored(number)
-        except BusError as error:
-            await self._unanswered("reading the key of a partition", error)
-            self._own.on_not_read(number)
-        else:
-            if revision < self._own.holder(number)[0]:
-                log.error("app %s: partition %d went back to revision %d", self._app, number, revision)
-                self._watch.forget(self._subject(number))
-            self._own.on_read(number, revision, session)
-        self._answered()
+    # --- membership and plan
 
     async def _unanswered(self, what: str, error: BusError) -> None:
         """It is tried again a moment later."""
-        self._window = max(1, self._window // 2)
         self._complaints.tell(what, error)
         await asyncio.sleep(RETRY_SECONDS)
-
-    def _answered(self) -> None:
-        self._under_way -= 1
-        self._send()
-        self._changed.set()
-
-    async def _stored(self, partition: int) -> tuple[int, SessionId | None]:
-        """What the stream's leader has."""
-        subject = self._subject(partition)
-        record = await self._bus.read(self._stream, subject, timeout=REQUEST_TIMEOUT_SECONDS)
-        return (record.revision, _holder_in(record)) if record is not None else (0, None)
-
-    # --- membership and plan
 
     def _tell_offer(self) -> None:
         if self._offer != self._offered and not self._offering:
@@ -363,7 +303,7 @@ class RingPartitions:
         elif kind == "member":
             self._on_member(rest, record)
         elif kind == "part" and rest.isdecimal() and int(rest) < self._count:
-            self._own.on_record(int(rest), record.revision, _holder_in(record))
+            self._own.on_record(int(rest), record.revision, holder_in(record))
         self._changed.set()
 
     def _on_member(self, node: str, record: Record) -> None:
@@ -376,7 +316,3 @@ class RingPartitions:
             if self.members.get(node) != self._offer:
                 # What was sent long ago, or by an earlier life, may have arrived after all: say it again.
                 self._offered = None
-
-
-def _holder_in(record: Record) -> SessionId | None:
-    return None if record.removed else _body_of(record.data).session
