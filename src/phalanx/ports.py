@@ -420,9 +420,3 @@ class SectionCalls(Protocol):
         """Begin no call any more, and return when none runs. *graceful*: those under way may end, within a
         deadline; else they are cancelled. Raises HookFailed if one does not end."""
         ...
-
-
-class Clock(Protocol):
-    """Seconds that pass at a steady rate, also while the machine sleeps. Never wall time."""
-
-    def __call__(self) -> float: ...

@@ -73,6 +73,50 @@ async def test_name_server_that_does_not_answer_costs_only_the_promise_of_that_n
     assert sorted(lookups) == ["deaf:1", "h3:1"]
 
 
+async def test_node_that_moves_to_another_address_is_asked_there_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its name is looked up again, and what was found first is kept while the name server says nothing."""
+    found: list[tuple[str, int] | None] = [("127.0.0.1", 1), None, ("127.0.0.2", 1)]
+
+    async def resolve(address: str) -> tuple[str, int] | None:
+        return found.pop(0) if len(found) > 1 else found[0]
+
+    places: list[tuple[str, int]] = []
+
+    class Asked:
+        def ask(self, address: tuple[str, int], to: str, ask: Ask) -> None:
+            places.append(address)
+
+    monkeypatch.setattr(hold, "resolve", resolve)
+    monkeypatch.setattr(hold, "LOOK_UP_SECONDS", 0.05)
+    holds = Holds(TIMING, "n1", lambda app: True)
+    leading(holds, {"n1": "h1:1", "n2": "h2:1"}, SessionId("n1", "a"))
+    asked: Any = Asked()
+    holds.direct = asked
+    task = asyncio.create_task(holds.run())
+    try:
+        await until(lambda: ("127.0.0.2", 1) in places)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert list(dict.fromkeys(places)) == [("127.0.0.1", 1), ("127.0.0.2", 1)]
+
+
+async def test_g1_what_the_keeper_cannot_be_told_extends_nothing() -> None:
+    """It would kill the node at the session's end for a section that the node lets run on."""
+    session = Session(SessionId("n1", "a"), TIMING)
+
+    class Full(asyncio.WriteTransport):
+        def is_closing(self) -> bool:
+            return True
+
+    session._transport = Full()
+    before = session.right_until("wiki")
+    assert not session.extend("wiki", system.now() + 60)
+    assert session.right_until("wiki") == before
+
+
 async def test_g1_answer_to_an_earlier_life_is_none_to_the_one_that_takes_its_session_up() -> None:
     """Somebody may repeat it: its number was never used in this life."""
     session = SessionId("n1", "a")

@@ -135,11 +135,13 @@ def test_durations_fall_into_cumulative_buckets(metrics: Metrics) -> None:
 def test_gauges_of_the_node_itself(metrics: Metrics) -> None:
     """Loop lag is what was set last; undelivered entries are asked for at the scrape."""
     metrics.read_undelivered(lambda: 17)
+    metrics.read_ignored_datagrams(lambda: 3)
     metrics.set_loop_lag(0.25)
     metrics.set_loop_lag(0.125)
     got = scrape(metrics, status())
     assert got["phalanx_loop_lag_seconds", ()] == 0.125
     assert got["phalanx_audit_undelivered_entries", ()] == 17
+    assert got["phalanx_direct_ignored_datagrams_total", ()] == 3
 
 
 def test_nothing_is_shared_with_other_nodes_or_the_global_registry(metrics: Metrics) -> None:

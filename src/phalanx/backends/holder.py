@@ -373,7 +373,7 @@ class _Link:
 
     def _give_up(self) -> None:
         """It stands still. If it holds nothing another one can take its place at once."""
-        if not self._held:
+        if not self._held and not self.claims:
             log.error(
                 "the holder of programs, process %d, stands still and holds nothing: killing it", self._pid
             )

@@ -23,6 +23,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
 from nats.errors import Error as NatsError
+from nats.errors import SlowConsumerError
 
 from phalanx.bus.client import NatsClient, bounded, seen
 from phalanx.bus.login import is_refusal, login, plain, remedy, tls, without_login
@@ -158,7 +159,9 @@ class NatsLink:
 
     async def _on_error(self, error: Exception) -> None:
         self._last_error = error
-        log.debug("nats: %s", plain(error))
+        # A message that is dropped here was acknowledged by nobody, but who waits for it should know why.
+        level = logging.WARNING if isinstance(error, SlowConsumerError) else logging.DEBUG
+        log.log(level, "nats: %s", plain(error))
         refused = self._refused
         if refused is not None and not refused.done() and is_refusal(error):
             refused.set_result(error)

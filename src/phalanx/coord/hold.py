@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 from phalanx import system
 from phalanx.coord.direct import Answer, Direct, Question, resolve
@@ -17,6 +18,16 @@ from phalanx.decide.timing import Timing
 from phalanx.types import SessionId
 
 log = logging.getLogger("phalanx.hold")
+
+LOOK_UP_SECONDS = 60.0
+"""After so long a host's name is looked up again: it may have another address now."""
+
+
+class _Place(NamedTuple):
+    """Where a node is reached, and when that was looked up."""
+
+    place: tuple[str, int]
+    looked_up_at: float
 
 
 class _Reign:
@@ -54,11 +65,16 @@ class Holds:
         self.direct: Direct | None = None
         self._seen: dict[str, int] = {}
         self._reigns: dict[str, _Reign] = {}
-        self._places: dict[str, tuple[str, int]] = {}
+        self._places: dict[str, _Place] = {}
         self._lookups: dict[str, asyncio.Task[None]] = {}
         # Also the next life of a node that takes its session up asks with numbers that were never used in it:
         # else an answer to the earlier life, late or repeated by somebody, would pass for one to this.
         self._number = int(system.now() * 1e6)
+
+    @property
+    def ignored(self) -> int:
+        """Datagrams that were not understood, not signed, or for somebody else."""
+        return self.direct.ignored if self.direct is not None else 0
 
     # --- as one that could follow
 
@@ -188,27 +204,32 @@ class Holds:
 
     def _place(self, address: str) -> tuple[str, int] | None:
         """Where that is, if it is known yet."""
-        if address and address not in self._places and address not in self._lookups:
+        known = self._places.get(address)
+        is_fresh = known is not None and system.now() - known.looked_up_at < LOOK_UP_SECONDS
+        if address and not is_fresh and address not in self._lookups:
             # One at a time, and nobody waits: a name server that does not answer takes long to give up.
             self._lookups[address] = asyncio.create_task(self._look_up(address), name=f"look up {address}")
-        return self._places.get(address)
+        return known.place if known is not None else None
 
     async def _look_up(self, address: str) -> None:
         try:
             place = await resolve(address)
         finally:
             self._lookups.pop(address, None)
-        if place is not None:
-            # Kept, as a name server may be gone with NATS.
-            self._places[address] = place
+        known = self._places.get(address)
+        if known is not None and place in (None, known.place):
+            # Kept, as a name server may be gone with NATS; and it is asked again after a while.
+            self._places[address] = _Place(known.place, system.now())
+        elif place is not None:
+            self._places[address] = _Place(place, system.now())
             for reign in self._reigns.values():
                 reign.probe_at = NEVER
 
     def _extend(self, reign: _Reign, now: float) -> None:
         until = reign.claim.until(now)
-        if until > reign.told and asks_now(now, reign.session.valid_until, self.timing):
+        more = until > reign.told and asks_now(now, reign.session.valid_until, self.timing)
+        if more and reign.session.extend(reign.app, until):
             reign.told = until
-            reign.session.extend(reign.app, until)
 
 
 __all__ = ["Holds"]

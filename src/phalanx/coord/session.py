@@ -93,12 +93,19 @@ class Session:
         """Whether something may have outlived the session, or may do so yet."""
         return bool(self._extended)
 
-    def extend(self, app: str, moment: float) -> None:
-        """*app* may go on until *moment*, also without the session: the keeper has to know."""
+    def extend(self, app: str, moment: float) -> bool:
+        """*app* may go on until *moment*, also without the session: the keeper has to know.
+
+        False, and nothing is changed, if the keeper cannot be told: it would kill the node for what it
+        does not know.
+        """
+        keeper = None if self.lost.is_set() else self._transport
+        if keeper is not None and not wire.send(keeper, wire.Extend(app, moment)):
+            log.warning("app %s: the keeper cannot be told that it may go on without NATS", app)
+            return False
         self._extended[app] = max(self._extended.get(app, float("-inf")), moment)
-        if self._transport is not None and not self.lost.is_set():
-            wire.send(self._transport, wire.Extend(app, moment))
         self.on_extended()
+        return True
 
     def withdraw(self, app: str) -> None:
         """A reign over *app* begins: what an earlier one was promised is not for it. The keeper is told.

@@ -220,6 +220,7 @@ class Node:
         )
         if await open_direct(stack, self.config, self.names, self.state, self.holds):
             self._own(stack, self.holds.run(), "holding")
+            self._metrics.read_ignored_datagrams(lambda: self.holds.ignored)
         await self._start_http(stack)
         for app in self.apps.values():
             await app.start(self)

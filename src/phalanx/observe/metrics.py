@@ -35,6 +35,7 @@ class Metrics:
         self._version = version
         self._renewals: Callable[[], int] = int
         self._undelivered: Callable[[], int] = int
+        self._ignored: Callable[[], int] = int
         self._disconnections = 0
         self._loop_lag = 0.0
         # By label text, of which most kinds have few: apps times hooks or steps.
@@ -96,6 +97,10 @@ class Metrics:
         """At each scrape *count* is asked how many audit entries wait to be delivered."""
         self._undelivered = count
 
+    def read_ignored_datagrams(self, total: Callable[[], int]) -> None:
+        """At each scrape *total* is asked how many datagrams to ``direct`` were ignored so far."""
+        self._ignored = total
+
     # --- what is shown
 
     def render(self, status: NodeStatus) -> bytes:
@@ -121,6 +126,12 @@ class Metrics:
                 "gauge",
                 "Audit entries that NATS has not acknowledged.",
                 self._undelivered(),
+            ),
+            (
+                "direct_ignored_datagrams_total",
+                "counter",
+                "Datagrams to `direct` that were not signed by this platform, or not for this node.",
+                self._ignored(),
             ),
             ("loop_lag_seconds", "gauge", "How late the event loop was with a timer.", self._loop_lag),
         ):
