@@ -125,10 +125,10 @@ async def test_lock_excludes_and_token_grows(a: Node, b: Node) -> None:
         with pytest.raises(LockTimeout, match=r"held by a\.") as refused:
             await b.locks.acquire("migrate", timeout=0)
         assert (refused.value.name, refused.value.seconds) == ("migrate", 0)
-        async with b.locks.lock("other", timeout=1):
+        async with b.locks.lock("other", timeout=10):
             pass
         first = held.token
-    async with b.locks.lock("migrate", timeout=1) as held:
+    async with b.locks.lock("migrate", timeout=10) as held:
         assert held.token > first
     assert (a.session.listeners, b.session.listeners) == (0, 0)
 
@@ -328,9 +328,9 @@ async def test_overwritten_and_deleted_keys_are_a_loss(a: Node) -> None:
     await a.bus.write(lock_subject("x"), b"")
     await asyncio.wait_for(held.lost.wait(), 5)
     await held.release()
-    held = await a.locks.acquire("x", timeout=2)
+    held = await a.locks.acquire("x", timeout=10)
     await a.bus.api(f"STREAM.PURGE.{NAMES.bucket_stream(BUCKET)}", {"filter": lock_subject("x")})
-    held2 = await Locks(a.bus, NAMES, "wiki", a.session, a.register).acquire("x", timeout=2)
+    held2 = await Locks(a.bus, NAMES, "wiki", a.session, a.register).acquire("x", timeout=10)
     await asyncio.wait_for(held.lost.wait(), 5)
     assert held2.token > held.token
     await held.release()
@@ -353,7 +353,7 @@ async def test_vanished_key_is_a_loss(nats_server: NatsServer) -> None:
 async def test_junk_in_the_key_counts_as_free(a: Node) -> None:
     """A key that holds no lock does not close it for ever."""
     await a.bus.write(lock_subject("x"), b"{not json")
-    async with a.locks.lock("x", timeout=1):
+    async with a.locks.lock("x", timeout=10):
         pass
 
 
@@ -402,7 +402,7 @@ async def test_leader_lock_excludes_in_its_epoch(a: Node, b: Node) -> None:
     async with a.locks.under(fence, fence.revision).lock("x"):
         with pytest.raises(LockTimeout, match="in epoch"):
             await b.locks.acquire("x", timeout=0.2)
-    async with b.locks.lock("x", timeout=1):
+    async with b.locks.lock("x", timeout=10):
         pass
 
 
@@ -417,7 +417,7 @@ async def test_cancelled_acquire_leaves_nothing(a: Node, b: Node) -> None:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await (await task).release()
-        async with b.locks.lock("x", timeout=2):
+        async with b.locks.lock("x", timeout=10):
             pass
     await a.locks.close()
     assert a.session.listeners == 0
@@ -443,7 +443,7 @@ async def test_cancelled_release_goes_on(a: Node, b: Node) -> None:
     await asyncio.sleep(0)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    async with b.locks.lock("x", timeout=2):
+    async with b.locks.lock("x", timeout=10):
         pass
 
 
