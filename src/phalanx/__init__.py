@@ -82,7 +82,8 @@ if TYPE_CHECKING:
         WrongValue,
     )
     from phalanx.messaging.calling import Api
-    from phalanx.messaging.context import CallContext
+    from phalanx.messaging.context import CallContext, current_call
+    from phalanx.messaging.middleware import OutgoingCall
     from phalanx.messaging.routes import Any as Any
     from phalanx.messaging.routes import Leader, Node
     from phalanx.platform import Platform
@@ -161,7 +162,8 @@ _WHERE = {
     "phalanx.coord.codec": ("Entry", "Removed"),
     "phalanx.coord.locks": ("Lock",),
     "phalanx.messaging.calling": ("Api",),
-    "phalanx.messaging.context": ("CallContext",),
+    "phalanx.messaging.context": ("CallContext", "current_call"),
+    "phalanx.messaging.middleware": ("OutgoingCall",),
     "phalanx.messaging.routes": ("Any", "Leader", "Node"),
     "phalanx.platform": ("Platform",),
     "phalanx.types": ("AppStatus", "Health", "Member", "NodeStatus", "Position", "Role"),
@@ -201,6 +203,8 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "Lock",
     "Api",
     "CallContext",
+    "current_call",
+    "OutgoingCall",
     "Leader",
     "Any",
     "Node",

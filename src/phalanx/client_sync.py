@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from phalanx.messaging.calling import Api
 from phalanx.messaging.content import JSON
+from phalanx.messaging.middleware import CallerMiddleware
 from phalanx.messaging.routes import Leader, Route
 
 T = TypeVar("T")
@@ -54,6 +55,10 @@ class SyncApi:
     def __init__(self, api: Api, thread: LoopThread) -> None:
         self._api, self._thread = api, thread
         self.app = api.app
+
+    def using(self, *middleware: CallerMiddleware) -> SyncApi:
+        """See :meth:`phalanx.Api.using`. They are async, and run in the client's own thread."""
+        return SyncApi(self._api.using(*middleware), self._thread)
 
     def call(
         self,

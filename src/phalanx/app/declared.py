@@ -9,9 +9,11 @@ from phalanx.config import AppConfig
 from phalanx.errors import AddressError, BackendError
 from phalanx.hooks import Hooks
 from phalanx.messaging.handlers import DEFAULT_CONCURRENCY, Handlers
+from phalanx.messaging.middleware import HandlerMiddleware
 from phalanx.ports import AddressClaim, Backend, SectionAddresses
 
 F = TypeVar("F", bound=Callable[..., Any])
+M = TypeVar("M", bound=HandlerMiddleware)
 
 
 class DeclaredApp:
@@ -96,6 +98,16 @@ class DeclaredApp:
             return function
 
         return declare
+
+    def middleware(self, function: M) -> M:
+        """Runs around every handler of the app: ``async def m(call: CallContext, proceed)``.
+
+        The first one declared is the outermost. It runs inside the active section and the caller's deadline,
+        after the request was checked; ``await proceed()`` gives the handler's answer. What it raises is told
+        to the caller as what a handler raises: CallError as it is, all else as "failed". Raises ConfigError.
+        """
+        self.handlers.add_middleware(function)
+        return function
 
     async def check(self) -> None:
         """Look for what would keep its backend and its addresses from this host; makes nothing.

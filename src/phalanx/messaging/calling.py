@@ -11,7 +11,7 @@ import itertools
 import logging
 import random
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any as Value
 from typing import TypeVar
 
@@ -36,11 +36,13 @@ from phalanx.errors import (
 )
 from phalanx.messaging import call_wire as wire
 from phalanx.messaging.content import CONTENT_TYPES, JSON, ContentError, encode, shape_of
-from phalanx.messaging.context import DEADLINE
+from phalanx.messaging.context import callers_deadline
 from phalanx.messaging.leading import InFlight, LeaderView
+from phalanx.messaging.middleware import CallerMiddleware, OutgoingCall, checked, through
 from phalanx.messaging.routes import Leader, Node, Route
 from phalanx.messaging.serving import HEADER_ROOM_BYTES
 from phalanx.names import RESERVED_APPS, Names
+from phalanx.observe.tracing import call_span, tracer
 from phalanx.ports import Bus, Message
 from phalanx.types import is_dns_label
 
@@ -127,9 +129,25 @@ class Caller:
         idempotent: bool | None,
         content_type: str,
         headers: Mapping[str, str] | None,
+        is_traced: bool = False,
     ) -> Value:
-        """See :meth:`Api.call`."""
-        deadline = min(system.now() + timeout, DEADLINE.get())
+        """See :meth:`Api.call`. *is_traced*: inside of its span already."""
+        if tracer() is not None and not is_traced:
+            carried = dict(headers or {})
+            with call_span(app, method, carried, to=str(to)):
+                return await self.call(
+                    app,
+                    method,
+                    request,
+                    returns=returns,
+                    to=to,
+                    timeout=timeout,
+                    idempotent=idempotent,
+                    content_type=content_type,
+                    headers=carried,
+                    is_traced=True,
+                )
+        deadline = min(system.now() + timeout, callers_deadline())
         call = _Call(app, method, b"", content_type, deadline, idempotent)
         call.data = self._encoded(call, request)
         call.id = f"{self._prefix}-{next(self._numbers)}"
@@ -334,6 +352,35 @@ class Api:
         if not isinstance(app, str) or not is_dns_label(app) or app in RESERVED_APPS:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ConfigError("api", app, "no name of an app", "use 1-63 of a-z, 0-9 and inner hyphens")
         self.app, self._caller = app, caller
+        self._middleware: tuple[CallerMiddleware, ...] = ()
+
+    def using(self, *middleware: CallerMiddleware) -> Api:
+        """The same calls, made through *middleware* too; the first is the outermost. This one stays as it is.
+
+        Each is ``async def m(call: OutgoingCall, proceed)``. Raises ConfigError for what cannot be one.
+        """
+        inside = tuple(checked("using", each) for each in middleware)
+        api = Api(self.app, self._caller)
+        api._middleware = (*self._middleware, *inside)
+        return api
+
+    async def _call_inside(self, returns: Value, call: OutgoingCall) -> Value:
+        """The call, made through the middleware."""
+        plain = Api(self.app, self._caller)
+
+        def proceed() -> Awaitable[Value]:
+            return plain.call(
+                call.method,
+                call.request,
+                returns=returns,
+                to=call.to,
+                timeout=call.timeout,
+                idempotent=call.idempotent,
+                content_type=call.content_type,
+                headers=call.headers,
+            )
+
+        return await through(self._middleware, call, proceed)
 
     async def call(
         self,
@@ -357,6 +404,18 @@ class Api:
         Raises CallError and its kinds, ConfigError for arguments that are wrong. If this is cancelled, so is
         the handler.
         """
+        if self._middleware:
+            outgoing = OutgoingCall(
+                self.app,
+                method,
+                request,
+                to=to,
+                timeout=timeout,
+                idempotent=idempotent,
+                content_type=content_type,
+                headers=headers,
+            )
+            return await self._call_inside(returns, outgoing)
         if isinstance(timeout, bool) or not 0.001 <= timeout <= MAX_TIMEOUT_SECONDS:
             raise ConfigError("timeout", timeout, "out of range", "choose 0.001 to 86400 seconds")
         if not isinstance(to, Route):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import contextvars
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from phalanx import system
-
-DEADLINE: contextvars.ContextVar[float] = contextvars.ContextVar(
-    "phalanx_call_deadline", default=float("inf")
-)
-"""When whoever has called the handler that runs here stops waiting, by ``system.now()``: calls that it makes
-itself do not wait longer."""
 
 
 class CallContext:
@@ -59,3 +54,25 @@ class CallContext:
     def remaining_seconds(self) -> float:
         """How long the caller still waits. The handler is cancelled when that is over."""
         return max(0.0, self._deadline - system.now())
+
+
+CURRENT: contextvars.ContextVar[CallContext | None] = contextvars.ContextVar("phalanx_call", default=None)
+"""The call whose handler runs here, if one does."""
+
+
+def current_call() -> CallContext:
+    """The call whose handler runs here: what a handler gets as ``ctx``, also deep inside of what it calls.
+
+    Raises LookupError outside of handlers.
+    """
+    context = CURRENT.get()
+    if context is None:
+        raise LookupError("no handler of a call runs here")
+    return context
+
+
+def callers_deadline() -> float:
+    """When whoever has called the handler that runs here stops waiting, by ``system.now()``: calls that it
+    makes itself do not wait longer. Infinite outside of handlers."""
+    context = CURRENT.get()
+    return context._deadline if context is not None else math.inf  # pyright: ignore[reportPrivateUsage]

@@ -10,6 +10,8 @@ from typing import Any
 
 from phalanx.errors import ConfigError
 from phalanx.messaging.content import Shape, shape_of
+from phalanx.messaging.context import CallContext
+from phalanx.messaging.middleware import HandlerMiddleware, around, checked
 
 DEFAULT_CONCURRENCY = 256
 """Calls of one handler that run at a time on one node, unless it says otherwise."""
@@ -45,15 +47,20 @@ class Handler:
         except TypeError as error:
             remedy = "use a msgspec struct, a dataclass, a pydantic model or a plain type"
             raise ConfigError(key, kind, str(error), remedy) from None
+        self.call: Callable[[Any, CallContext], Awaitable[Any]] = self._call
+        """Begins one call."""
         self.running = 0
         self.requests = self.errors = self.processing_ns = 0
         self.last_error = ""
 
-    def call(self, request: Any, context: Any) -> Awaitable[Any]:
-        """Begin one call."""
+    def _call(self, request: Any, context: CallContext) -> Awaitable[Any]:
         if self.takes_request:
             return self.function(request, context) if self.takes_context else self.function(request)
         return self.function(context) if self.takes_context else self.function()
+
+    def put_inside(self, middleware: tuple[HandlerMiddleware, ...]) -> None:
+        """From now on calls go through *middleware*."""
+        self.call = around(middleware, self._call)
 
 
 class Handlers:
@@ -62,6 +69,7 @@ class Handlers:
     def __init__(self, app: str) -> None:
         self._app = app
         self.by_name: dict[str, Handler] = {}
+        self._middleware: tuple[HandlerMiddleware, ...] = ()
         self.is_served = False
         """Whether they are answered already: then no more can be declared."""
 
@@ -99,6 +107,19 @@ class Handlers:
             concurrency=concurrency,
             request=request,
         )
+
+    def add_middleware(self, middleware: HandlerMiddleware) -> None:
+        """Declare one more, inside of those before it. Raises ConfigError."""
+        key = f"apps.{self._app}.middleware"
+        if self.is_served:
+            raise ConfigError(key, middleware, "the platform runs already", "declare middleware before")
+        self._middleware = (*self._middleware, checked(key, middleware))
+
+    def serve(self) -> None:
+        """They are about to be answered: all is declared."""
+        self.is_served = True
+        for handler in self.by_name.values():
+            handler.put_inside(self._middleware)
 
     def __bool__(self) -> bool:
         return bool(self.by_name)

@@ -19,10 +19,12 @@ from phalanx.aio import Background
 from phalanx.errors import CallError, Fenced, HookFailed, NotActive, PhalanxError, SessionLost
 from phalanx.messaging import call_wire as wire
 from phalanx.messaging.content import ContentError, encode
-from phalanx.messaging.context import DEADLINE, CallContext
+from phalanx.messaging.context import CURRENT, CallContext
 from phalanx.messaging.handlers import Handler, Handlers
 from phalanx.messaging.micro import MicroService
+from phalanx.messaging.middleware import traced
 from phalanx.names import Names
+from phalanx.observe.tracing import tracer
 from phalanx.ports import Bus, Message, Subscription
 
 log = logging.getLogger("phalanx.calls")
@@ -91,7 +93,7 @@ class CallServer:
 
     async def open(self) -> None:
         """Begin to answer. Raises BusError."""
-        self._handlers.is_served = True
+        self._handlers.serve()
         bus, names, app = self._bus, self._names, self._app
         queue = names.call_queue(app)
         wanted = (
@@ -295,10 +297,13 @@ class CallServer:
             active=active,
             kv=active.kv if active is not None else self._kv,
         )
-        DEADLINE.set(call.deadline)
+        CURRENT.set(context)
         began = time.perf_counter_ns()
         try:
-            answer = await handler.call(request, context)
+            if tracer() is None:
+                answer = await handler.call(request, context)
+            else:
+                answer = await traced(handler.call, request, context)
             if epoch and epoch not in (self._epoch, self._draining):
                 raise NotActive(self._app)
             data = encode(answer, content_type)

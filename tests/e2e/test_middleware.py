@@ -1,0 +1,215 @@
+"""Middleware on both sides of a call, and the spans of both: order, refusals, failures, deadlines."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry.trace import SpanKind, StatusCode
+from tests.spans import Spans
+from tests.waiting import until
+
+from phalanx import (
+    App,
+    CallContext,
+    CallError,
+    CallTimeout,
+    ConfigError,
+    HandlerFailed,
+    NoHandlers,
+    OutgoingCall,
+    Platform,
+    Role,
+    current_call,
+)
+from phalanx.messaging.middleware import Proceed
+from phalanx.testing.nats import NatsServer
+
+
+def declared(nats: NatsServer, folder: Path) -> tuple[Platform, App]:
+    """A node n1 that does not run yet, with an app that echoes."""
+    platform = Platform("test", node="n1", nats=nats.urls, data_dir=str(folder), http={"enabled": False})
+    app = platform.app("orders")
+
+    @app.handle("echo")
+    async def echo(value: Any) -> Any:
+        return value
+
+    return platform, app
+
+
+@asynccontextmanager
+async def running(platform: Platform) -> AsyncIterator[None]:
+    """Until it is left, the node runs, and its app is active."""
+    async with platform:
+        await platform.wait_for_role("orders", Role.ACTIVE)
+        yield
+
+
+async def test_both_sides_run_in_the_order_of_their_declaration(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """The first is the outermost; each sees what it runs around, and may change what goes through it."""
+    platform, app = declared(nats_server, tmp_path)
+    seen = list[str]()
+
+    @app.middleware
+    async def outer(call: CallContext, proceed: Proceed) -> Any:
+        seen.append(f"outer {call.method} {call.caller} {call.headers['Tenant']} {call.epoch == app.epoch}")
+        assert call.active is not None
+        assert current_call() is call
+        answer = await proceed()
+        seen.append("outer ends")
+        return [*answer, "outer"]
+
+    @app.middleware
+    async def inner(call: CallContext, proceed: Proceed) -> Any:
+        seen.append(f"inner, {0 < call.remaining_seconds <= 20}")
+        return [*await proceed(), "inner"]
+
+    async def tenant(call: OutgoingCall, proceed: Proceed) -> Any:
+        seen.append(f"tenant of {call.app}.{call.method}")
+        call.headers["Tenant"] = "t1"
+        return [*await proceed(), "tenant"]
+
+    async def twice(call: OutgoingCall, proceed: Proceed) -> Any:
+        assert (call.request, call.headers["Tenant"], call.timeout) == (["x"], "t1", 20)
+        call.request = ["y"]
+        await proceed()
+        return [*await proceed(), "twice"]
+
+    async with running(platform):
+        given = {"Tenant": "nobody"}
+        api = platform.api("orders").using(tenant).using(twice)
+        answer = await api.call("echo", ["x"], timeout=20, headers=given)
+        assert answer == ["y", "inner", "outer", "twice", "tenant"]
+        once = ["outer echo n1 t1 True", "inner, True", "outer ends"]
+        assert seen == ["tenant of orders.echo", *once, *once]
+        assert given == {"Tenant": "nobody"}
+        with pytest.raises(LookupError):
+            current_call()
+
+
+async def test_what_a_middleware_raises_is_what_the_caller_gets(
+    nats_server: NatsServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A CallError as it is, all else as "failed" with the traceback in the log; the node stays up."""
+    platform, app = declared(nats_server, tmp_path)
+
+    @app.middleware
+    async def guard(call: CallContext, proceed: Proceed) -> Any:
+        match call.headers.get("Token"):
+            case None:
+                raise CallError("unauthorized", "send a token")
+            case "slow":
+                await asyncio.sleep(30)
+            case "bad":
+                raise RuntimeError("secret words")
+            case _:
+                pass
+        return await proceed()
+
+    async with running(platform):
+        api = platform.api("orders")
+        with pytest.raises(CallError, match="send a token") as refused:
+            await api.call("echo", timeout=20)
+        assert (refused.value.code, refused.value.started) == ("unauthorized", True)
+        with caplog.at_level(logging.ERROR, "phalanx.calls"), pytest.raises(HandlerFailed) as failed:
+            await api.call("echo", timeout=20, headers={"Token": "bad"})
+        assert "secret words" not in str(failed.value)
+        assert any(record.exc_info for record in caplog.records)
+        with pytest.raises(CallTimeout):
+            await api.call("echo", timeout=0.3, headers={"Token": "slow"})
+        handler = app.handlers.by_name["echo"]
+        await until(lambda: handler.running == 0)
+        assert handler.errors == 3
+        assert await api.call("echo", 1, timeout=20, headers={"Token": "good"}) == 1
+
+
+async def test_wrong_middleware_is_refused_when_it_is_declared(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """Neither what is not async, nor what takes other parameters, nor any on a node that runs."""
+    platform, app = declared(nats_server, tmp_path)
+
+    class Instance:
+        async def __call__(self, call: Any, proceed: Proceed) -> Any:
+            return await proceed()
+
+    async def alone(call: Any) -> Any: ...
+
+    def not_async(call: Any, proceed: Proceed) -> Any: ...
+
+    app.middleware(Instance())
+    for wrong, problem in ((alone, "other parameters"), (not_async, "not an async function"), (1, "async")):
+        with pytest.raises(ConfigError, match=problem):
+            app.middleware(wrong)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=problem):
+            platform.api("orders").using(wrong)  # type: ignore[arg-type]
+    async with running(platform):
+        with pytest.raises(ConfigError, match="runs already"):
+            app.middleware(Instance())
+        assert await platform.api("orders").using(Instance()).call("echo", 1, timeout=20) == 1
+
+
+def test_middleware_of_a_synchronous_client(nats_server: NatsServer, tmp_path: Path) -> None:
+    """It is async also there, and what it raises comes out of the call."""
+
+    async def refuse(call: OutgoingCall, proceed: Proceed) -> Any:
+        raise CallError("circuit-open", f"{call.method} is not called just now")
+
+    with (
+        Platform.client("test", nats_server.urls) as client,
+        pytest.raises(CallError, match="echo is not called"),
+    ):
+        client.api("orders").using(refuse).call("echo", timeout=20)
+
+
+async def test_trace_goes_through_a_call_and_the_calls_of_its_handler(
+    nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Client span, server span, and those of the call that the handler makes itself: one trace."""
+    spans = Spans(monkeypatch)
+    platform, app = declared(nats_server, tmp_path)
+    platform.app("plain")
+
+    @app.handle("relay")
+    async def relay(value: int, ctx: CallContext) -> int:
+        assert "traceparent" in ctx.headers
+        return await platform.api("orders").call("echo", value, returns=int)
+
+    @app.handle("fail")
+    async def fail() -> None:
+        raise RuntimeError("oops")
+
+    async with running(platform):
+        with spans.tracer.start_as_current_span("request"):
+            assert await platform.api("orders").call("relay", 7, returns=int, timeout=20) == 7
+        with pytest.raises(HandlerFailed):
+            await platform.api("orders").call("fail", timeout=20)
+        with pytest.raises(NoHandlers):
+            await platform.api("plain").call("echo", timeout=20)
+        await until(lambda: len(spans.ended()) == 8)
+        epoch = app.epoch
+    request = spans.one("request")
+    outer, relayed = (spans.one("orders/relay", kind) for kind in (SpanKind.CLIENT, SpanKind.SERVER))
+    inner, echoed = (spans.one("orders/echo", kind) for kind in (SpanKind.CLIENT, SpanKind.SERVER))
+    chain = [request, outer, relayed, inner, echoed]
+    for above, below in itertools.pairwise(chain):
+        assert above.context is not None
+        assert below.parent is not None
+        assert below.parent.span_id == above.context.span_id
+    attributes = relayed.attributes or {}
+    assert (attributes["phalanx.node"], attributes["phalanx.epoch"]) == ("n1", epoch)
+    assert (outer.attributes or {})["phalanx.to"] == "leader"
+    assert spans.one("orders/fail", SpanKind.SERVER).status.status_code is StatusCode.ERROR
+    failed = spans.one("orders/fail", SpanKind.CLIENT).attributes or {}
+    assert failed["rpc.response.status_code"] == "failed"
+    nobody = spans.one("plain/echo", SpanKind.CLIENT)
+    assert (nobody.attributes or {})["error.type"] == "no-handlers"
