@@ -21,6 +21,8 @@ MEMBERS_KEY = "election.members"
 SWITCHOVER_KEYS = "switchover"
 RING_KEYS = "ring"
 RING_PLAN_KEY = "ring.plan"
+POOL_KEYS = "pool"
+POOL_SCALE_KEY = "pool.scale"
 
 
 class Names:
@@ -192,6 +194,16 @@ class Names:
     def partition_key(partition: int) -> str:
         """Who owns that partition of the ring."""
         return f"{RING_KEYS}.part.{partition}"
+
+    @staticmethod
+    def pool_member_key(node: str) -> str:
+        """A node's offer to be an active instance of the pool in whose bucket this key lies."""
+        return f"{POOL_KEYS}.member.{node}"
+
+    @staticmethod
+    def seat_key(seat: int) -> str:
+        """Who owns that seat of the pool: its active instances are those who own one."""
+        return f"{POOL_KEYS}.seat.{seat}"
 
     # --- core subjects
 

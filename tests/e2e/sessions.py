@@ -23,6 +23,7 @@ from phalanx.types import SessionId
 NAMES = Names("prod")
 STREAM = NAMES.session_stream(1)
 STREAMS = StreamList(1, (STREAM,))
+LONG_TIMING = Timing.of(10.0)
 
 
 class Heartbeat:
@@ -63,6 +64,37 @@ class Heartbeat:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
+
+
+class TimedHeartbeat(Heartbeat):
+    """A session that holds for so long after its renewal, until its node has ended."""
+
+    def __init__(self, bus: NatsBus, node: str) -> None:
+        super().__init__(bus, node, LONG_TIMING)
+        self.ended = False
+
+    @property
+    def valid_until(self) -> float:
+        return self.renewed_at + self.timing.hold
+
+    @property
+    def is_valid(self) -> bool:
+        return not self.ended and system.now() < self.valid_until
+
+    @property
+    def may_begin(self) -> bool:
+        return self.is_valid and system.now() < self.timing.stand_down_at(self.valid_until)
+
+    async def die(self) -> None:
+        """See ``Heartbeat.die``."""
+        self.ended = True
+        await super().die()
+
+    async def end(self) -> None:
+        """No longer renew, and say so, as the keeper of a dead node does."""
+        await self.die()
+        body = SessionBody(1, True, "its node died", self.id.node, True)
+        await self._bus.write(self._subject, msgspec.json.encode(body))
 
 
 @asynccontextmanager

@@ -8,53 +8,19 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import msgspec
 import pytest
-from tests.e2e.sessions import NAMES, Heartbeat, connected, registered
+from tests.e2e.sessions import NAMES, TimedHeartbeat, connected, registered
 from tests.waiting import until
 
-from phalanx import system
 from phalanx.bus.connection import NatsBus
 from phalanx.bus.provision import bucket_config, create_stream
 from phalanx.coord.register import Register
 from phalanx.coord.ring import RingPartitions
-from phalanx.decide.session import SessionBody
-from phalanx.decide.timing import Timing
 from phalanx.errors import ConfigError, WrongRevision
 from phalanx.ports import Fence
 from phalanx.testing.nats import NatsServer
 
-TIMING = Timing.of(10.0)
 BUCKET = NAMES.app_bucket("sessions")
-
-
-class TimedHeartbeat(Heartbeat):
-    """A session that holds for so long after its renewal, until its node has ended."""
-
-    ended = False
-
-    @property
-    def valid_until(self) -> float:
-        return self.renewed_at + TIMING.hold
-
-    @property
-    def is_valid(self) -> bool:
-        return not self.ended and system.now() < self.valid_until
-
-    @property
-    def may_begin(self) -> bool:
-        return self.is_valid and system.now() < TIMING.stand_down_at(self.valid_until)
-
-    async def die(self) -> None:
-        """See ``Heartbeat.die``."""
-        self.ended = True
-        await super().die()
-
-    async def end(self) -> None:
-        """No longer renew, and say so, as the keeper of a dead node does."""
-        await self.die()
-        body = SessionBody(1, True, "its node died", self.id.node, True)
-        await self._bus.write(self._subject, msgspec.json.encode(body))
 
 
 class Node:
@@ -107,7 +73,7 @@ async def node(
     """One node that takes part; at the end it gives back what it has."""
     async with connected(name, (url,)) as bus:
         await create_stream(bus, bucket_config(NAMES, BUCKET, "sessions", history=1, replicas=1))
-        session = TimedHeartbeat(bus, name, TIMING)
+        session = TimedHeartbeat(bus, name)
         async with registered(bus, session) as register:
             made = Node(bus, session, register, owners)
             made.ring = RingPartitions(

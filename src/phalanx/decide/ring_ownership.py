@@ -114,6 +114,11 @@ class Ownership:
         """The partitions for which this node acts, or ceases to act."""
         return [number for number, found in enumerate(self._partitions) if found.held]
 
+    def is_settled(self, partition: int) -> bool:
+        """Whether no write and no read of its key is under way, or due."""
+        found = self._partitions[partition]
+        return not (found.writing or found.must_read or found.reading)
+
     @property
     def is_clear(self) -> bool:
         """Whether this session holds nothing any more, as far as is known: then the node may end."""
