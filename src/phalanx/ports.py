@@ -182,6 +182,10 @@ class Bus(Protocol):
         """Send a core message. Raises BusUnavailable when not connected."""
         ...
 
+    def send(self, subject: str, data: bytes, headers: Mapping[str, str] | None = None) -> None:
+        """What :meth:`publish` does, for whoever cannot wait."""
+        ...
+
     async def request(
         self,
         subject: str,
@@ -209,9 +213,18 @@ class Bus(Protocol):
         ...
 
     async def subscribe(
-        self, subject: str, on_message: Callable[[Message], Awaitable[None] | None], *, queue: str = ""
+        self,
+        subject: str,
+        on_message: Callable[[Message], Awaitable[None] | None],
+        *,
+        queue: str = "",
+        direct: bool = False,
     ) -> Subscription:
-        """Call *on_message* for each message, in order. An exception in it is logged, never lost."""
+        """Call *on_message* for each message, in order. An exception in it is logged, never lost.
+
+        *direct*: it is called as the message is read, before any other is; it must not be async then, nor
+        take long.
+        """
         ...
 
     async def api(self, subject: str, request: Mapping[str, Any], *, timeout: float = 5.0) -> dict[str, Any]:

@@ -1,15 +1,22 @@
-"""nats-py's client, where it does otherwise than we need: what is broken is dropped, steps are bounded."""
+"""nats-py's client, where it does otherwise than we need: what is broken is dropped, steps are bounded, and
+messages are sent and taken without a future, a queue and a task for each."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar, cast
 
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from nats.errors import ConnectionClosedError, OutboundBufferLimitError
 from nats.errors import Error as NatsError
+
+from phalanx.bus.protocol import Direct, MessageParser, read_header_lines, write_message
+
+log = logging.getLogger("phalanx.nats")
 
 T = TypeVar("T")
 
@@ -21,6 +28,68 @@ class NatsClient(Client):
         super().__init__()
         self._on_broken = on_broken
         self.was_connected = False
+        self._ps = self._parser = MessageParser(self)
+        self._loop = asyncio.get_running_loop()
+        self._is_writing = False
+
+    # --- sending
+
+    def send(
+        self, subject: str, data: bytes = b"", reply: str = "", headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Publish: with all else that is sent at this moment, in order. Raises nats-py's errors."""
+        if not self.is_connected:
+            raise ConnectionClosedError if self.is_closed else OutboundBufferLimitError
+        self._pending.append(write_message(subject, reply, data, headers, self._max_payload))
+        if not self._is_writing:
+            self._is_writing = True
+            self._loop.call_soon(self._write_pending)
+
+    async def publish(
+        self,
+        subject: str,
+        payload: bytes = b"",
+        reply: str = "",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """See :meth:`send`."""
+        self.send(subject, payload, reply, headers)
+
+    def _write_pending(self) -> None:
+        self._is_writing = False
+        if not self._pending or not self.is_connected:
+            return
+        commands, self._pending, self._pending_data_size = self._pending, [], 0
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None:
+            try:
+                writer.transport.write(b"".join(commands))
+            except (OSError, RuntimeError) as error:
+                # The connection is gone (uvloop: RuntimeError): whoever reads from it finds that.
+                log.debug("nats: writing: %s", error)
+
+    async def _flush_pending(self, force_flush: bool = False) -> None:
+        self._write_pending()
+
+    async def _send_ping(self, future: asyncio.Future[Any] | None = None) -> None:
+        self._write_pending()  # else the answer to this ping would say nothing of what was sent before
+        untyped: Any = super()
+        await untyped._send_ping(future)
+
+    # --- taking
+
+    async def subscribe_directly(self, subject: str, queue: str, direct: Direct) -> Subscription:
+        """Have *direct* take each message as it is read. Raises nats-py's errors."""
+        untyped: Any = self
+        subscription: Any = await untyped.subscribe(subject, queue=queue)
+        self._parser.direct[subscription._id] = direct
+        return cast("Subscription", subscription)
+
+    def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
+        self._parser.direct.pop(sid, None)
+        super()._remove_sub(sid, max_msgs)
+
+    # --- what breaks
 
     async def _process_op_err(self, e: Exception) -> None:
         if self.is_connected:
@@ -40,13 +109,7 @@ class NatsClient(Client):
     @staticmethod
     def _parse_header_lines(raw: bytes) -> dict[str, str]:
         """What nats-py's does, without its look at each character, which took as long as all else."""
-        headers: dict[str, str] = {}
-        for line in raw.decode("utf-8", "replace").split("\r\n"):
-            name, colon, value = line.partition(":")
-            name = name.strip()
-            if colon and name.isascii() and name.split() == [name]:
-                headers[name] = value.strip()
-        return headers
+        return read_header_lines(raw.decode("utf-8", "replace"), {})
 
     async def leave(self) -> None:
         """Reconnect to the next server of the pool; to this one only after all others were tried."""

@@ -287,11 +287,16 @@ class NatsBus:
         self, subject: str, data: bytes = b"", *, headers: Mapping[str, str] | None = None
     ) -> None:
         """See :meth:`phalanx.ports.Bus.publish`."""
-        if not self._link.client.is_connected:
+        self.send(subject, data, headers)
+
+    def send(self, subject: str, data: bytes, headers: Mapping[str, str] | None = None) -> None:
+        """See :meth:`phalanx.ports.Bus.send`."""
+        client = self._link.client
+        if not client.is_connected:
             raise BusUnavailable(f"publish {subject}", "not connected to NATS")
         try:
-            await self._link.client.publish(subject, data, headers=dict(headers) if headers else None)
-        except (NatsError, OSError) as error:
+            client.send(subject, data, headers=headers)
+        except NatsError as error:
             raise BusError(f"publish {subject}", plain(error)) from error
 
     async def request(
@@ -303,10 +308,7 @@ class NatsBus:
         timeout: float = 2.0,
     ) -> Message:
         """See :meth:`phalanx.ports.Bus.request`."""
-        msg = await self._requests.ask(
-            f"request {subject}", subject, data, dict(headers) if headers else None, timeout
-        )
-        return message_of(msg)
+        return await self._requests.ask(f"request {subject}", subject, data, headers, timeout)
 
     async def gather(
         self,
@@ -348,10 +350,15 @@ class NatsBus:
         return answers
 
     async def subscribe(
-        self, subject: str, on_message: Callable[[Message], Awaitable[None] | None], *, queue: str = ""
+        self,
+        subject: str,
+        on_message: Callable[[Message], Awaitable[None] | None],
+        *,
+        queue: str = "",
+        direct: bool = False,
     ) -> BusSubscription:
         """See :meth:`phalanx.ports.Bus.subscribe`."""
-        return await self._link.subscribe(subject, on_message, queue)
+        return await self._link.subscribe(subject, on_message, queue, direct=direct)
 
     async def api(self, subject: str, request: Mapping[str, Any], *, timeout: float = 5.0) -> dict[str, Any]:
         """See :meth:`phalanx.ports.Bus.api`."""

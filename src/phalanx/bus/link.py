@@ -198,10 +198,15 @@ class NatsLink:
                 log.exception("a listener for connection changes failed")
 
     async def subscribe(
-        self, subject: str, on_message: Callable[[Message], Awaitable[None] | None], queue: str
+        self,
+        subject: str,
+        on_message: Callable[[Message], Awaitable[None] | None],
+        queue: str,
+        *,
+        direct: bool = False,
     ) -> BusSubscription:
         """See :meth:`phalanx.ports.Bus.subscribe`."""
-        subscription = BusSubscription(subject, queue, on_message, self._subscriptions.discard)
+        subscription = BusSubscription(subject, queue, on_message, self._subscriptions.discard, direct=direct)
         self._subscriptions.add(subscription)
         client = self.client
         if not client.was_connected:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 from nats.aio.msg import Msg
@@ -14,7 +15,7 @@ from phalanx.bus.client import NatsClient, subscribe
 from phalanx.bus.jetstream import direct_record, encode, status_of
 from phalanx.bus.login import plain
 from phalanx.errors import BusError, BusTimeout, BusUnavailable
-from phalanx.ports import Record
+from phalanx.ports import Message, Record
 
 
 class Requests:
@@ -23,7 +24,7 @@ class Requests:
 
     def __init__(self) -> None:
         self._client: NatsClient | None = None
-        self._waiting: dict[str, asyncio.Future[Msg]] = {}
+        self._waiting: dict[str, asyncio.Future[Message]] = {}
         self._gathering: set[asyncio.Future[str]] = set()
         self._tokens = itertools.count(1)
         self._inbox = ""
@@ -31,7 +32,7 @@ class Requests:
     async def attach(self, client: NatsClient) -> None:
         """Send them over *client* from now on. Raises nats-py's errors."""
         inbox = client.new_inbox()
-        await subscribe(client, f"{inbox}.*", self._on_reply)
+        await client.subscribe_directly(f"{inbox}.*", "", self._on_reply)
         self._client, self._inbox = client, inbox
 
     def _connected(self, operation: str) -> NatsClient:
@@ -39,32 +40,32 @@ class Requests:
             raise BusUnavailable(operation, "not connected to NATS")
         return self._client
 
-    async def _on_reply(self, msg: Msg) -> None:
-        future = self._waiting.pop(msg.subject.rpartition(".")[2], None)
+    def _on_reply(self, message: Message) -> None:
+        future = self._waiting.pop(message.subject.rpartition(".")[2], None)
         if future is not None and not future.done():
-            future.set_result(msg)
+            future.set_result(message)
 
     async def ask(
-        self, operation: str, subject: str, data: bytes, headers: dict[str, str] | None, timeout: float
-    ) -> Msg:
+        self, operation: str, subject: str, data: bytes, headers: Mapping[str, str] | None, timeout: float
+    ) -> Message:
         """One request, one reply. Raises BusUnavailable, BusTimeout, BusError."""
         client = self._connected(operation)
         loop = asyncio.get_running_loop()
         token = str(next(self._tokens))
-        future: asyncio.Future[Msg] = loop.create_future()
+        future: asyncio.Future[Message] = loop.create_future()
         self._waiting[token] = future
         timer = loop.call_later(timeout, _expire, future, operation, timeout)
         try:
-            await client.publish(subject, data, reply=f"{self._inbox}.{token}", headers=headers)
-            msg = await future
-        except (NatsError, OSError) as error:
+            client.send(subject, data, f"{self._inbox}.{token}", headers)
+            message = await future
+        except NatsError as error:
             raise BusError(operation, plain(error)) from error
         finally:
             timer.cancel()
             self._waiting.pop(token, None)
-        if msg.headers is not None and not msg.data and msg.headers.get("Status") == "503":
+        if not message.data and message.headers.get("Status") == "503":
             raise BusUnavailable(operation, "nobody answers there just now")
-        return msg
+        return message
 
     async def gather_records(
         self, operation: str, stream: str, request: dict[str, Any], timeout: float

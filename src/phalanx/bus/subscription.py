@@ -7,12 +7,11 @@ import inspect
 import logging
 from collections.abc import Awaitable, Callable
 
-from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
-from phalanx.bus.client import subscribe
+from phalanx.bus.client import NatsClient, subscribe
 from phalanx.bus.jetstream import message_of
 from phalanx.ports import Message
 
@@ -28,25 +27,34 @@ class BusSubscription:
         queue: str,
         on_message: Callable[[Message], Awaitable[None] | None],
         on_ended: Callable[[BusSubscription], None],
+        *,
+        direct: bool = False,
     ) -> None:
         self.subject, self.queue, self._on_message, self._on_ended = subject, queue, on_message, on_ended
+        self._direct = direct
         self._inner: Subscription | None = None
-        self._client: Client | None = None
+        self._client: NatsClient | None = None
         self._ended = False
 
-    async def attach(self, client: Client) -> None:
+    async def attach(self, client: NatsClient) -> None:
         """Have it on *client* from now on. Raises nats-py's errors."""
         if self._ended or self._client is client:
             return  # ended meanwhile, or attached by whoever subscribed while the client was being made
         self._client = client
         try:
-            inner = await subscribe(client, self.subject, self._deliver, queue=self.queue)
+            if self._direct:
+                inner = await client.subscribe_directly(self.subject, self.queue, self._take)
+            else:
+                inner = await subscribe(client, self.subject, self._deliver, queue=self.queue)
         except BaseException:
             self._client = None
             raise
         self._inner = inner
         if self._ended:
             await self.unsubscribe()
+
+    def _take(self, message: Message) -> None:
+        self._on_message(message)
 
     async def _deliver(self, msg: Msg) -> None:
         try:

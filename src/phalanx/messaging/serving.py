@@ -15,7 +15,6 @@ from collections import deque
 from typing import Any
 
 from phalanx import system
-from phalanx.aio import Background
 from phalanx.errors import CallError, Fenced, HookFailed, NotActive, PhalanxError, SessionLost
 from phalanx.messaging import call_wire as wire
 from phalanx.messaging.content import ContentError, encode
@@ -84,7 +83,6 @@ class CallServer:
         self._held: deque[_Call] = deque()
         self._running: dict[asyncio.Task[None], int] = {}
         """What runs, and in the section of which epoch; 0: in none."""
-        self._refusals = Background(log)
         self._by_id: dict[str, asyncio.Task[None]] = {}
         self._draining = 0
         self._micro = MicroService(app, node, handlers, bus, names)
@@ -103,7 +101,7 @@ class CallServer:
             (names.call_any_subject(app), self._on_any, queue),
         )
         for subject, on_message, group in wanted:
-            self._subscriptions.append(await bus.subscribe(subject, on_message, queue=group))
+            self._subscriptions.append(await bus.subscribe(subject, on_message, queue=group, direct=True))
         if not self._handlers:
             leader = await bus.subscribe(names.call_leader_subject(app), self._on_any, queue=queue)
             self._subscriptions.append(leader)
@@ -123,7 +121,6 @@ class CallServer:
             task.cancel()
         if self._running:
             await asyncio.wait(set(self._running), timeout=CANCEL_SECONDS)
-        await self._refusals.close(CANCEL_SECONDS)
 
     # --- with the section
 
@@ -131,7 +128,7 @@ class CallServer:
         """From now on calls to the leader run, in the section of *epoch*."""
         self._active, self._epoch = active, epoch
         subject = self._names.call_leader_subject(self._app)
-        self._leader_subscription = await self._bus.subscribe(subject, self._on_leader_call)
+        self._leader_subscription = await self._bus.subscribe(subject, self._on_leader_call, direct=True)
         self._look_at_held()
 
     async def end(self, *, graceful: bool) -> None:
@@ -186,9 +183,8 @@ class CallServer:
     def _on_any(self, message: Message) -> None:
         self._consider(_Call(message, to_leader=False, node_route=False))
 
-    async def _on_who(self, message: Message) -> None:
-        if message.reply:
-            await self._send(message, encode(self._leading, wire.JSON), {})
+    def _on_who(self, message: Message) -> None:
+        self._send(message, encode(self._leading, wire.JSON), {})
 
     def _on_cancel(self, message: Message) -> None:
         task = self._by_id.get(message.data.decode(errors="replace"))
@@ -316,12 +312,11 @@ class CallServer:
             handler.errors += 1
             handler.last_error = f"{problem.code}: {problem.message}"
             if isinstance(error, asyncio.CancelledError):
-                # Whoever cancelled waits for the end, which must not wait for the connection.
-                await self._send(call.message, data, headers, epoch)
+                self._send(call.message, data, headers, epoch)
                 raise
         finally:
             handler.processing_ns += time.perf_counter_ns() - began
-        await self._send(call.message, data, headers, epoch)
+        self._send(call.message, data, headers, epoch)
 
     def _problem(self, handler: Handler, call: _Call, error: BaseException, epoch: int) -> wire.Problem:
         """What the caller is told: never a traceback. That is in the log."""
@@ -355,13 +350,13 @@ class CallServer:
             handler.errors += 1
             handler.last_error = f"{code}: {message}"
         data, headers = wire.refusal(wire.Problem(code, message, path))
-        self._refusals.spawn(self._send(call.message, data, headers), f"answer of {self._app}")
+        self._send(call.message, data, headers)
 
-    async def _send(self, message: Message, data: bytes, headers: dict[str, str], epoch: int = 0) -> None:
+    def _send(self, message: Message, data: bytes, headers: dict[str, str], epoch: int = 0) -> None:
         if not message.reply:
             return
         headers[wire.ANSWER] = f"{self._node};{epoch}"
         try:
-            await self._bus.publish(message.reply, data, headers=headers)
+            self._bus.send(message.reply, data, headers)
         except PhalanxError as error:
             log.warning("an answer of %s could not be sent: %s", self._app, error)
