@@ -21,7 +21,7 @@ from benchmarks.stage import APP, LOOK_SECONDS, PLATFORM, Stage
 from phalanx import NatsOptions, Platform, Role, system
 from phalanx.client import PlatformClient
 from phalanx.errors import CallError
-from phalanx.messaging.calling import Api
+from phalanx.messaging.api import Api
 from phalanx.testing.nats import NatsServer
 
 CALLERS = 64

@@ -81,7 +81,7 @@ if TYPE_CHECKING:
         WrongType,
         WrongValue,
     )
-    from phalanx.messaging.calling import Api
+    from phalanx.messaging.api import Api
     from phalanx.messaging.context import CallContext, current_call
     from phalanx.messaging.middleware import OutgoingCall
     from phalanx.messaging.routes import Any as Any
@@ -161,7 +161,7 @@ _WHERE = {
     ),
     "phalanx.coord.codec": ("Entry", "Removed"),
     "phalanx.coord.locks": ("Lock",),
-    "phalanx.messaging.calling": ("Api",),
+    "phalanx.messaging.api": ("Api",),
     "phalanx.messaging.context": ("CallContext", "current_call"),
     "phalanx.messaging.middleware": ("OutgoingCall",),
     "phalanx.messaging.routes": ("Any", "Leader", "Node"),

@@ -47,7 +47,8 @@ from phalanx.errors import (
     PlatformNotFound,
     StepDownFailed,
 )
-from phalanx.messaging.calling import Api, Caller
+from phalanx.messaging.api import Api
+from phalanx.messaging.calling import Caller
 from phalanx.names import RESERVED_APPS, Names
 from phalanx.observe.audit import AuditEntry, follow_audit, read_audit
 from phalanx.ports import STREAM_NOT_FOUND

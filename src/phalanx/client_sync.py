@@ -9,7 +9,7 @@ from collections.abc import Coroutine, Mapping
 from typing import Any as Value
 from typing import TypeVar
 
-from phalanx.messaging.calling import Api
+from phalanx.messaging.api import Api
 from phalanx.messaging.content import JSON
 from phalanx.messaging.middleware import CallerMiddleware
 from phalanx.messaging.routes import Leader, Route

@@ -41,7 +41,7 @@ from phalanx.ending import EXIT_FAILED, Ending, leave
 from phalanx.errors import AddressError, BackendError, ConfigError, PhalanxError, StartError
 from phalanx.hooks import CANCEL_SECONDS
 from phalanx.left_overs import end_left_overs
-from phalanx.messaging.calling import Api
+from phalanx.messaging.api import Api
 from phalanx.net import make_addresses
 from phalanx.node import Node
 from phalanx.observe.logs import configure_logging

@@ -48,7 +48,7 @@ from phalanx.bus.client import NatsClient
 from phalanx.bus.connection import NatsBus
 from phalanx.client import PlatformClient
 from phalanx.messaging import call_wire as wire
-from phalanx.messaging.calling import Api
+from phalanx.messaging.api import Api
 from phalanx.messaging.content import MSGPACK
 from phalanx.names import Names
 from phalanx.ports import Message

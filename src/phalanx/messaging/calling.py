@@ -11,9 +11,8 @@ import itertools
 import logging
 import random
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any as Value
-from typing import TypeVar
 
 from phalanx import system
 from phalanx.aio import Background
@@ -24,7 +23,6 @@ from phalanx.errors import (
     BusUnavailable,
     CallError,
     CallTimeout,
-    ConfigError,
     NoInstance,
     NoLeader,
     OutcomeUnknown,
@@ -35,22 +33,16 @@ from phalanx.errors import (
     WrongType,
 )
 from phalanx.messaging import call_wire as wire
-from phalanx.messaging.content import CONTENT_TYPES, JSON, ContentError, encode, shape_of
+from phalanx.messaging.content import JSON, ContentError, encode, shape_of
 from phalanx.messaging.context import callers_deadline
 from phalanx.messaging.leading import InFlight, LeaderView
-from phalanx.messaging.middleware import CallerMiddleware, OutgoingCall, checked, through
 from phalanx.messaging.routes import Leader, Node, Route
 from phalanx.messaging.serving import HEADER_ROOM_BYTES
-from phalanx.names import RESERVED_APPS, Names
+from phalanx.names import Names
 from phalanx.observe.tracing import call_span, tracer
 from phalanx.ports import Bus, Message
-from phalanx.types import is_dns_label
 
 log = logging.getLogger("phalanx.calls")
-
-T = TypeVar("T")
-
-_WHATEVER: Value = Value
 
 RETRY = Backoff(first=0.01, longest=0.5)
 """Delays between tries at whoever is busy or not there; each is varied by half."""
@@ -61,8 +53,6 @@ a hand-over is often faster than that answer. Calls that may be repeated do not 
 
 KNOWN_APP_SECONDS = 0.5
 """How long the look may take whether the platform has such an app."""
-
-MAX_TIMEOUT_SECONDS = 86400.0
 
 
 class _Call:
@@ -343,95 +333,3 @@ class Caller:
 
     def _may_repeat(self, call: _Call, view: LeaderView) -> bool:
         return call.idempotent if call.idempotent is not None else call.method in view.idempotent
-
-
-class Api:
-    """The calls of one app, from another. Made by ``platform.api("orders")`` or ``client.api("orders")``."""
-
-    def __init__(self, app: str, caller: Callable[[], Caller]) -> None:
-        if not isinstance(app, str) or not is_dns_label(app) or app in RESERVED_APPS:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError("api", app, "no name of an app", "use 1-63 of a-z, 0-9 and inner hyphens")
-        self.app, self._caller = app, caller
-        self._middleware: tuple[CallerMiddleware, ...] = ()
-
-    def using(self, *middleware: CallerMiddleware) -> Api:
-        """The same calls, made through *middleware* too; the first is the outermost. This one stays as it is.
-
-        Each is ``async def m(call: OutgoingCall, proceed)``. Raises ConfigError for what cannot be one.
-        """
-        inside = tuple(checked("using", each) for each in middleware)
-        api = Api(self.app, self._caller)
-        api._middleware = (*self._middleware, *inside)
-        return api
-
-    async def _call_inside(self, returns: Value, call: OutgoingCall) -> Value:
-        """The call, made through the middleware."""
-        plain = Api(self.app, self._caller)
-
-        def proceed() -> Awaitable[Value]:
-            return plain.call(
-                call.method,
-                call.request,
-                returns=returns,
-                to=call.to,
-                timeout=call.timeout,
-                idempotent=call.idempotent,
-                content_type=call.content_type,
-                headers=call.headers,
-            )
-
-        return await through(self._middleware, call, proceed)
-
-    async def call(
-        self,
-        method: str,
-        request: object = None,
-        *,
-        returns: type[T] = _WHATEVER,
-        to: Route = Leader,
-        timeout: float = 5.0,
-        idempotent: bool | None = None,
-        content_type: str = JSON,
-        headers: Mapping[str, str] | None = None,
-    ) -> T:
-        """Call *method* with *request*; its answer, as *returns* (any type of msgspec's; pydantic models).
-
-        *to*: Leader (waits through a failover), Any, Node("n2"). *timeout*: seconds, 0.001 to 86400; a call
-        made inside of a handler never waits longer than that handler's caller does. *idempotent*: whether it
-        may be made again although it may have been carried out; None: as its handler was declared. *headers*
-        reach the handler as ``ctx.headers``.
-
-        Raises CallError and its kinds, ConfigError for arguments that are wrong. If this is cancelled, so is
-        the handler.
-        """
-        if self._middleware:
-            outgoing = OutgoingCall(
-                self.app,
-                method,
-                request,
-                to=to,
-                timeout=timeout,
-                idempotent=idempotent,
-                content_type=content_type,
-                headers=headers,
-            )
-            return await self._call_inside(returns, outgoing)
-        if isinstance(timeout, bool) or not 0.001 <= timeout <= MAX_TIMEOUT_SECONDS:
-            raise ConfigError("timeout", timeout, "out of range", "choose 0.001 to 86400 seconds")
-        if not isinstance(to, Route):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ConfigError("to", to, "no route", "use phalanx.Leader, phalanx.Any or phalanx.Node(name)")
-        if content_type not in CONTENT_TYPES:
-            raise ConfigError("content_type", content_type, "not known", f"use {' or '.join(CONTENT_TYPES)}")
-        if not method or not method.replace("-", "").replace("_", "").isalnum():
-            raise ConfigError("method", method, "no name of a method", "use letters, 0-9, _ and -")
-        return await self._caller().call(
-            self.app,
-            method,
-            request,
-            returns=returns,
-            to=to,
-            timeout=timeout,
-            idempotent=idempotent,
-            content_type=content_type,
-            headers=headers,
-        )

@@ -1,0 +1,118 @@
+"""The calls of one app, as other apps and clients make them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any as Value
+from typing import TypeVar
+
+from phalanx.errors import ConfigError
+from phalanx.messaging.calling import Caller
+from phalanx.messaging.content import CONTENT_TYPES, JSON
+from phalanx.messaging.middleware import CallerMiddleware, OutgoingCall, checked, through
+from phalanx.messaging.routes import Leader, Route
+from phalanx.names import RESERVED_APPS
+from phalanx.types import is_dns_label
+
+T = TypeVar("T")
+
+_WHATEVER: Value = Value
+
+MAX_TIMEOUT_SECONDS = 86400.0
+
+
+def check_arguments(method: str, to: Route, timeout: float, content_type: str) -> None:
+    """Raises ConfigError for what no call can be made with."""
+    if isinstance(timeout, bool) or not 0.001 <= timeout <= MAX_TIMEOUT_SECONDS:
+        raise ConfigError("timeout", timeout, "out of range", "choose 0.001 to 86400 seconds")
+    if not isinstance(to, Route):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError("to", to, "no route", "use phalanx.Leader, phalanx.Any or phalanx.Node(name)")
+    if content_type not in CONTENT_TYPES:
+        raise ConfigError("content_type", content_type, "not known", f"use {' or '.join(CONTENT_TYPES)}")
+    if not method or not method.replace("-", "").replace("_", "").isalnum():
+        raise ConfigError("method", method, "no name of a method", "use letters, 0-9, _ and -")
+
+
+class Api:
+    """The calls of one app, from another. Made by ``platform.api("orders")`` or ``client.api("orders")``."""
+
+    def __init__(self, app: str, caller: Callable[[], Caller]) -> None:
+        if not isinstance(app, str) or not is_dns_label(app) or app in RESERVED_APPS:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError("api", app, "no name of an app", "use 1-63 of a-z, 0-9 and inner hyphens")
+        self.app, self._caller = app, caller
+        self._middleware: tuple[CallerMiddleware, ...] = ()
+
+    def using(self, *middleware: CallerMiddleware) -> Api:
+        """The same calls, made through *middleware* too; the first is the outermost. This one stays as it is.
+
+        Each is ``async def m(call: OutgoingCall, proceed)``. Raises ConfigError for what cannot be one.
+        """
+        inside = tuple(checked("using", each) for each in middleware)
+        api = Api(self.app, self._caller)
+        api._middleware = (*self._middleware, *inside)
+        return api
+
+    async def _call_inside(self, returns: Value, call: OutgoingCall) -> Value:
+        """The call, made through the middleware."""
+        plain = Api(self.app, self._caller)
+
+        def proceed() -> Awaitable[Value]:
+            return plain.call(
+                call.method,
+                call.request,
+                returns=returns,
+                to=call.to,
+                timeout=call.timeout,
+                idempotent=call.idempotent,
+                content_type=call.content_type,
+                headers=call.headers,
+            )
+
+        return await through(self._middleware, call, proceed)
+
+    async def call(
+        self,
+        method: str,
+        request: object = None,
+        *,
+        returns: type[T] = _WHATEVER,
+        to: Route = Leader,
+        timeout: float = 5.0,
+        idempotent: bool | None = None,
+        content_type: str = JSON,
+        headers: Mapping[str, str] | None = None,
+    ) -> T:
+        """Call *method* with *request*; its answer, as *returns* (any type of msgspec's; pydantic models).
+
+        *to*: Leader (waits through a failover), Any, Node("n2"). *timeout*: seconds, 0.001 to 86400; a call
+        made inside of a handler never waits longer than that handler's caller does. *idempotent*: whether it
+        may be made again although it may have been carried out; None: as its handler was declared. *headers*
+        reach the handler as ``ctx.headers``.
+
+        Raises CallError and its kinds, ConfigError for arguments that are wrong. If this is cancelled, so is
+        the handler.
+        """
+        if self._middleware:
+            outgoing = OutgoingCall(
+                self.app,
+                method,
+                request,
+                to=to,
+                timeout=timeout,
+                idempotent=idempotent,
+                content_type=content_type,
+                headers=headers,
+            )
+            return await self._call_inside(returns, outgoing)
+        check_arguments(method, to, timeout, content_type)
+        return await self._caller().call(
+            self.app,
+            method,
+            request,
+            returns=returns,
+            to=to,
+            timeout=timeout,
+            idempotent=idempotent,
+            content_type=content_type,
+            headers=headers,
+        )
