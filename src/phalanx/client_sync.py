@@ -12,7 +12,7 @@ from typing import TypeVar
 from phalanx.messaging.api import Api
 from phalanx.messaging.content import JSON
 from phalanx.messaging.middleware import CallerMiddleware
-from phalanx.messaging.routes import Leader, Route
+from phalanx.messaging.routes import Default, Route
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class SyncApi:
         request: object = None,
         *,
         returns: type[T] = _WHATEVER,
-        to: Route = Leader,
+        to: Route = Default,
         timeout: float = 5.0,
         idempotent: bool | None = None,
         content_type: str = JSON,

@@ -13,7 +13,7 @@ from phalanx.cli.target import Where
 from phalanx.client import PlatformClient
 from phalanx.errors import ConfigError
 from phalanx.messaging.routes import Any as AnyInstance
-from phalanx.messaging.routes import Leader, Node, Route
+from phalanx.messaging.routes import Default, Leader, Node, Route
 from phalanx.types import is_dns_label
 
 _WHERE = Where()
@@ -25,7 +25,7 @@ def call(
     request: Annotated[str, Parameter(help="The request, as JSON.")] = "null",
     /,
     *,
-    to: Annotated[str, Parameter(help="leader, any, or the id of a node.")] = "leader",
+    to: Annotated[str, Parameter(help="leader, any, or the id of a node; else leader, for a pool any.")] = "",
     wait: Annotated[float, Parameter(help="How long to wait for the answer, in seconds.")] = 5.0,
     idempotent: Annotated[
         bool, Parameter(help="It may be made again although it may have been carried out.")
@@ -47,6 +47,8 @@ def call(
 
 
 def _route(to: str) -> Route:
+    if not to:
+        return Default
     if to == "leader":
         return Leader
     if to == "any":

@@ -10,7 +10,7 @@ from phalanx.errors import ConfigError
 from phalanx.messaging.calling import Caller
 from phalanx.messaging.content import CONTENT_TYPES, JSON
 from phalanx.messaging.middleware import CallerMiddleware, OutgoingCall, checked, through
-from phalanx.messaging.routes import Leader, Route
+from phalanx.messaging.routes import Default, Route
 from phalanx.names import RESERVED_APPS
 from phalanx.types import is_dns_label
 
@@ -76,7 +76,7 @@ class Api:
         request: object = None,
         *,
         returns: type[T] = _WHATEVER,
-        to: Route = Leader,
+        to: Route = Default,
         timeout: float = 5.0,
         idempotent: bool | None = None,
         content_type: str = JSON,
@@ -84,10 +84,10 @@ class Api:
     ) -> T:
         """Call *method* with *request*; its answer, as *returns* (any type of msgspec's; pydantic models).
 
-        *to*: Leader (waits through a failover), Any, Node("n2"). *timeout*: seconds, 0.001 to 86400; a call
-        made inside of a handler never waits longer than that handler's caller does. *idempotent*: whether it
-        may be made again although it may have been carried out; None: as its handler was declared. *headers*
-        reach the handler as ``ctx.headers``.
+        *to*: Leader (waits through a failover), Any, Node("n2"); left out: Leader, or Any for a pool.
+        *timeout*: seconds, 0.001 to 86400; a call made inside of a handler never waits longer than that
+        handler's caller does. *idempotent*: whether it may be made again although it may have been carried
+        out; None: as its handler was declared. *headers* reach the handler as ``ctx.headers``.
 
         Raises CallError and its kinds, ConfigError for arguments that are wrong. If this is cancelled, so is
         the handler.

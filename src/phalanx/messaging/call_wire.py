@@ -78,11 +78,15 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Leading(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The answer to ``who``: the leader as an instance knows it (empty: nobody), and what may be repeated."""
+    """The answer to ``who``: the leader as an instance knows it (empty: nobody), and what may be repeated.
+
+    ``pattern``: that of the app. A pool has no leader, and any instance may be called.
+    """
 
     node: str = ""
     epoch: int = 0
     idempotent: tuple[str, ...] = ()
+    pattern: str = "active-passive"
 
 
 class CallHeader:

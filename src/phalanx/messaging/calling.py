@@ -30,13 +30,14 @@ from phalanx.errors import (
     TooDeep,
     TooLarge,
     UnknownApp,
+    WrongRoute,
     WrongType,
 )
 from phalanx.messaging import call_wire as wire
 from phalanx.messaging.content import JSON, ContentError, encode, shape_of
 from phalanx.messaging.context import callers_deadline
 from phalanx.messaging.leading import InFlight, LeaderView
-from phalanx.messaging.routes import Leader, Node, Route
+from phalanx.messaging.routes import Any, Default, Leader, Node, Route
 from phalanx.messaging.serving import HEADER_ROOM_BYTES
 from phalanx.names import Names
 from phalanx.observe.tracing import call_span, tracer
@@ -146,7 +147,10 @@ class Caller:
             call.headers[wire.CONTENT_TYPE] = content_type
         try:
             view = self._views.get(app) or await self._view(app)
-            answer = await self._to_leader(call, view) if to is Leader else await self._to(call, view, to)
+            if to is Leader or to is Default:
+                answer = await self._to_leader(call, view, to)
+            else:
+                answer = await self._to(call, view, to)
         except asyncio.CancelledError:
             self._background.spawn(self._cancel(app, call.id), f"cancel call {call.id}")
             raise
@@ -224,10 +228,15 @@ class Caller:
 
     # --- routes
 
-    async def _to_leader(self, call: _Call, view: LeaderView) -> Message:
+    async def _to_leader(self, call: _Call, view: LeaderView, to: Route) -> Message:
         if not view.answered and not await view.ask(call.deadline):
             await self._check_known(call, view)
         while True:
+            if view.is_pool:
+                if to is Default:
+                    return await self._to(call, view, Any)
+                problem = f"app {call.app} is a pool, which has no leader; call it with to=Any"
+                raise call.failed(WrongRoute, "wrong-route", problem)
             left = call.deadline - system.now()
             if left <= 0:
                 raise self._too_late(call, NoLeader, "no-leader", "no leader before the deadline")

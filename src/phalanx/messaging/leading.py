@@ -79,6 +79,8 @@ class LeaderView:
         self.idempotent: frozenset[str] = frozenset()
         self.answered = False
         """Whether an instance has ever said who leads: then there is such an app."""
+        self.is_pool = False
+        """Whether it has said that nobody leads, as any instance may be called."""
         self.in_flight: set[InFlight] = set()
         self._changed = asyncio.Event()
         self._subscription: Subscription | None = None
@@ -153,6 +155,7 @@ class LeaderView:
             return False
         self.answered = True
         self.idempotent = frozenset(leading.idempotent)
+        self.is_pool = leading.pattern == "pool"
         self.learn(leading.node, leading.epoch)
         if leading.node and leading.epoch == self.epoch:
             self.node = leading.node

@@ -9,12 +9,17 @@ from phalanx.types import is_dns_label
 
 
 class Route(msgspec.Struct, frozen=True):
-    """To whom a call goes: :data:`Leader`, :data:`Any`, or :class:`Node`."""
+    """To whom a call goes: :data:`Leader`, :data:`Any`, :class:`Node`, or :data:`Default`."""
 
 
 class _Leader(Route, frozen=True):
     def __str__(self) -> str:
         return "leader"
+
+
+class _Default(Route, frozen=True):
+    def __str__(self) -> str:
+        return "default"
 
 
 class _Any(Route, frozen=True):
@@ -39,4 +44,8 @@ Leader = _Leader()
 """The active instance; the call waits through a failover, within its deadline."""
 
 Any = _Any()
-"""Any instance that is ready, also a standby: for methods that are declared ``anywhere``."""
+"""Any instance that is ready: of a pool an active one, else also a standby, for methods that are declared
+``anywhere``."""
+
+Default = _Default()
+"""As the app's pattern has it: :data:`Leader`; of a pool :data:`Any`."""

@@ -12,6 +12,7 @@ import functools
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from phalanx import system
@@ -94,12 +95,12 @@ class CallServer:
         self._handlers.serve()
         bus, names, app = self._bus, self._names, self._app
         queue = names.call_queue(app)
-        wanted = (
+        wanted = [
             (names.call_who_subject(app), self._on_who, queue),
             (names.call_cancel_subject(app), self._on_cancel, ""),
             (names.call_node_subject(app, self._node), self._on_node, ""),
-            (names.call_any_subject(app), self._on_any, queue),
-        )
+            (*self._route_of_all(), queue),
+        ]
         for subject, on_message, group in wanted:
             self._subscriptions.append(await bus.subscribe(subject, on_message, queue=group, direct=True))
         if not self._handlers:
@@ -107,6 +108,10 @@ class CallServer:
             self._subscriptions.append(leader)
         else:
             await self._micro.open()
+
+    def _route_of_all(self) -> tuple[str, Callable[[Message], None]]:
+        """What every instance answers, as one queue group."""
+        return self._names.call_any_subject(self._app), self._on_any
 
     async def close(self) -> None:
         """Answer no more. The active section has ended before; what else runs is cancelled."""
@@ -206,8 +211,12 @@ class CallServer:
         elif self._epoch or handler.anywhere:
             self._begin_call(call, handler)
         else:
-            problem = f"only the active instance answers {call.method}, and node {self._node} is not active"
-            self._refuse(call, "wrong-route", f"{problem}; call it with to=Leader")
+            self._refuse(call, *self._passive(call.method, node_route=call.node_route))
+
+    def _passive(self, method: str, *, node_route: bool) -> tuple[str, str]:
+        """Code and message for a call that only an active instance answers, and this one is not."""
+        problem = f"only the active instance answers {method}, and node {self._node} is not active"
+        return "wrong-route", f"{problem}; call it with to=Leader"
 
     def _unknown(self, method: str) -> tuple[str, str]:
         if not self._handlers:
@@ -341,6 +350,10 @@ class CallServer:
                     f"the handler failed; the log of node {self._node} says more of call {call.id or '?'}"
                 )
                 return wire.Problem("failed", problem, started=True)
+
+    def _turn_away(self, message: Message, code: str, problem: str) -> None:
+        """Whatever it asks for: answer that it was not begun."""
+        self._refuse(_Call(message, to_leader=False, node_route=False), code, problem)
 
     def _refuse(self, call: _Call, code: str, message: str, path: str = "") -> None:
         """Answer that it was not begun."""
