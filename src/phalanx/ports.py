@@ -86,6 +86,10 @@ class Subscription(Protocol):
     """A subscription that can be ended. Ending it twice is harmless."""
 
     async def unsubscribe(self) -> None: ...
+    async def drain(self, timeout: float) -> None:
+        """End it once all that the server has sent is taken, after *timeout* seconds at the latest. So of a
+        queue group nothing is lost: what the server has not sent yet goes to another member."""
+        ...
 
 
 class Bus(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import logging
@@ -63,6 +64,15 @@ class BusSubscription:
                 await done
         except Exception:
             log.exception("a message on %s could not be handled", msg.subject)
+
+    async def drain(self, timeout: float) -> None:
+        """See ports.Subscription."""
+        inner = self._inner
+        if inner is not None and self._client is not None and self._client.is_connected:
+            with contextlib.suppress(NatsError, TimeoutError):
+                async with asyncio.timeout(timeout):
+                    await inner.drain()
+        await self.unsubscribe()
 
     async def unsubscribe(self) -> None:
         """End it; twice is harmless."""

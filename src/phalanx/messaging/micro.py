@@ -27,6 +27,8 @@ class MicroService:
         self._app, self._node, self._handlers = app, node, handlers
         self._bus, self._names = bus, names
         self.id = secrets.token_hex(11)
+        self.is_pool = False
+        """Whether any instance answers all of its methods."""
         self._started = datetime.fromtimestamp(system.wall(), UTC).isoformat().replace("+00:00", "Z")
         self._subscriptions: list[Subscription] = []
 
@@ -93,7 +95,7 @@ class MicroService:
 
     def _endpoint(self, handler: Handler) -> dict[str, Any]:
         names = self._names
-        if handler.anywhere:
+        if handler.anywhere or self.is_pool:
             subject, queue = names.call_any_subject(self._app, handler.name), names.call_queue(self._app)
         else:
             subject, queue = names.call_leader_subject(self._app, handler.name), ""

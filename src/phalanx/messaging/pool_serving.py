@@ -17,6 +17,9 @@ from phalanx.messaging.serving import CallServer
 from phalanx.names import Names
 from phalanx.ports import Bus, Message, Subscription
 
+LAST_CALLS_SECONDS = 1.0
+"""How long an instance that is ready no more waits for what is on its way to it."""
+
 
 class PoolCallServer(CallServer):
     """What one instance of a pool answers on this node."""
@@ -24,6 +27,7 @@ class PoolCallServer(CallServer):
     def __init__(self, app: str, node: str, handlers: Handlers, bus: Bus, names: Names, kv: Any) -> None:
         super().__init__(app, node, handlers, bus, names, kv)
         self._leading = wire.Leading(idempotent=handlers.idempotent, pattern="pool")
+        self._micro.is_pool = True
         self._ready: Subscription | None = None
         self._changing = asyncio.Lock()
 
@@ -42,14 +46,17 @@ class PoolCallServer(CallServer):
         self._active, self._epoch = active, epoch
 
     async def set_ready(self, ready: bool) -> None:
-        """Whether calls for any instance come here. Raises BusError."""
+        """Whether calls for any instance come here. Raises BusError.
+
+        Returns when the last one of them has come.
+        """
         async with self._changing:
             if ready and self._epoch and self._ready is None:
                 subject, queue = self._names.call_any_subject(self._app), self._names.call_queue(self._app)
-                self._ready = await self._bus.subscribe(subject, self._on_any, queue=queue)
+                self._ready = await self._bus.subscribe(subject, self._on_any, queue=queue, direct=True)
             elif not ready and self._ready is not None:
                 subscription, self._ready = self._ready, None
-                await subscription.unsubscribe()
+                await subscription.drain(LAST_CALLS_SECONDS)
 
     @property
     def is_ready(self) -> bool:
@@ -58,7 +65,11 @@ class PoolCallServer(CallServer):
 
     async def end(self, *, graceful: bool) -> None:
         """See SectionCalls."""
-        await self.set_ready(False)
+        if graceful:
+            await self.set_ready(False)
+        elif self._ready is not None:
+            await self._ready.unsubscribe()
+            self._ready = None
         await super().end(graceful=graceful)
 
     def on_leader(self, node: str | None, epoch: int) -> None:
