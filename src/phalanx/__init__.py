@@ -11,7 +11,15 @@ import typing
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from phalanx.app import ActiveContext, App, AppContext, HealthChange, LeaderChange
+    from phalanx.app import (
+        ActiveContext,
+        App,
+        AppContext,
+        HealthChange,
+        LeaderChange,
+        PartitionContext,
+        RingApp,
+    )
     from phalanx.config import (
         ActivePassive,
         CommandCheck,
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
         NatsOptions,
         Process,
         Restart,
+        Ring,
         Secret,
         SQLite,
         Systemd,
@@ -91,7 +100,15 @@ if TYPE_CHECKING:
     from phalanx.version import VERSION as __version__  # noqa: N811
 
 _WHERE = {
-    "phalanx.app": ("ActiveContext", "App", "AppContext", "HealthChange", "LeaderChange"),
+    "phalanx.app": (
+        "ActiveContext",
+        "App",
+        "AppContext",
+        "HealthChange",
+        "LeaderChange",
+        "PartitionContext",
+        "RingApp",
+    ),
     "phalanx.config": (
         "ActivePassive",
         "CommandCheck",
@@ -107,6 +124,7 @@ _WHERE = {
         "NatsOptions",
         "Process",
         "Restart",
+        "Ring",
         "SQLite",
         "Secret",
         "Systemd",
@@ -174,6 +192,8 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "Platform",
     "App",
     "ActivePassive",
+    "Ring",
+    "RingApp",
     "Process",
     "Limits",
     "Systemd",
@@ -184,6 +204,7 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "SQLite",
     "ActiveContext",
     "AppContext",
+    "PartitionContext",
     "LeaderChange",
     "HealthChange",
     "HttpCheck",

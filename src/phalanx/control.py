@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgspec
 
 from phalanx.aio import Background
-from phalanx.app import App
+from phalanx.app import App, NodeApp
 from phalanx.errors import ConfigError, PhalanxError, SwitchoverRefused
 from phalanx.names import Names
 from phalanx.ports import Bus, Message, Subscription
@@ -72,7 +72,7 @@ class ControlledNode(Protocol):
     @property
     def node(self) -> str: ...
     @property
-    def apps(self) -> dict[str, App]: ...
+    def apps(self) -> dict[str, NodeApp]: ...
 
     def status(self) -> NodeStatus: ...
 
@@ -95,6 +95,8 @@ class Control:
             "failover": self._fail_over,
         }
         for app in self._node.apps.values():
+            if not isinstance(app, App):
+                continue  # nobody leads it, so there is nothing to hand over
             for action, carry_out in actions.items():
 
                 async def on_request(

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from phalanx import system
 from phalanx.aio import wait_at_most
-from phalanx.app import App
+from phalanx.app import NodeApp
 from phalanx.coord.hold import Holds
 from phalanx.coord.session import Session
 from phalanx.decide.hold import hands_over
@@ -47,7 +47,7 @@ class Watched(Protocol):
         """Whether it is to stop without grace."""
         ...
 
-    def keeps(self, app: App) -> bool:
+    def keeps(self, app: NodeApp) -> bool:
         """Whether *app* is not to change hands although the node stops: it is paused."""
         ...
 
@@ -62,7 +62,7 @@ class Guard:
 
     def __init__(
         self,
-        apps: Collection[App],
+        apps: Collection[NodeApp],
         session: Session,
         holds: Holds,
         timing: Timing,
@@ -156,10 +156,10 @@ class Guard:
 
     # --- apps that hold
 
-    def _right_until(self, app: App, now: float) -> float:
+    def _right_until(self, app: NodeApp, now: float) -> float:
         return self._holds.right_until(app.name, now, self._session.valid_until)
 
-    def _is_held(self, app: App, now: float) -> bool:
+    def _is_held(self, app: NodeApp, now: float) -> bool:
         return self._holds.is_held(app.name, now)
 
     def _note_held(self, now: float, current: Phase) -> None:
@@ -244,7 +244,7 @@ class Guard:
         except TimeoutError:
             die(self._journal, f"sections do not end ({reason})")
 
-    async def hand_over_others(self, stuck: App) -> None:
+    async def hand_over_others(self, stuck: NodeApp) -> None:
         """Before the node ends because of *stuck*: hand the other apps over gracefully, bounded.
 
         They are barred, so that none returns. If *stuck* has ended after all they are candidates again.

@@ -10,7 +10,7 @@ import base64
 
 from phalanx.types import SessionId
 
-RESERVED_APPS = frozenset({"platform", "services", "sessions", "events", "audit"})
+RESERVED_APPS = frozenset({"platform", "services", "events", "audit"})
 """App names that would collide with the platform's own buckets and streams."""
 
 LEADER_KEY = "election.leader"

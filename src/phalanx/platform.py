@@ -9,10 +9,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from phalanx import preflight, system
-from phalanx.app import App
+from phalanx.app import App, NodeApp, RingApp
 from phalanx.backends import Holder, make_backend
 from phalanx.config import (
     ActivePassive,
@@ -28,6 +28,7 @@ from phalanx.config import (
     PlatformConfig,
     Process,
     Restart,
+    Ring,
     SQLite,
     Timings,
     VirtualIP,
@@ -99,7 +100,7 @@ class Platform:
 
     def _set_up(self, config: PlatformConfig) -> None:
         self.config = config
-        self._apps: dict[str, App] = {}
+        self._apps: dict[str, NodeApp] = {}
         self._node: Node | None = None
         self._running: asyncio.Task[None] | None = None
         self._owns_process = self._checked = False
@@ -137,6 +138,7 @@ class Platform:
 
     # --- declaring
 
+    @overload
     def app(
         self,
         name: str,
@@ -150,8 +152,36 @@ class Platform:
         restart: Restart | None = None,
         kv_history: int | None = None,
         retry: Backoff | None = None,
-    ) -> App:
-        """Declare an app. Raises ConfigError when it is wrong, or exists, or the platform runs already."""
+    ) -> App: ...
+    @overload
+    def app(
+        self,
+        name: str,
+        pattern: Ring,
+        *,
+        checks: Sequence[Check] | None = None,
+        hook_timeouts: HookTimeouts | None = None,
+        kv_history: int | None = None,
+        retry: Backoff | None = None,
+    ) -> RingApp: ...
+    def app(
+        self,
+        name: str,
+        pattern: ActivePassive | Ring | None = None,
+        *,
+        backend: Backend | None = None,
+        checks: Sequence[Check] | None = None,
+        hook_timeouts: HookTimeouts | None = None,
+        database: SQLite | str | None = None,
+        vip: VirtualIP | str | Sequence[VirtualIP | str] | None = None,
+        restart: Restart | None = None,
+        kv_history: int | None = None,
+        retry: Backoff | None = None,
+    ) -> App | RingApp:
+        """Declare an app. Raises ConfigError when it is wrong, or exists, or the platform runs already.
+
+        The pattern decides what is returned: ActivePassive (the default) an App, Ring a RingApp.
+        """
         return self._add(
             build_app(
                 name,
@@ -167,7 +197,7 @@ class Platform:
             )
         )
 
-    def _add(self, config: AppConfig) -> App:
+    def _add(self, config: AppConfig) -> App | RingApp:
         if config.name in self._apps:
             raise ConfigError("apps", config.name, "this app is declared already", "choose another name")
         if self._node is not None:
@@ -176,15 +206,20 @@ class Platform:
             raise error
         for error in with_platform(self.config, config):
             raise error
+        app = self._apps[config.name] = self._made(config)
+        return app
+
+    def _made(self, config: AppConfig) -> App | RingApp:
+        if isinstance(config.pattern, Ring):
+            return RingApp(config)
         backend = None
         if config.backend is not None:
             backend = make_backend(config.backend, self.config.name, self.config.node, self._holder)
         addresses = make_addresses(config.name, config.vip, self.config.timings.ttl) if config.vip else None
-        app = self._apps[config.name] = App(config, backend, addresses)
-        return app
+        return App(config, backend, addresses)
 
     @property
-    def apps(self) -> Mapping[str, App]:
+    def apps(self) -> Mapping[str, NodeApp]:
         """The declared apps by name."""
         return dict(self._apps)
 

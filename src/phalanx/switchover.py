@@ -15,7 +15,7 @@ import msgspec
 
 from phalanx import system
 from phalanx.aio import Background, wait_at_most
-from phalanx.app import App
+from phalanx.app import App, NodeApp
 from phalanx.coord.membership import PlatformState
 from phalanx.decide.switchover import Ends, Obstacle, obstacle
 from phalanx.errors import BusError, ConfigError, PhalanxError, SwitchoverRefused
@@ -108,10 +108,11 @@ class Planned:
     """Carries out what is planned for the apps of this node, while it is active for them."""
 
     def __init__(
-        self, bus: Bus, names: Names, state: PlatformState, apps: Mapping[str, App], journal: Journal
+        self, bus: Bus, names: Names, state: PlatformState, apps: Mapping[str, NodeApp], journal: Journal
     ) -> None:
         self._bus, self._names, self._state = bus, names, state
-        self._apps, self._journal = apps, journal
+        self._apps = {name: app for name, app in apps.items() if isinstance(app, App)}
+        self._journal = journal
         self._taking: dict[str, tuple[PlannedSwitchover, int]] = {}
         """Of which it is not known yet whether this node has them."""
         self._changed = asyncio.Event()

@@ -259,6 +259,17 @@ class PlannedSwitchover(msgspec.Struct, frozen=True, omit_defaults=True):
     made: float = 0.0
 
 
+class RingState(msgspec.Struct, frozen=True):
+    """A ring on one node. ``planned``: how many of its ``partitions`` the node shall own. ``owned``: does,
+    and ``on_own`` has ended. ``moving``: more of them whose hooks run or wait, before or after that."""
+
+    partitions: int
+    weight: int = 1
+    planned: int = 0
+    owned: int = 0
+    moving: int = 0
+
+
 class AppStatus(msgspec.Struct, frozen=True):
     """One app on one node. ``since`` is Unix seconds: when the role was taken up. ``database``: its database
     there, None for an app without one. ``program``: what its backend runs there now, None if nothing.
@@ -283,6 +294,10 @@ class AppStatus(msgspec.Struct, frozen=True):
     """How long it may go on although the node's session is over; 0: not at all."""
     hold: str = ""
     """Of an active app that holds: whether it goes on without NATS, or would. Empty for others."""
+    pattern: str = "active-passive"
+    """That of its declaration: ``active-passive``, ``ring``."""
+    ring: RingState | None = None
+    """What the node has of a ring; None for other apps."""
 
 
 class NodeStatus(msgspec.Struct, frozen=True):

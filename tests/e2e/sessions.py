@@ -69,6 +69,8 @@ class Heartbeat:
 class TimedHeartbeat(Heartbeat):
     """A session that holds for so long after its renewal, until its node has ended."""
 
+    is_taken_up = False
+
     def __init__(self, bus: NatsBus, node: str) -> None:
         super().__init__(bus, node, LONG_TIMING)
         self.ended = False

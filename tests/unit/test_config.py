@@ -20,14 +20,16 @@ from phalanx.config import (
     Logging,
     NatsOptions,
     Process,
+    Ring,
     Secret,
     TcpCheck,
     Timings,
     build_app,
     build_platform,
+    patterns,
 )
 from phalanx.config import relations as relations_module
-from phalanx.decide import timing
+from phalanx.decide import partition, ring, timing
 from phalanx.decide.backoff import Backoff
 from phalanx.errors import ConfigError
 
@@ -524,3 +526,31 @@ def test_wrongly_called_declaration(make: Any, key: str, hint: str) -> None:
     error = error_of(make)
     assert (error.key, hint in error.remedy) == (key, True)
     assert "hunter2" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "text"),
+    [
+        ({"pattern": Ring(partitions=0)}, "apps.wiki.pattern.partitions", "1 to 16384"),
+        ({"pattern": Ring(partitions=16385)}, "apps.wiki.pattern.partitions", "1 to 16384"),
+        ({"pattern": Ring(weight=-1)}, "apps.wiki.pattern.weight", "0 to 1000"),
+        ({"pattern": Ring(parallel=0)}, "apps.wiki.pattern.parallel", "1 to 4096"),
+        ({"pattern": Ring, "backend": None}, "apps.wiki.pattern", "write Ring()"),
+        ({"pattern": Ring(), "backend": Process("true")}, "apps.wiki.backend", "leave backend out"),
+        ({"pattern": Ring(), "database": "w.db"}, "apps.wiki.database", "leave database out"),
+        ({"pattern": Ring(), "vip": "10.0.0.9/24"}, "apps.wiki.vip", "leave vip out"),
+    ],
+)
+def test_ring_that_cannot_be_is_refused_with_what_would_be_right(
+    options: dict[str, Any], key: str, text: str
+) -> None:
+    """Numbers out of range, and what only an app with one active instance can have."""
+    found = error_of(lambda: build_app("wiki", **options))
+    assert found.key == key
+    assert text in str(found)
+
+
+def test_limits_of_a_ring_are_those_of_the_decisions() -> None:
+    """Layer 0 cannot import them."""
+    assert patterns.MAX_PARTITIONS == partition.MAX_PARTITIONS
+    assert patterns.MAX_WEIGHT == ring.MAX_WEIGHT

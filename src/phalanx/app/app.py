@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 class App(DeclaredApp):
     """An active-passive app. Made by :meth:`phalanx.Platform.app`, never directly."""
 
+    stays_in_pause = True
+
     def __init__(
         self, config: AppConfig, backend: Backend | None, addresses: SectionAddresses | None = None
     ) -> None:
@@ -195,7 +197,7 @@ class App(DeclaredApp):
 
     def _standing(self) -> Standing:
         section, term, failures = self._reigns.section, self._term, self._candidacy.failures
-        pattern, aside = self.config.pattern, failures.not_before - system.now()
+        pattern, aside = self.pattern, failures.not_before - system.now()
         # Only looked at: the role that is acted on is set where changes are heard of.
         eligible = not self._candidacy.ineligible_because(acts_on_it=False) and aside <= 0
         if section is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from phalanx.config import AppConfig
+from phalanx.config import ActivePassive, AppConfig
 from phalanx.errors import AddressError, BackendError
 from phalanx.hooks import Hooks
 from phalanx.messaging.handlers import DEFAULT_CONCURRENCY, Handlers
@@ -16,8 +16,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 M = TypeVar("M", bound=HandlerMiddleware)
 
 
-class DeclaredApp:
-    """An app as it was declared, whether its platform runs or not.
+class Declared:
+    """An app of any pattern as it was declared, whether its platform runs or not.
 
     ``backend`` and ``addresses`` are what it runs while it is active; None: it declares none.
     """
@@ -43,25 +43,6 @@ class DeclaredApp:
     def on_stop(self, function: F) -> F:
         """Runs once when the node stops, after the app has been handed over."""
         self.hooks.add("on_stop", function)
-        return function
-
-    def on_active(self, function: F) -> F:
-        """Runs when this node becomes active, with an :class:`ActiveContext`.
-
-        The app is active when it returns or calls ``ctx.ready()``. It may go on running for the whole
-        section; it is cancelled when the section ends.
-        """
-        self.hooks.add("on_active", function)
-        return function
-
-    def on_passive(self, function: F) -> F:
-        """Runs at a graceful end of the active section, after ``on_active`` has ended."""
-        self.hooks.add("on_passive", function)
-        return function
-
-    def on_leader_change(self, function: F) -> F:
-        """Runs on every node when the leader changes, with a :class:`LeaderChange`."""
-        self.hooks.add("on_leader_change", function)
         return function
 
     def on_health_change(self, function: F) -> F:
@@ -136,6 +117,35 @@ class DeclaredApp:
         """Which of its addresses other hosts answer for just now. Raises AddressError."""
         return await self.addresses.claims() if self.addresses is not None else ()
 
+
+class DeclaredApp(Declared):
+    """An active-passive app as it was declared."""
+
+    @property
+    def pattern(self) -> ActivePassive:
+        """What was declared of its election."""
+        assert isinstance(self.config.pattern, ActivePassive), "the platform makes no App of another pattern"
+        return self.config.pattern
+
+    def on_active(self, function: F) -> F:
+        """Runs when this node becomes active, with an :class:`ActiveContext`.
+
+        The app is active when it returns or calls ``ctx.ready()``. It may go on running for the whole
+        section; it is cancelled when the section ends.
+        """
+        self.hooks.add("on_active", function)
+        return function
+
+    def on_passive(self, function: F) -> F:
+        """Runs at a graceful end of the active section, after ``on_active`` has ended."""
+        self.hooks.add("on_passive", function)
+        return function
+
+    def on_leader_change(self, function: F) -> F:
+        """Runs on every node when the leader changes, with a :class:`LeaderChange`."""
+        self.hooks.add("on_leader_change", function)
+        return function
+
     @property
     def bound_because(self) -> str:
         """Why what it runs is bound to end with the node, by its kind; empty if it is not."""
@@ -153,4 +163,4 @@ class DeclaredApp:
         return not self.bound_because
 
 
-__all__ = ["DeclaredApp"]
+__all__ = ["Declared", "DeclaredApp"]

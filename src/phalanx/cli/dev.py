@@ -16,7 +16,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from phalanx import system
-from phalanx.app import App
+from phalanx.app import NodeApp
 from phalanx.bus.embedded import EmbeddedServer
 from phalanx.cli import exits, output
 from phalanx.cli.child import STOP_SECONDS, Child
@@ -77,7 +77,7 @@ def dev(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _make_database_folders(apps: Iterable[App], folder: Path, nodes: int) -> None:
+def _make_database_folders(apps: Iterable[NodeApp], folder: Path, nodes: int) -> None:
     """Each node has databases of its own: where their paths are relative, the folders that these name."""
     base = _databases(folder, "node-1")
     declared = [(app.name, app.config.database) for app in apps if app.config.database is not None]

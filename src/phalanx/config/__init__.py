@@ -12,6 +12,7 @@ from phalanx.config.build import build_app, build_platform
 from phalanx.config.checks import Check, CheckSettings, CommandCheck, FunctionCheck, HttpCheck, TcpCheck
 from phalanx.config.databases import SQLite
 from phalanx.config.node import EmbeddedNats, Fence, HttpServer, Logging, NatsOptions, PlatformConfig, Timings
+from phalanx.config.patterns import Ring
 from phalanx.config.redact import redacted
 from phalanx.config.secret import Secret, hide_secrets, restore_secrets, reveal_secrets
 from phalanx.config.toml import check_toml, load_toml
@@ -37,6 +38,7 @@ __all__ = [
     "PlatformConfig",
     "Process",
     "Restart",
+    "Ring",
     "SQLite",
     "Secret",
     "Systemd",

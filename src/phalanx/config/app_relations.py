@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator, Sequence
 
-from phalanx.config.apps import AppConfig
+from phalanx.config.apps import ActivePassive, AppConfig
 from phalanx.config.backends import Docker, Systemd
 from phalanx.config.database_relations import between_databases
 from phalanx.config.node import PlatformConfig
@@ -29,7 +29,8 @@ def between_apps(apps: Sequence[AppConfig]) -> Iterator[ConfigError]:
 
 def with_platform(platform: PlatformConfig, app: AppConfig) -> Iterator[ConfigError]:
     """What of *app* the node does not have."""
-    if app.pattern.on_nats_loss == "hold" and not platform.direct:
+    pattern = app.pattern
+    if isinstance(pattern, ActivePassive) and pattern.on_nats_loss == "hold" and not platform.direct:
         yield ConfigError(
             f"apps.{app.name}.on_nats_loss",
             "hold",

@@ -15,6 +15,7 @@ from phalanx.config.backends import Backend
 from phalanx.config.checks import Check
 from phalanx.config.databases import SQLite
 from phalanx.config.declaration import Declaration
+from phalanx.config.patterns import Ring
 from phalanx.config.rules import About
 from phalanx.config.vip import VirtualIP
 from phalanx.decide.backoff import Backoff
@@ -101,6 +102,25 @@ class HookTimeouts(Declaration, frozen=True, kw_only=True):
     on_health_change: Annotated[
         Seconds, About("Deadline of `on_health_change`.", rules.Duration(0.01, 3600))
     ] = default(5.0)
+    on_own: Annotated[
+        Seconds, About("Deadline of `on_own`, for each partition of a ring.", rules.Duration(0.01, 3600))
+    ] = default(30.0)
+    on_release: Annotated[
+        Seconds,
+        About(
+            "Deadline of `on_release`, for each partition.",
+            rules.Duration(0.01, 3600),
+            trade_off="The next owner of the partition may wait this long.",
+        ),
+    ] = default(10.0)
+    on_prepare: Annotated[
+        Seconds,
+        About(
+            "Deadline of `on_prepare`, for each partition.",
+            rules.Duration(0.01, 3600),
+            trade_off="The present owner keeps the partition meanwhile, unless it has to end.",
+        ),
+    ] = default(10.0)
 
 
 class AppConfig(Declaration, frozen=True, kw_only=True):
@@ -110,7 +130,8 @@ class AppConfig(Declaration, frozen=True, kw_only=True):
         str, About("The app's name, unique in the platform.", texts.Label("an app", RESERVED_APPS))
     ]
     pattern: Annotated[
-        ActivePassive, About("How its instances behave: `active-passive`.", rules.Nested("a pattern"))
+        ActivePassive | Ring,
+        About("How its instances behave: `active-passive` or `ring`.", rules.Nested("a pattern")),
     ]
     backend: Annotated[
         Backend | None,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from phalanx.config import apps, backends, checks, node, vip
+from phalanx.config import apps, backends, checks, node, patterns, vip
 from phalanx.config.build import VARIABLES
 from phalanx.config.databases import SQLite
 from phalanx.config.reader import Field, fields_of, tag_of
@@ -100,6 +100,8 @@ _VIP = (
     'Python `vip=` takes `VirtualIP("10.0.0.9/24", ...)`, the address alone, or a list of either.'
 )
 
+_RING = "See ring.md. An app of this pattern has no backend, no database and no virtual address."
+
 _NATS = (
     "In Python `nats=` takes URLs (one text, or a list), `NatsOptions(...)`, `EmbeddedNats(...)` or "
     '`"embedded"`. In a file write `[nats]` with `urls`, or `[nats.embedded]` (the same as `[nats]` with '
@@ -130,6 +132,7 @@ def _sections() -> Iterator[str]:
     yield from _section("Logging", "[logging]", node.Logging)
     yield from _section("App", "[apps.NAME]", apps.AppConfig)
     yield from _section("Pattern: active-passive", "pattern", apps.ActivePassive)
+    yield from _section("Pattern: ring", "pattern", patterns.Ring, _RING)
     yield from _section("Backend: process", "[apps.NAME.backend]", backends.Process)
     yield from _section("Limits", "[apps.NAME.backend.limits]", backends.Limits)
     yield from _section("Backend: systemd", "[apps.NAME.backend]", backends.Systemd)

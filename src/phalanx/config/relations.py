@@ -6,6 +6,7 @@ import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from phalanx.config.apps import ActivePassive, AppConfig
 from phalanx.config.backends import Docker, Process, Systemd
 from phalanx.config.checks import Check
 from phalanx.config.database_relations import database_relations
@@ -43,11 +44,29 @@ def relations(config: object, key: str) -> Iterator[ConfigError]:
             yield from database_relations(config, key)
         case PlatformConfig():
             yield from _ports(config)
+        case AppConfig():
+            yield from _pattern(config, key)
         case Backoff() if config.longest < config.first:
             problem = f"shorter than first = {seconds_text(config.first)}"
             yield ConfigError(f"{key}.longest", config.longest, problem, "raise it")
         case _:
             pass
+
+
+# --- apps
+
+
+def _pattern(config: AppConfig, key: str) -> Iterator[ConfigError]:
+    """What only an app with one active instance can have."""
+    if isinstance(config.pattern, ActivePassive):
+        return
+    what = {"backend": config.backend, "database": config.database, "vip": config.vip}
+    for name, value in what.items():
+        if value:
+            kind = config.pattern.__struct_config__.tag
+            problem = f"a {kind} has no one active instance that could have it"
+            remedy = f"leave {name} out and do it in the hooks, or declare ActivePassive()"
+            yield ConfigError(f"{key}.{name}", f"({type(value).__name__})", problem, remedy)
 
 
 # --- timings

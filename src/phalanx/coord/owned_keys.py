@@ -70,6 +70,7 @@ class OwnedKeys:
 
     async def close(self) -> None:
         """Let go of what is under way: it may be stored at any later moment."""
+        self._waiting.clear()  # else what is cancelled would begin the next
         await self._background.close()
 
     def _send(self) -> None:
@@ -81,6 +82,7 @@ class OwnedKeys:
 
     async def _write(self, action: Write) -> None:
         number, body = action.partition, PartitionBody(self._own.me if action.take else None)
+        revision = None
         try:
             revision = await self._bus.write(
                 self._subject(number),
@@ -89,32 +91,43 @@ class OwnedKeys:
                 timeout=REQUEST_TIMEOUT_SECONDS,
             )
         except WrongRevision:
-            self._own.on_not_written(number)
+            pass
         except BusError as error:
             await self._unanswered("the key of a partition", error)
-            self._own.on_not_written(number)
-        else:
-            self._own.on_written(number, revision, take=action.take)
-            self._window = min(MOST_UNDER_WAY, self._window + 1)
-            self._complaints.clear()
-        self._answered()
+        finally:
+            # However it ended: what is not known to be stored has to be read.
+            if revision is None:
+                self._own.on_not_written(number)
+            else:
+                self._own.on_written(number, revision, take=action.take)
+                self._window = min(MOST_UNDER_WAY, self._window + 1)
+                self._complaints.clear()
+            self._answered()
 
     async def _read(self, action: Read) -> None:
         number = action.partition
+        found = None
         try:
-            revision, session = await self._stored(number)
-            if revision < self._own.holder(number)[0]:
-                await asyncio.sleep(STALE_SECONDS)
-                revision, session = await self._stored(number)
+            found = await self._stored_now(number)
         except BusError as error:
             await self._unanswered("reading the key of a partition", error)
-            self._own.on_not_read(number)
-        else:
-            if revision < self._own.holder(number)[0]:
-                log.error("app %s: partition %d went back to revision %d", self._app, number, revision)
-                self._forget(self._subject(number))
-            self._own.on_read(number, revision, session)
-        self._answered()
+        finally:
+            if found is None:
+                self._own.on_not_read(number)
+            else:
+                self._own.on_read(number, *found)
+            self._answered()
+
+    async def _stored_now(self, number: int) -> tuple[int, SessionId | None]:
+        """What the stream's leader has, asked twice where that is older than what was seen."""
+        revision, session = await self._stored(number)
+        if revision < self._own.holder(number)[0]:
+            await asyncio.sleep(STALE_SECONDS)
+            revision, session = await self._stored(number)
+        if revision < self._own.holder(number)[0]:
+            log.error("app %s: partition %d went back to revision %d", self._app, number, revision)
+            self._forget(self._subject(number))
+        return revision, session
 
     async def _unanswered(self, what: str, error: BusError) -> None:
         """It is tried again a moment later."""

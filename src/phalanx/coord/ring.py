@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Protocol
 
 import msgspec
@@ -16,7 +16,6 @@ from phalanx import system
 from phalanx.aio import Background, wait_at_most
 from phalanx.coord.complaints import Complaints
 from phalanx.coord.owned_keys import OwnedKeys, holder_in
-from phalanx.coord.register import Register
 from phalanx.coord.watch import Watch
 from phalanx.decide.ring_ownership import Begin, End, Ownership, Read, Write
 from phalanx.decide.ring_plan import SETTLE_SECONDS, Planner, Propose, RingMember, RingPlan, Wait, wanted
@@ -49,8 +48,20 @@ class RingSession(Protocol):
     def is_valid(self) -> bool: ...
     @property
     def may_begin(self) -> bool: ...
+    @property
+    def is_taken_up(self) -> bool: ...
     def on_change(self, callback: Callable[[], None]) -> None: ...
     def off_change(self, callback: Callable[[], None]) -> None: ...
+
+
+class Judges(Protocol):
+    """What a ring needs of the node's register of sessions (:class:`phalanx.coord.register.Register`)."""
+
+    def is_over(self, session: SessionId) -> bool: ...
+    def note(self, session: SessionId) -> None: ...
+    def unnote(self, session: SessionId) -> None: ...
+    def on_over(self, callback: Callable[[SessionId], None]) -> None: ...
+    def off_over(self, callback: Callable[[SessionId], None]) -> None: ...
 
 
 class RingPartitions:
@@ -58,7 +69,8 @@ class RingPartitions:
 
     *on_begin* is told of each partition that this node owns from now on, with the fence for its writes;
     *on_end* of each that it has to cease to own: why, and whether that has to be at once. Call
-    :meth:`ended` when nothing of it runs any more. Neither may block.
+    :meth:`ended` when nothing of it runs any more. Neither may block. *on_change* is told that what is shown
+    here may have changed. While *paused* the plan stays as it is, so that nothing changes hands.
     """
 
     def __init__(
@@ -67,23 +79,27 @@ class RingPartitions:
         names: Names,
         app: str,
         session: RingSession,
-        register: Register,
+        register: Judges,
         partitions: int,
         *,
         on_begin: Callable[[int, Fence], None],
         on_end: Callable[[int, str, bool], None],
+        on_change: Callable[[], None] = lambda: None,
+        paused: Callable[[], bool] = lambda: False,
+        fences: bool = False,
         settle_seconds: float = SETTLE_SECONDS,
     ) -> None:
+        self._on_change, self._paused, self._fences = on_change, paused, fences
         self._bus, self._names, self._app = bus, names, app
         self._session, self._register, self._count = session, register, partitions
         self._on_begin, self._on_end = on_begin, on_end
         self._bucket = names.app_bucket(app)
         self._stream = names.bucket_stream(self._bucket)
-        self._own = Ownership(session.id, partitions, register.is_over)
+        self._own = Ownership(session.id, partitions, register.is_over, taken_up=session.is_taken_up)
         self._planner = Planner(session.id.node, partitions, settle_seconds=settle_seconds)
         self.members: dict[str, RingMember] = {}
         """The offers of all nodes, also of those that are gone."""
-        self._offer = RingMember(session.id, 1, False, "starting")
+        self._offer = RingMember(session.id, 1, False, "starting", fences)
         self._offered: RingMember | None = None
         self._offer_revision = 0
         self._offering = self._proposing = False
@@ -134,7 +150,8 @@ class RingPartitions:
 
     def offer(self, *, ready: bool, weight: int = 1, reason: str = "") -> None:
         """Whether this node may be planned in, and with which weight; *reason*: why not."""
-        self._offer = RingMember(self._session.id, weight, ready and not self._leaving, reason)
+        able = ready and not self._leaving
+        self._offer = RingMember(self._session.id, weight, able, reason, self._fences)
         self._changed.set()
 
     def set_aside(self, partition: int, aside: bool) -> None:
@@ -147,11 +164,25 @@ class RingPartitions:
         self._own.on_ended(partition)
         self._changed.set()
 
+    def bar(self, reason: str) -> None:
+        """Give everything back and take nothing any more, as *reason* says. Empty: take part again."""
+        self._leaving = bool(reason)
+        self._clear.clear()
+        self.offer(ready=not reason, weight=self._offer.weight, reason=reason)
+        self._own.leave(self._leaving)
+
+    def holders(self) -> Collection[SessionId]:
+        """The sessions that are named by the key of any partition."""
+        return self._own.holders()
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether this session holds no key any more, as far as is known."""
+        return self._own.is_clear
+
     async def leave(self, timeout: float) -> bool:
         """Give everything back and take nothing any more; whether that was done within *timeout* seconds."""
-        self._leaving = True
-        self.offer(ready=False, weight=self._offer.weight, reason="the node is stopping")
-        self._own.leave()
+        self.bar("the node is stopping")
         return await wait_at_most(self._clear, timeout)
 
     # --- the loop
@@ -201,6 +232,7 @@ class RingPartitions:
                 moments.append(look_at)
         if self._leaving and self._own.is_clear:
             self._clear.set()
+        self._on_change()
         return min(moments) - now if moments else None
 
     def _subject(self, partition: int) -> str:
@@ -238,13 +270,14 @@ class RingPartitions:
         else:
             # Unless something that was sent earlier has been stored since.
             self._offered = offer if revision >= self._offer_revision else None
-        self._offering = False
-        self._changed.set()
+        finally:
+            self._offering = False
+            self._changed.set()
 
     def _plan(self, now: float) -> float | None:
         """Do what is due about the plan; the moment to look again."""
         self._planner.on_members(wanted(self.members, self._register.is_over), now)
-        action = None if self._proposing else self._planner.next_action(now)
+        action = None if self._proposing or self._paused() else self._planner.next_action(now)
         if isinstance(action, Propose):
             self._proposing = True
             self._background.spawn(self._propose(action), f"ring {self._app} plan")
@@ -269,8 +302,9 @@ class RingPartitions:
                 self._learn_plan(revision, action.plan)
         except BusError as error:
             await self._unanswered("the plan of the ring", error)
-        self._proposing = False
-        self._changed.set()
+        finally:
+            self._proposing = False
+            self._changed.set()
 
     def _learn_plan(self, revision: int, plan: RingPlan | None) -> None:
         if plan is not None and len(plan.owners) != self._count:

@@ -18,7 +18,7 @@ The plan decides who tries; two nodes that know different plans may both try, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -87,10 +87,21 @@ class _Partition:
 
 
 class Ownership:
-    """All partitions of one ring as one session of a node has them. Costs what changes, not what there is."""
+    """All partitions of one ring as one session of a node has them. Costs what changes, not what there is.
 
-    def __init__(self, me: SessionId, partitions: int, is_over: Callable[[SessionId], bool]) -> None:
-        self.me, self._is_over = me, is_over
+    *taken_up*: an earlier life of the node has begun the session. What it acted for has ended with it: no
+    epoch that it had is gone on with.
+    """
+
+    def __init__(
+        self,
+        me: SessionId,
+        partitions: int,
+        is_over: Callable[[SessionId], bool],
+        *,
+        taken_up: bool = False,
+    ) -> None:
+        self.me, self._is_over, self._taken_up = me, is_over, taken_up
         self._partitions = [_Partition() for _ in range(partitions)]
         self._planned: Sequence[str | None] = (None,) * partitions
         self._dirty: set[int] = set(range(partitions))
@@ -127,7 +138,7 @@ class Ownership:
             for found in self._partitions
         )
 
-    def holders(self) -> Iterable[SessionId]:
+    def holders(self) -> Collection[SessionId]:
         """The sessions that are named by any key: those that have to be judged."""
         return self._of_session.keys()
 
@@ -142,9 +153,9 @@ class Ownership:
         """*session* has ended, for good."""
         self._dirty.update(self._of_session.get(session, ()))
 
-    def leave(self) -> None:
-        """Give everything back, and take nothing any more: the node ends."""
-        self._leaving = True
+    def leave(self, leaving: bool = True) -> None:
+        """Give everything back, and take nothing any more: the node ends. *leaving* False: it does not."""
+        self._leaving = leaving
         self._dirty.update(range(len(self._partitions)))
 
     def set_aside(self, partition: int, aside: bool) -> None:
@@ -154,14 +165,17 @@ class Ownership:
 
     def on_record(self, partition: int, revision: int, session: SessionId | None) -> None:
         """The watch has brought what the key holds."""
-        if revision > self._partitions[partition].revision:
+        found = self._partitions[partition]
+        if revision > found.revision:
+            if self._taken_up and session == self.me and not found.writing:
+                found.ended = max(found.ended, revision)
             self._replace(partition, revision, session)
 
     def on_written(self, partition: int, revision: int, *, take: bool) -> None:
         """A :class:`Write` was stored as *revision*."""
-        self._partitions[partition].writing = False
         self._dirty.add(partition)
         self.on_record(partition, revision, self.me if take else None)
+        self._partitions[partition].writing = False
 
     def on_not_written(self, partition: int) -> None:
         """A :class:`Write` was refused, or nobody answered."""
@@ -175,6 +189,8 @@ class Ownership:
         found = self._partitions[partition]
         found.reading = found.must_read = False
         self._dirty.add(partition)
+        if self._taken_up and session == self.me and revision != found.revision:
+            found.ended = max(found.ended, revision)
         if revision != found.revision:
             self._replace(partition, revision, session)
 

@@ -30,12 +30,14 @@ RANK_STEP_SECONDS = 0.020
 
 
 class RingMember(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A node's offer to own partitions. ``ready``: it may be planned in; else ``reason`` says why not."""
+    """A node's offer to own partitions. ``ready``: it may be planned in; else ``reason`` says why not.
+    ``fences``: it declares a fence command: whoever takes its partitions over has to have it fenced."""
 
     session: SessionId
     weight: int = 1
     ready: bool = True
     reason: str = ""
+    fences: bool = False
 
 
 class RingPlan(msgspec.Struct, frozen=True):

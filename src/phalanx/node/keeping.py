@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from phalanx.app import App
+from phalanx.app import NodeApp
 from phalanx.coord.session import Session
 from phalanx.keeper import wire
 from phalanx.node.stopping import Stopping
@@ -14,7 +14,7 @@ class Keeping:
     """Which apps are kept. ``session``: the present one, whose keeper is told; ``owns_process``: whether the
     process ends with the node, as only then can anything be left to the keeper."""
 
-    def __init__(self, apps: Mapping[str, App], stopping: Stopping) -> None:
+    def __init__(self, apps: Mapping[str, NodeApp], stopping: Stopping) -> None:
         self._apps, self._stopping = apps, stopping
         self.owns_process = False
         self.session: Session | None = None
@@ -26,13 +26,13 @@ class Keeping:
         """A new session: its keeper was told of nothing yet."""
         self.session, self._told = session, wire.Keep(())
 
-    def keeps(self, app: App) -> bool:
+    def keeps(self, app: NodeApp) -> bool:
         """Whether *app* does not change hands although the node stops now; asked once, and remembered."""
         session = self.session
         able = (
             self.owns_process and not self._stopping.in_a_hurry and session is not None and session.is_valid
         )
-        if able and app.is_paused and app.has_section:
+        if able and app.stays_in_pause and app.is_paused and app.has_section:
             self.kept.add(app.name)
         return app.name in self.kept
 
@@ -42,7 +42,9 @@ class Keeping:
 
     def tell(self) -> None:
         """Have the keeper know what is not to change hands should this process die."""
-        active = {app.name for app in self._apps.values() if app.is_paused and app.is_active}
+        active = {
+            app.name for app in self._apps.values() if app.stays_in_pause and app.is_paused and app.is_active
+        }
         keep = self._keep_of(active | self.kept) if active or self.kept else wire.Keep(())
         if self.session is not None and keep != self._told:
             self._told = keep

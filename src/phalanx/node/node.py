@@ -17,7 +17,7 @@ from pathlib import Path
 from phalanx import system
 from phalanx.aio import Background
 from phalanx.alarm import Alarm
-from phalanx.app import App
+from phalanx.app import NodeApp
 from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.config import EmbeddedNats, NatsOptions, PlatformConfig
@@ -72,7 +72,7 @@ def timing_of(config: PlatformConfig) -> Timing:
 class Node:
     """Made and driven by :class:`phalanx.Platform`."""
 
-    def __init__(self, config: PlatformConfig, apps: Iterable[App]) -> None:
+    def __init__(self, config: PlatformConfig, apps: Iterable[NodeApp]) -> None:
         self.config, self.names, self.node = config, Names(config.name), config.node
         self.timing = timing_of(config)
         self.apps = {app.name: app for app in apps}
@@ -130,7 +130,7 @@ class Node:
     def owns_process(self, owns: bool) -> None:
         self._keeping.owns_process = owns
 
-    def keeps(self, app: App) -> bool:
+    def keeps(self, app: NodeApp) -> bool:
         """Whether *app* is not to change hands although the node stops now."""
         return self._keeping.keeps(app)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from phalanx import system
 from phalanx.aio import Background, wait_at_most
-from phalanx.app import App
+from phalanx.app import NodeApp
 from phalanx.config import NatsOptions, PlatformConfig
 from phalanx.coord.hold import Holds
 from phalanx.coord.membership import PlatformState
@@ -50,7 +50,7 @@ class Sessions:
     def __init__(
         self,
         config: PlatformConfig,
-        apps: Mapping[str, App],
+        apps: Mapping[str, NodeApp],
         timing: Timing,
         *,
         bus: Bus,

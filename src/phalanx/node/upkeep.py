@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from typing import NoReturn
 
 from phalanx import system
-from phalanx.app import App
+from phalanx.app import NodeApp
 from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.coord.register import Register
@@ -35,7 +35,12 @@ class StreamCheck:
     """
 
     def __init__(
-        self, bus: NatsBus, names: Names, apps: Collection[App], journal: Journal, problems: dict[str, str]
+        self,
+        bus: NatsBus,
+        names: Names,
+        apps: Collection[NodeApp],
+        journal: Journal,
+        problems: dict[str, str],
     ) -> None:
         self._bus, self._names, self._apps = bus, names, apps
         self._journal, self._problems = journal, problems
@@ -115,7 +120,7 @@ async def measure_lag(metrics: Metrics) -> NoReturn:
                 system.notify("WATCHDOG=1")
 
 
-async def remind_of_pauses(apps: Collection[App]) -> NoReturn:
+async def remind_of_pauses(apps: Collection[NodeApp]) -> NoReturn:
     """Say in the log, again and again, which apps are still paused."""
     while True:
         await asyncio.sleep(PAUSE_REMINDER_SECONDS)

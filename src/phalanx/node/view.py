@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from phalanx import system
-from phalanx.app import App
+from phalanx.app import NodeApp
 from phalanx.bus.connection import NatsBus
 from phalanx.config import PlatformConfig
 from phalanx.coord.membership import PlatformState
@@ -24,7 +24,7 @@ class View:
     def __init__(
         self,
         config: PlatformConfig,
-        apps: Mapping[str, App],
+        apps: Mapping[str, NodeApp],
         problems: Mapping[str, str],
         *,
         bus: NatsBus,
