@@ -1,12 +1,14 @@
-"""Two things that asyncio leaves to everybody: an event with a deadline, and tasks that have an owner."""
+"""What asyncio leaves to everybody: an event with a deadline, tasks that have an owner, many deadlines."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
 
 
 async def wait_at_most(event: asyncio.Event, seconds: float | None) -> bool:
@@ -47,3 +49,47 @@ class Background:
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
+
+
+class Deadlines(Generic[T]):
+    """Many deadlines of which few are ever over: a third of what a timer for each costs.
+
+    *on_over* is told of each that is, up to 8 ms late. It must not raise.
+    """
+
+    _PER_SECOND = 128
+
+    def __init__(self, on_over: Callable[[T], None]) -> None:
+        self._on_over = on_over
+        self._loop = asyncio.get_running_loop()
+        self._slots: dict[int, tuple[set[T], asyncio.TimerHandle]] = {}
+
+    def add(self, item: T, seconds: float) -> int:
+        """*item* is over in so many seconds. Returns what :meth:`remove` wants."""
+        number = int((self._loop.time() + seconds) * self._PER_SECOND) + 1
+        slot = self._slots.get(number)
+        if slot is None:
+            timer = self._loop.call_at(number / self._PER_SECOND, self._over, number)
+            slot = self._slots[number] = (set(), timer)
+        slot[0].add(item)
+        return number
+
+    def remove(self, item: T, number: int) -> None:
+        """It is of no interest any more; harmless if it is over."""
+        slot = self._slots.get(number)
+        if slot is not None:
+            slot[0].discard(item)
+            # A timer that is due soon costs less than its cancellation, and the one for the next call.
+            if not slot[0] and slot[1].when() > self._loop.time() + 10:
+                del self._slots[number]
+                slot[1].cancel()
+
+    def _over(self, number: int) -> None:
+        for item in self._slots.pop(number)[0]:
+            self._on_over(item)
+
+    def close(self) -> None:
+        """Forget all of them."""
+        for _, timer in self._slots.values():
+            timer.cancel()
+        self._slots.clear()

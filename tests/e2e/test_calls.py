@@ -460,6 +460,64 @@ async def test_unknown_apps_leave_nothing_behind(nats_server: NatsServer, tmp_pa
         assert not client._calls()._views
 
 
+async def test_call_that_is_cancelled_before_its_first_step_is_answered(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """Call and cancellation come together: the caller is told, and nothing of the call is left."""
+    async with node(nats_server, tmp_path) as (platform, orders):
+        await platform.wait_for_role("orders", Role.ACTIVE)
+        bus = await NatsBus.connect(NatsOptions(urls=tuple(nats_server.urls)))
+        try:
+            headers = {wire.CALL: wire.call_header("c-1", 60.0, None, "somebody")}
+            subject = NAMES.call_node_subject("orders", "n1", "wait")
+            asked = asyncio.create_task(bus.request(subject, b"60", headers=headers, timeout=30))
+            await asyncio.sleep(0)
+            bus.send(NAMES.call_cancel_subject("orders"), b"c-1")
+            answer = await asked
+            problem = wire.problem_of(answer.data, answer.headers)
+            assert problem is not None
+            assert problem.code == "interrupted"
+        finally:
+            await bus.close()
+        assert all(handler.running == 0 for handler in orders.app.handlers.by_name.values())
+
+
+async def test_closed_client_fails_its_calls_at_once(nats_server: NatsServer, tmp_path: Path) -> None:
+    """One waits for a leader, one for a node that is not there, one for an answer: none to its deadline."""
+    async with node(nats_server, tmp_path) as (platform, orders):
+        await platform.wait_for_role("orders", Role.ACTIVE)
+        client = PlatformClient("test", NatsOptions(urls=tuple(nats_server.urls)))
+        async with client, asyncio.timeout(30):
+            api = client.api("orders")
+            calls = [
+                asyncio.create_task(api.call("where", to=Node("n7"), timeout=600)),
+                asyncio.create_task(api.call("wait", 600, timeout=600)),
+                asyncio.create_task(api.call("wait", 600, to=Node("n1"), timeout=600)),
+            ]
+            await until(lambda: len(orders.placed) == 2)
+            await client._calls().close()
+            answers = await asyncio.gather(*calls, return_exceptions=True)
+            assert [type(each) for each in answers] == [NoInstance, OutcomeUnknown, OutcomeUnknown]
+            assert all("the client was closed" in str(each) for each in answers)
+            await until(lambda: len(orders.cancelled) == 2)
+            with pytest.raises(NoInstance, match="was closed"):
+                await api.call("echo", timeout=600)
+
+
+async def test_closed_client_does_not_wait_for_a_leader(nats_server: NatsServer, tmp_path: Path) -> None:
+    """Nobody leads, and the client is closed: the call fails at once."""
+    async with (
+        barred_node(nats_server, tmp_path),
+        PlatformClient("test", NatsOptions(urls=tuple(nats_server.urls))) as client,
+        asyncio.timeout(30),
+    ):
+        call = asyncio.create_task(client.api("orders").call("echo", timeout=600))
+        await until(lambda: any(view.answered for view in client._calls()._views.values()))
+        await client._calls().close()
+        with pytest.raises(NoInstance, match="was closed"):
+            await call
+
+
 async def test_node_that_stops_sends_on_what_it_held(nats_server: NatsServer, tmp_path: Path) -> None:
     """A call waits for a reign that never begins here: when the node stops it is answered "moved"."""
     platform = barred_node(nats_server, tmp_path)

@@ -29,7 +29,7 @@ class NatsClient(Client):
         self._on_broken = on_broken
         self.was_connected = False
         self._ps = self._parser = MessageParser(self)
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._is_writing = False
 
     # --- sending
@@ -38,12 +38,12 @@ class NatsClient(Client):
         self, subject: str, data: bytes = b"", reply: str = "", headers: Mapping[str, str] | None = None
     ) -> None:
         """Publish: with all else that is sent at this moment, in order. Raises nats-py's errors."""
-        if not self.is_connected:
+        if self._status != NatsClient.CONNECTED:
             raise ConnectionClosedError if self.is_closed else OutboundBufferLimitError
         self._pending.append(write_message(subject, reply, data, headers, self._max_payload))
         if not self._is_writing:
             self._is_writing = True
-            self._loop.call_soon(self._write_pending)
+            self.loop.call_soon(self._write_pending)
 
     async def publish(
         self,

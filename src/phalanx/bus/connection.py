@@ -7,6 +7,7 @@ import base64
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from types import CoroutineType
 from typing import Any
 
 from nats.aio.msg import Msg
@@ -299,16 +300,16 @@ class NatsBus:
         except NatsError as error:
             raise BusError(f"publish {subject}", plain(error)) from error
 
-    async def request(
+    def request(
         self,
         subject: str,
         data: bytes = b"",
         *,
         headers: Mapping[str, str] | None = None,
         timeout: float = 2.0,
-    ) -> Message:
+    ) -> CoroutineType[Any, Any, Message]:
         """See :meth:`phalanx.ports.Bus.request`."""
-        return await self._requests.ask(f"request {subject}", subject, data, headers, timeout)
+        return self._requests.ask(f"request {subject}", subject, data, headers, timeout)
 
     async def gather(
         self,

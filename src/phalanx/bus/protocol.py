@@ -21,14 +21,15 @@ from phalanx.ports import Message
 log = logging.getLogger("phalanx.nats")
 
 _CRLF = b"\r\n"
-_VERSION = b"NATS/1.0\r\n"
-_VERSION_LENGTH = 8
+_VERSION = "NATS/1.0"
 _MESSAGES = (b"MSG ", b"HMSG ")
 _WITH_REPLY = {b"MSG": 5, b"HMSG": 6}
 """How many words the line of a message has that has a reply subject; one less without."""
 
 _odd_in_subject = re.compile(r"[ \t\r\n]").search
 _header_name = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch
+_good_names: set[str] = set()
+"""Names of headers that were looked at, as there are few."""
 _NEW_LINES = str.maketrans({"\r": " ", "\n": " "})
 
 Direct = Callable[[Message], None]
@@ -59,27 +60,28 @@ def write_message(
 
 def write_headers(headers: Mapping[str, str]) -> bytes:
     """The block of *headers*. Raises BadHeaderError for a name that cannot be one."""
-    lines: list[str] = []
+    lines = f"{_VERSION}\r\n"
     for name, value in headers.items():
-        if _header_name(name) is None:
+        if name not in _good_names:
             name = name.strip()
             if not name:
                 continue
             if _header_name(name) is None:
                 raise BadHeaderError(name)
+            _remember(name)
         value = value.strip()
-        if "\n" in value or "\r" in value:
+        if not value.isprintable():
             value = value.translate(_NEW_LINES)
-        lines.append(f"{name}: {value}\r\n")
-    return b"%b%b\r\n" % (_VERSION, "".join(lines).encode())
+        lines += f"{name}: {value}\r\n"
+    return (lines + "\r\n").encode()
 
 
 def read_headers(block: bytes) -> dict[str, str]:
     """The inverse; the status of a message without content is in ``Status`` and ``Description``."""
     first, _, rest = block.decode("utf-8", "replace").partition("\r\n")
     headers: dict[str, str] = {}
-    if len(first) > _VERSION_LENGTH:
-        status, _, description = first[_VERSION_LENGTH:].strip().partition(" ")
+    if first != _VERSION:
+        status, _, description = first[len(_VERSION) :].strip().partition(" ")
         if status.isdigit():
             headers["Status"] = status
         if description:
@@ -92,10 +94,19 @@ def read_header_lines(lines: str, headers: dict[str, str]) -> dict[str, str]:
     for line in lines.split("\r\n"):
         name, colon, value = line.partition(":")
         if colon:
-            name = name.strip()
-            if name.isascii() and name.split() == [name]:
-                headers[name] = value.strip()
+            if name not in _good_names:
+                name = name.strip()
+                if not name.isascii() or name.split() != [name]:
+                    continue
+                if _header_name(name) is not None:
+                    _remember(name)
+            headers[name] = value.strip()
     return headers
+
+
+def _remember(name: str) -> None:
+    if len(_good_names) < 256:
+        _good_names.add(name)
 
 
 class MessageParser(Parser):

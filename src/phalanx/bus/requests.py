@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from nats.aio.msg import Msg
+from nats.errors import ConnectionClosedError, OutboundBufferLimitError
 from nats.errors import Error as NatsError
 
+from phalanx.aio import Deadlines
 from phalanx.bus.client import NatsClient, subscribe
 from phalanx.bus.jetstream import direct_record, encode, status_of
 from phalanx.bus.login import plain
@@ -26,6 +28,7 @@ class Requests:
         self._client: NatsClient | None = None
         self._waiting: dict[str, asyncio.Future[Message]] = {}
         self._gathering: set[asyncio.Future[str]] = set()
+        self._deadlines: Deadlines[asyncio.Future[Message]] = Deadlines(_no_answer)
         self._tokens = itertools.count(1)
         self._inbox = ""
 
@@ -49,19 +52,24 @@ class Requests:
         self, operation: str, subject: str, data: bytes, headers: Mapping[str, str] | None, timeout: float
     ) -> Message:
         """One request, one reply. Raises BusUnavailable, BusTimeout, BusError."""
-        client = self._connected(operation)
-        loop = asyncio.get_running_loop()
+        client = self._client
+        if client is None:
+            raise BusUnavailable(operation, "not connected to NATS")
         token = str(next(self._tokens))
-        future: asyncio.Future[Message] = loop.create_future()
+        future: asyncio.Future[Message] = client.loop.create_future()
         self._waiting[token] = future
-        timer = loop.call_later(timeout, _expire, future, operation, timeout)
+        slot = self._deadlines.add(future, timeout)
         try:
             client.send(subject, data, f"{self._inbox}.{token}", headers)
             message = await future
+        except _NotInTime:
+            raise BusTimeout(operation, f"no answer within {timeout:g} s; the outcome is unknown") from None
+        except (OutboundBufferLimitError, ConnectionClosedError):
+            raise BusUnavailable(operation, "not connected to NATS") from None
         except NatsError as error:
             raise BusError(operation, plain(error)) from error
         finally:
-            timer.cancel()
+            self._deadlines.remove(future, slot)
             self._waiting.pop(token, None)
         if not message.data and message.headers.get("Status") == "503":
             raise BusUnavailable(operation, "nobody answers there just now")
@@ -112,6 +120,15 @@ class Requests:
         for future in open_requests:
             if not future.done():
                 future.set_exception(BusTimeout("request", f"{why}; whether it was carried out is unknown"))
+
+
+class _NotInTime(Exception):
+    """The deadline of a request is over."""
+
+
+def _no_answer(future: asyncio.Future[Message]) -> None:
+    if not future.done():
+        future.set_exception(_NotInTime())
 
 
 def _expire(future: asyncio.Future[Any], operation: str, timeout: float) -> None:

@@ -9,6 +9,7 @@ from typing import TypeVar
 from phalanx.errors import ConfigError
 from phalanx.messaging.calling import Caller
 from phalanx.messaging.content import CONTENT_TYPES, JSON
+from phalanx.messaging.methods import check_method
 from phalanx.messaging.middleware import CallerMiddleware, OutgoingCall, checked, through
 from phalanx.messaging.routes import Default, Route
 from phalanx.names import RESERVED_APPS
@@ -29,8 +30,7 @@ def check_arguments(method: str, to: Route, timeout: float, content_type: str) -
         raise ConfigError("to", to, "no route", "use phalanx.Leader, phalanx.Any or phalanx.Node(name)")
     if content_type not in CONTENT_TYPES:
         raise ConfigError("content_type", content_type, "not known", f"use {' or '.join(CONTENT_TYPES)}")
-    if not method or not method.replace("-", "").replace("_", "").isalnum():
-        raise ConfigError("method", method, "no name of a method", "use letters, 0-9, _ and -")
+    check_method("method", method)
 
 
 class Api:

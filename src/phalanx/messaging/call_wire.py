@@ -102,13 +102,14 @@ class CallHeader:
 
     def __init__(self, text: str) -> None:
         parts = text.split(";", 3)
-        parts += [""] * (4 - len(parts))
-        self.call_id, timeout, epoch, self.caller = parts
-        self.call_id = self.call_id[:64]
+        if len(parts) < 4:
+            parts += [""] * (4 - len(parts))
+        call_id, timeout, epoch, self.caller = parts
+        self.call_id = call_id[:64]
         self.timeout_seconds = DEFAULT_TIMEOUT_SECONDS
         if timeout.isdecimal():
             self.timeout_seconds = min(int(timeout[:12]), 86_400_000) / 1000
-        self.epoch = int(epoch[:18]) if epoch.isdecimal() else None
+        self.epoch: int | None = int(epoch[:18]) if epoch.isdecimal() else None
 
 
 def call_header(call_id: str, timeout_seconds: float, epoch: int | None, caller: str) -> str:
@@ -129,10 +130,15 @@ _decode_problem = msgspec.json.Decoder(Problem).decode
 
 def refusal(problem: Problem) -> tuple[bytes, dict[str, str]]:
     """Data and headers of the answer that says *problem*."""
+    message = problem.message
+    if not message.isascii():
+        # Half a surrogate pair, such as of a file's name, is in no UTF-8.
+        message = message.encode("utf-8", "replace").decode()
+        problem = msgspec.structs.replace(problem, message=message)
     return _encode(problem), {
         CONTENT_TYPE: JSON,
         ERROR: problem.code,
-        MICRO_ERROR: problem.message,
+        MICRO_ERROR: message,
         MICRO_CODE: str(_NUMBERS.get(problem.code, 400)),
     }
 

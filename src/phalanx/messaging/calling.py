@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any as Value
 
 from phalanx import system
-from phalanx.aio import Background
+from phalanx.aio import wait_at_most
 from phalanx.decide.backoff import Backoff
 from phalanx.errors import (
     BusError,
@@ -98,15 +98,16 @@ class Caller:
         self._views: dict[str, LeaderView] = {}
         self._opening = asyncio.Lock()
         self._prefix, self._numbers = secrets.token_hex(6), itertools.count(1)
-        self._background = Background(log)
+        self._closed = asyncio.Event()
         self._known: set[str] = set()
 
     async def close(self) -> None:
-        """End what is followed. Calls under way fail with the connection."""
+        """End what is followed. Calls under way, and those that wait, fail at once."""
+        self._closed.set()
         views, self._views = self._views, {}
         for view in views.values():
+            view.end_calls()
             await view.close()
-        await self._background.close()
 
     async def call(
         self,
@@ -152,7 +153,7 @@ class Caller:
             else:
                 answer = await self._to(call, view, to)
         except asyncio.CancelledError:
-            self._background.spawn(self._cancel(app, call.id), f"cancel call {call.id}")
+            self._cancel(call)
             raise
         return self._decoded(call, answer, returns)
 
@@ -171,7 +172,6 @@ class Caller:
 
     def _decoded(self, call: _Call, answer: Message, returns: Value) -> Value:
         content_type = wire.content_type_of(answer.headers)
-        node = wire.answered_by(answer.headers)[0]
         path = "$"
         if content_type is None:
             problem = f"the answer has content type {answer.headers.get(wire.CONTENT_TYPE)!r}"
@@ -180,15 +180,17 @@ class Caller:
                 return shape_of(returns).decode(answer.data, content_type)
             except ContentError as error:
                 problem, path = f"the answer is not of the type asked for: {error}", error.path
+        node = wire.answered_by(answer.headers)[0]
         raise WrongType(
             "wrong-type", problem, app=call.app, method=call.method, node=node, path=path, started=True
         )
 
-    async def _cancel(self, app: str, call_id: str) -> None:
+    def _cancel(self, call: _Call) -> None:
+        """Nobody waits for it any more: whoever runs it may end it."""
         try:
-            await self._bus().publish(self._names.call_cancel_subject(app), call_id.encode())
+            self._bus().send(self._names.call_cancel_subject(call.app), call.id.encode())
         except PhalanxError as error:
-            log.debug("cancelling call %s: %s", call_id, error)
+            log.debug("cancelling call %s: %s", call.id, error)
 
     # --- who is there
 
@@ -198,8 +200,24 @@ class Caller:
             if view is None:
                 view = LeaderView(self._bus(), self._names, app)
                 await view.start()
-                self._views[app] = view
+                if self._closed.is_set():
+                    await view.close()
+                else:
+                    self._views[app] = view
         return view
+
+    def _check_open(self, call: _Call, view: LeaderView) -> None:
+        """Raises what a call ends with that may not go on: its caller was closed, or there is no such app."""
+        if self._closed.is_set():
+            if call.may_have_begun:
+                raise call.failed(OutcomeUnknown, "interrupted", "the client was closed")
+            raise call.failed(NoInstance, "no-instance", "the client was closed")
+        if view.is_closed:
+            raise self._unknown(call)
+
+    def _unknown(self, call: _Call) -> CallError:
+        problem = f"platform {self._names.platform} has no app {call.app}; phalanx status lists them"
+        return call.failed(UnknownApp, "unknown-app", problem)
 
     async def _check_known(self, call: _Call, view: LeaderView) -> None:
         """Nobody of the app is there: raises UnknownApp if there never was, as far as we may know that.
@@ -222,8 +240,7 @@ class Caller:
             if self._views.get(call.app) is view:
                 del self._views[call.app]
                 await view.close()
-            problem = f"platform {self._names.platform} has no app {call.app}; phalanx status lists them"
-            raise call.failed(UnknownApp, "unknown-app", problem)
+            raise self._unknown(call)
         self._known.add(call.app)
 
     # --- routes
@@ -232,6 +249,7 @@ class Caller:
         if not view.answered and not await view.ask(call.deadline):
             await self._check_known(call, view)
         while True:
+            self._check_open(call, view)
             if view.is_pool:
                 if to is Default:
                     return await self._to(call, view, Any)
@@ -260,6 +278,7 @@ class Caller:
         if call.idempotent is None and not view.answered:
             await view.ask(call.deadline)
         while True:
+            self._check_open(call, view)
             left = call.deadline - system.now()
             if left <= 0:
                 what = f"{to} was not there" if isinstance(to, Node) else "no instance was ready"
@@ -269,7 +288,7 @@ class Caller:
                 return answer
             if not view.answered:
                 await self._check_known(call, view)
-            await asyncio.sleep(max(0.0, min(call.delay(), call.deadline - system.now())))
+            await wait_at_most(self._closed, min(call.delay(), call.deadline - system.now()))
 
     def _too_late(self, call: _Call, kind: type[CallError], code: str, message: str) -> CallError:
         if call.busy is not None and not call.may_have_begun:
@@ -286,10 +305,9 @@ class Caller:
         """One request: its answer, or None if another one may be made. Raises CallError."""
         call.headers[wire.CALL] = wire.call_header(call.id, left, epoch, self._name)
         call.busy = None
-        under_way = None
-        if epoch is not None:
-            under_way = InFlight(epoch, 0.0 if self._may_repeat(call, view) else MOVED_SECONDS)
-            view.in_flight.add(under_way)
+        patience = 0.0 if epoch is None or self._may_repeat(call, view) else MOVED_SECONDS
+        under_way = InFlight(epoch, patience)
+        view.in_flight.add(under_way)
         try:
             answer = await self._bus().request(subject, call.data, headers=call.headers, timeout=left)
         except BusUnavailable as error:
@@ -303,13 +321,16 @@ class Caller:
         except BusError as error:
             return self._interrupted(call, view, error.description)
         except asyncio.CancelledError:
-            if under_way is None or not under_way.has_ended():
+            if not under_way.has_ended():
                 raise
+            if self._closed.is_set():
+                self._cancel(call)
+                call.may_have_begun = True
+                self._check_open(call, view)
             return self._interrupted(call, view, f"epoch {epoch} is over")
         finally:
-            if under_way is not None:
-                view.in_flight.discard(under_way)
-                under_way.close()
+            view.in_flight.discard(under_way)
+            under_way.close()
         return self._judge(call, view, answer, epoch)
 
     def _judge(self, call: _Call, view: LeaderView, answer: Message, epoch: int | None) -> Message | None:

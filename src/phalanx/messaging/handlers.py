@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import typing
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -11,14 +10,13 @@ from typing import Any
 from phalanx.errors import ConfigError
 from phalanx.messaging.content import Shape, shape_of
 from phalanx.messaging.context import CallContext
+from phalanx.messaging.methods import check_method
 from phalanx.messaging.middleware import HandlerMiddleware, around, checked
 
 DEFAULT_CONCURRENCY = 256
 """Calls of one handler that run at a time on one node, unless it says otherwise."""
 
 MAX_CONCURRENCY = 65536
-
-_METHOD = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,62}")
 
 Function = Callable[..., Awaitable[Any]]
 
@@ -86,10 +84,7 @@ class Handlers:
         """Declare one. Raises ConfigError for a wrong name, a second one of that name, a function that is not
         async or has other parameters than (request, ctx), a type that cannot be sent."""
         key = f"apps.{self._app}.handle"
-        if _METHOD.fullmatch(name) is None:
-            raise ConfigError(
-                key, name, "no name of a method", "use a letter, then up to 62 of letters, 0-9, _ and -"
-            )
+        check_method(key, name)
         if self.is_served:
             raise ConfigError(key, name, "the platform runs already", "declare handlers before")
         if name in self.by_name:

@@ -28,7 +28,8 @@ _leading_of = msgspec.json.Decoder(Leading).decode
 
 
 class InFlight:
-    """A try of a call that is under way under *epoch*: it ends *seconds* after a later one has begun.
+    """A try of a call that is under way under *epoch* (None: under none): it ends *seconds* after a later one
+    has begun.
 
     What ``asyncio.timeout`` does, without what that costs where nothing happens. Around the request::
 
@@ -40,7 +41,7 @@ class InFlight:
 
     __slots__ = ("_cancelling", "_seconds", "_task", "_timer", "epoch", "is_over")
 
-    def __init__(self, epoch: int, seconds: float) -> None:
+    def __init__(self, epoch: int | None, seconds: float) -> None:
         task = asyncio.current_task()
         assert task is not None  # a coroutine runs in one
         self.epoch, self._seconds, self._task = epoch, seconds, task
@@ -53,9 +54,15 @@ class InFlight:
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
 
+    def end_now(self) -> None:
+        """Whatever the epoch."""
+        self.close()
+        self._end()
+
     def _end(self) -> None:
-        self.is_over = True
-        self._task.cancel()
+        if not self.is_over:
+            self.is_over = True
+            self._task.cancel()
 
     def has_ended(self) -> bool:
         """Whether a cancellation was this one's alone. Asked once, for each."""
@@ -82,6 +89,7 @@ class LeaderView:
         self.is_pool = False
         """Whether it has said that nobody leads, as any instance may be called."""
         self.in_flight: set[InFlight] = set()
+        self.is_closed = False
         self._changed = asyncio.Event()
         self._subscription: Subscription | None = None
         self._asking: asyncio.Task[bool] | None = None
@@ -91,8 +99,15 @@ class LeaderView:
         subject = self._names.leader_watch_subject(self._app)
         self._subscription = await self._bus.subscribe(subject, self._on_record)
 
+    def end_calls(self) -> None:
+        """All that are under way end now: nobody will take their answers."""
+        for each in self.in_flight:
+            each.end_now()
+
     async def close(self) -> None:
-        """Follow no more."""
+        """Follow no more; whoever waits for news waits no more."""
+        self.is_closed = True
+        self._wake()
         asking, self._asking = self._asking, None
         if asking is not None:
             asking.cancel()
@@ -117,7 +132,7 @@ class LeaderView:
         if node:
             self.epoch = revision
             for each in self.in_flight:
-                if each.epoch < revision:
+                if each.epoch is not None and each.epoch < revision:
                     each.end_soon()
         self._wake()
 
@@ -165,5 +180,7 @@ class LeaderView:
     async def wait(self, until: float, seconds: float = ASK_AGAIN_SECONDS) -> None:
         """Wait for news, for *seconds* and until *until* (``system.now()``) at most; then ask."""
         changed = self._changed
+        if self.is_closed:
+            return
         if not await wait_at_most(changed, min(seconds, until - system.now())) and system.now() < until:
             await self.ask(until)

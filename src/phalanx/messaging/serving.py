@@ -8,7 +8,6 @@ it has; what comes for one that is over is answered "moved", so that whoever cal
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 import time
 from collections import deque
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from phalanx import system
+from phalanx.aio import Deadlines
 from phalanx.errors import CallError, Fenced, HookFailed, NotActive, PhalanxError, SessionLost
 from phalanx.messaging import call_wire as wire
 from phalanx.messaging.content import ContentError, encode
@@ -45,25 +45,48 @@ _NEVER_AGAIN = 1 << 63
 """No reign has so high an epoch."""
 
 
-class _Call:
+class _Call(wire.CallHeader):
     """One request, as far as it is known without its body. ``epoch``: for the leader of that reign or a later
     one; None: for this very node, whatever it is."""
 
     __slots__ = (
-        "caller", "content_type", "deadline", "epoch", "expired", "id", "message", "method", "node_route",
+        "_has_begun", "_is_cancelled", "content_type", "deadline", "expired", "message", "method",
+        "node_route", "section", "slot", "task",
     )  # fmt: skip
 
     def __init__(self, message: Message, *, to_leader: bool, node_route: bool) -> None:
         headers = message.headers
-        said = wire.CallHeader(headers.get(wire.CALL, ""))
+        super().__init__(headers.get(wire.CALL, ""))
         self.message, self.method = message, Names.last_token(message.subject)
         self.content_type = wire.content_type_of(headers)
-        self.id, self.caller = said.call_id, said.caller
-        self.deadline = system.now() + said.timeout_seconds
-        self.epoch = 0 if to_leader and said.epoch is None else said.epoch
+        self.deadline = system.now() + self.timeout_seconds
+        if to_leader and self.epoch is None:
+            self.epoch = 0
         self.node_route = node_route
         self.expired = False
         """Whether it was cancelled because its deadline is over."""
+        self.section = 0
+        """The epoch of the section that it runs in; 0: in none."""
+        self.slot = 0
+        self.task: asyncio.Task[None] | None = None
+        self._has_begun = self._is_cancelled = False
+
+    def begin(self) -> None:
+        """Its task runs. Raises CancelledError if it was cancelled before."""
+        self._has_begun = True
+        if self._is_cancelled:
+            raise asyncio.CancelledError
+
+    def cancel(self) -> None:
+        """End it. A task that is cancelled before its first step would do nothing at all, and not answer."""
+        self._is_cancelled = True
+        if self._has_begun and self.task is not None:
+            self.task.cancel()
+
+    def expire(self) -> None:
+        """End it, as nobody waits for it any more."""
+        self.expired = True
+        self.cancel()
 
 
 class CallServer:
@@ -82,9 +105,10 @@ class CallServer:
         """No call begins here for a reign up to this one."""
         self._leading = wire.Leading(idempotent=handlers.idempotent)
         self._held: deque[_Call] = deque()
-        self._running: dict[asyncio.Task[None], int] = {}
-        """What runs, and in the section of which epoch; 0: in none."""
-        self._by_id: dict[str, asyncio.Task[None]] = {}
+        self._running: dict[asyncio.Task[None], _Call] = {}
+        self._deadlines: Deadlines[_Call] = Deadlines(_Call.expire)
+        self._loop = asyncio.get_running_loop()
+        self._by_id: dict[str, _Call] = {}
         self._draining = 0
         self._micro = MicroService(app, node, handlers, bus, names)
 
@@ -122,10 +146,11 @@ class CallServer:
         await self._micro.close()
         self._over = _NEVER_AGAIN
         self._look_at_held()
-        for task in list(self._running):
-            task.cancel()
+        for call in list(self._running.values()):
+            call.cancel()
         if self._running:
             await asyncio.wait(set(self._running), timeout=CANCEL_SECONDS)
+        self._deadlines.close()
 
     # --- with the section
 
@@ -153,7 +178,7 @@ class CallServer:
             self._draining = 0
         await self._end_leader_subscription()
         for task in self._in_section():
-            task.cancel()
+            self._running[task].cancel()
         if tasks := self._in_section():
             await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
         if left := self._in_section():
@@ -163,7 +188,7 @@ class CallServer:
         self._active = None
 
     def _in_section(self) -> set[asyncio.Task[None]]:
-        return {task for task, epoch in self._running.items() if epoch}
+        return {task for task, call in self._running.items() if call.section}
 
     async def _end_leader_subscription(self) -> None:
         subscription, self._leader_subscription = self._leader_subscription, None
@@ -192,9 +217,9 @@ class CallServer:
         self._send(message, encode(self._leading, wire.JSON), {})
 
     def _on_cancel(self, message: Message) -> None:
-        task = self._by_id.get(message.data.decode(errors="replace"))
-        if task is not None:
-            task.cancel()
+        call = self._by_id.get(message.data.decode(errors="replace"))
+        if call is not None:
+            call.cancel()
 
     def _consider(self, call: _Call) -> None:
         """Begin it, hold it, or say why not."""
@@ -262,39 +287,30 @@ class CallServer:
                 return
         handler.running += 1
         handler.requests += 1
-        epoch = self._epoch
-        work = self._run(call, handler, request, content_type, epoch)
-        task = asyncio.create_task(work, name=handler.task_name)
-        self._running[task] = epoch
-        if call.id:
-            self._by_id[call.id] = task
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(call.deadline - system.now(), self._expire, call, task)
-        task.add_done_callback(functools.partial(self._ended, call, handler, timer))
+        call.section = self._epoch
+        work = self._run(call, handler, request, content_type)
+        call.task = task = self._loop.create_task(work, name=handler.task_name)
+        self._running[task] = call
+        if call.call_id:
+            self._by_id[call.call_id] = call
+        call.slot = self._deadlines.add(call, call.deadline - system.now())
 
-    @staticmethod
-    def _expire(call: _Call, task: asyncio.Task[None]) -> None:
-        call.expired = True
-        task.cancel()
-
-    def _ended(
-        self, call: _Call, handler: Handler, timer: asyncio.TimerHandle, task: asyncio.Task[None]
-    ) -> None:
-        timer.cancel()
+    def _ended(self, call: _Call, handler: Handler) -> None:
+        self._deadlines.remove(call, call.slot)
         handler.running -= 1
-        self._running.pop(task, None)
-        if self._by_id.get(call.id) is task:  # and not a later try of the same call
-            del self._by_id[call.id]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s could not be answered", task.get_name(), exc_info=error)
+        assert call.task is not None  # this runs in it
+        self._running.pop(call.task, None)
+        if self._by_id.get(call.call_id) is call:  # and not a later try of the same call
+            del self._by_id[call.call_id]
 
-    async def _run(self, call: _Call, handler: Handler, request: Any, content_type: str, epoch: int) -> None:
+    async def _run(self, call: _Call, handler: Handler, request: Any, content_type: str) -> None:
+        epoch = call.section
         active = self._active if epoch else None
         context = CallContext(
             self._app,
             self._node,
             handler.name,
-            call_id=call.id,
+            call_id=call.call_id,
             caller=call.caller,
             headers=call.message.headers,
             deadline=call.deadline,
@@ -305,6 +321,7 @@ class CallServer:
         CURRENT.set(context)
         began = time.perf_counter_ns()
         try:
+            call.begin()
             if tracer() is None:
                 answer = await handler.call(request, context)
             else:
@@ -325,11 +342,12 @@ class CallServer:
                 raise
         finally:
             handler.processing_ns += time.perf_counter_ns() - began
+            self._ended(call, handler)
         self._send(call.message, data, headers, epoch)
 
     def _problem(self, handler: Handler, call: _Call, error: BaseException, epoch: int) -> wire.Problem:
         """What the caller is told: never a traceback. That is in the log."""
-        what = f"{self._app}.{handler.name} (call {call.id or '?'})"
+        what = f"{self._app}.{handler.name} (call {call.call_id or '?'})"
         match error:
             case CallError():
                 return wire.Problem(error.code, error.message, error.path, True, error.details)
@@ -346,10 +364,8 @@ class CallServer:
                 return wire.Problem(code, f"the answer cannot be sent: {error}", error.path, True)
             case _:
                 log.error("%s failed", what, exc_info=error)
-                problem = (
-                    f"the handler failed; the log of node {self._node} says more of call {call.id or '?'}"
-                )
-                return wire.Problem("failed", problem, started=True)
+                where = f"the log of node {self._node} says more of call {call.call_id or '?'}"
+                return wire.Problem("failed", f"the handler failed; {where}", started=True)
 
     def _turn_away(self, message: Message, code: str, problem: str) -> None:
         """Whatever it asks for: answer that it was not begun."""
@@ -371,5 +387,5 @@ class CallServer:
         headers[wire.ANSWER] = f"{self._node};{epoch}"
         try:
             self._bus.send(message.reply, data, headers)
-        except PhalanxError as error:
+        except (PhalanxError, ValueError) as error:
             log.warning("an answer of %s could not be sent: %s", self._app, error)
