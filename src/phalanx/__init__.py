@@ -92,9 +92,11 @@ if TYPE_CHECKING:
     )
     from phalanx.messaging.api import Api
     from phalanx.messaging.context import CallContext, current_call
+    from phalanx.messaging.interface import method
     from phalanx.messaging.middleware import OutgoingCall
     from phalanx.messaging.routes import Any as Any
     from phalanx.messaging.routes import Leader, Node
+    from phalanx.messaging.stubs import with_options
     from phalanx.platform import Platform
     from phalanx.types import AppStatus, Health, Member, NodeStatus, Position, Role
     from phalanx.version import VERSION as __version__  # noqa: N811
@@ -181,7 +183,9 @@ _WHERE = {
     "phalanx.coord.locks": ("Lock",),
     "phalanx.messaging.api": ("Api",),
     "phalanx.messaging.context": ("CallContext", "current_call"),
+    "phalanx.messaging.interface": ("method",),
     "phalanx.messaging.middleware": ("OutgoingCall",),
+    "phalanx.messaging.stubs": ("with_options",),
     "phalanx.messaging.routes": ("Any", "Leader", "Node"),
     "phalanx.platform": ("Platform",),
     "phalanx.types": ("AppStatus", "Health", "Member", "NodeStatus", "Position", "Role"),
@@ -225,6 +229,8 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "Api",
     "CallContext",
     "current_call",
+    "method",
+    "with_options",
     "OutgoingCall",
     "Leader",
     "Any",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any as Value
 from typing import TypeVar
 
-from phalanx.messaging.api import Api
+from phalanx.messaging.api import Api, check_arguments
 from phalanx.messaging.content import JSON
 from phalanx.messaging.middleware import CallerMiddleware
 from phalanx.messaging.routes import Default, Route
+from phalanx.messaging.stubs import CallOptions, make_stub
 
 T = TypeVar("T")
 
@@ -59,6 +60,20 @@ class SyncApi:
     def using(self, *middleware: CallerMiddleware) -> SyncApi:
         """See :meth:`phalanx.Api.using`. They are async, and run in the client's own thread."""
         return SyncApi(self._api.using(*middleware), self._thread)
+
+    def stub(
+        self,
+        interface: type[T],
+        *,
+        to: Route | Callable[..., Route] | None = None,
+        timeout: float | None = None,
+        idempotent: bool | None = None,
+        content_type: str = JSON,
+        headers: Mapping[str, str] | None = None,
+    ) -> T:
+        """See :meth:`phalanx.Api.stub`; the methods of *interface* are not async: each waits."""
+        defaults = CallOptions(to, timeout, idempotent, content_type, headers)
+        return make_stub(self.app, self.call, check_arguments, interface, defaults, is_async=False)
 
     def call(
         self,

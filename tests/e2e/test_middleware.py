@@ -22,6 +22,7 @@ from phalanx import (
     CallTimeout,
     ConfigError,
     HandlerFailed,
+    Leader,
     NoHandlers,
     OutgoingCall,
     Platform,
@@ -190,7 +191,7 @@ async def test_trace_goes_through_a_call_and_the_calls_of_its_handler(
 
     async with running(platform):
         with spans.tracer.start_as_current_span("request"):
-            assert await platform.api("orders").call("relay", 7, returns=int, timeout=20) == 7
+            assert await platform.api("orders").call("relay", 7, returns=int, to=Leader, timeout=20) == 7
         with pytest.raises(HandlerFailed):
             await platform.api("orders").call("fail", timeout=20)
         with pytest.raises(NoHandlers):

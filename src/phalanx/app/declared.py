@@ -10,6 +10,7 @@ from phalanx.errors import AddressError, BackendError
 from phalanx.hooks import Hooks
 from phalanx.messaging.handlers import DEFAULT_CONCURRENCY, Handlers
 from phalanx.messaging.middleware import HandlerMiddleware
+from phalanx.messaging.served import handle_all
 from phalanx.ports import AddressClaim, Backend, SectionAddresses
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -79,6 +80,15 @@ class Declared:
             return function
 
         return declare
+
+    def handle_all(self, implementation: object, interface: type | None = None) -> None:
+        """Answer calls of all methods of *interface*, a Protocol or class, by those of *implementation*.
+
+        Callers make a stub of the same *interface*. Without it: all methods that the class of
+        *implementation* declares with ``@phalanx.method()``. The methods are async and take what the
+        interface says; :func:`phalanx.current_call` is what handlers get as ``ctx``. Raises ConfigError.
+        """
+        handle_all(self.handlers, self.name, implementation, interface)
 
     def middleware(self, function: M) -> M:
         """Runs around every handler of the app: ``async def m(call: CallContext, proceed)``.

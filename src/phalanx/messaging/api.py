@@ -12,6 +12,7 @@ from phalanx.messaging.content import CONTENT_TYPES, JSON
 from phalanx.messaging.methods import check_method
 from phalanx.messaging.middleware import CallerMiddleware, OutgoingCall, checked, through
 from phalanx.messaging.routes import Default, Route
+from phalanx.messaging.stubs import CallOptions, make_stub
 from phalanx.names import RESERVED_APPS
 from phalanx.types import is_dns_label
 
@@ -51,6 +52,25 @@ class Api:
         api = Api(self.app, self._caller)
         api._middleware = (*self._middleware, *inside)
         return api
+
+    def stub(
+        self,
+        interface: type[T],
+        *,
+        to: Route | Callable[..., Route] | None = None,
+        timeout: float | None = None,
+        idempotent: bool | None = None,
+        content_type: str = JSON,
+        headers: Mapping[str, str] | None = None,
+    ) -> T:
+        """An object with the async methods of *interface*, a Protocol or a class: each one calls the app.
+
+        The options are the defaults of its calls; what ``@method`` says of a method goes before them, and
+        :func:`phalanx.with_options` before both. Without any: as for :meth:`call`. All is checked here:
+        raises ConfigError for a method that could not be called.
+        """
+        defaults = CallOptions(to, timeout, idempotent, content_type, headers)
+        return make_stub(self.app, self.call, check_arguments, interface, defaults, is_async=True)
 
     async def _call_inside(self, returns: Value, call: OutgoingCall) -> Value:
         """The call, made through the middleware."""
