@@ -208,7 +208,7 @@ async def test_trace_goes_through_a_call_and_the_calls_of_its_handler(
         assert below.parent.span_id == above.context.span_id
     attributes = relayed.attributes or {}
     assert (attributes["phalanx.node"], attributes["phalanx.epoch"]) == ("n1", epoch)
-    assert (outer.attributes or {})["phalanx.to"] == "default"
+    assert (outer.attributes or {})["phalanx.to"] == "leader"
     assert spans.one("orders/fail", SpanKind.SERVER).status.status_code is StatusCode.ERROR
     failed = spans.one("orders/fail", SpanKind.CLIENT).attributes or {}
     assert failed["rpc.response.status_code"] == "failed"
