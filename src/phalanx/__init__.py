@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         VirtualIP,
     )
     from phalanx.coord.codec import Entry, Removed
-    from phalanx.coord.locks import Lock
+    from phalanx.coord.locks import Lock, Semaphore
     from phalanx.data.reading import StaleConnection
     from phalanx.decide.backoff import Backoff
     from phalanx.errors import (
@@ -180,7 +180,7 @@ _WHERE = {
         "WrongValue",
     ),
     "phalanx.coord.codec": ("Entry", "Removed"),
-    "phalanx.coord.locks": ("Lock",),
+    "phalanx.coord.locks": ("Lock", "Semaphore"),
     "phalanx.messaging.api": ("Api",),
     "phalanx.messaging.context": ("CallContext", "current_call"),
     "phalanx.messaging.interface": ("method",),
@@ -226,6 +226,7 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "Entry",
     "Removed",
     "Lock",
+    "Semaphore",
     "Api",
     "CallContext",
     "current_call",

@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
@@ -37,6 +38,7 @@ from phalanx.config import (
     build_platform,
     with_platform,
 )
+from phalanx.coord.locks import Lock, Locks, Semaphore
 from phalanx.decide.backoff import Backoff
 from phalanx.ending import EXIT_FAILED, Ending, leave
 from phalanx.errors import AddressError, BackendError, ConfigError, PhalanxError, StartError
@@ -226,6 +228,28 @@ class Platform:
     def api(self, app: str) -> Api:
         """The calls of *app*, wherever it runs, to be made while this platform runs. Raises ConfigError."""
         return Api(app, lambda: self._live.caller)
+
+    # --- locks of the platform
+
+    @property
+    def locks(self) -> Locks:
+        """The locks and semaphores of the platform: whatever apps a node runs, they are the same for all
+        nodes. Raises StartError while there is no session."""
+        locks = self._live.locks
+        if locks is None:
+            raise StartError("the platform has no session just now", "use its locks while it is started")
+        return locks
+
+    def lock(
+        self, name: str, *, timeout: float = 10.0, cancel: bool = False
+    ) -> AbstractAsyncContextManager[Lock]:
+        """A lock of the platform, held through this node's session: ``async with platform.lock("x") as
+        held``. See docs/kv-and-locks.md."""
+        return self.locks.lock(name, timeout=timeout, cancel=cancel)
+
+    def semaphore(self, name: str, *, permits: int) -> Semaphore:
+        """A semaphore of the platform: at most *permits* are held at a time. Raises ConfigError."""
+        return Semaphore(lambda: self.locks, name, permits)
 
     # --- running in one's own loop
 

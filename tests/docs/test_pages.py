@@ -16,7 +16,7 @@ from tests.docs.pages import ROOT, Block, anchors, blocks, links, pages
 
 from phalanx.bus import provision
 from phalanx.cli import exits
-from phalanx.coord import lock_key, membership
+from phalanx.coord import lock_body, membership
 from phalanx.coord.direct import DirectSecret
 from phalanx.data import (
     entries,
@@ -77,7 +77,8 @@ VALUES: dict[str, Any] = {
     "MemberList": MemberList,
     "DirectSecret": DirectSecret,
     "PlannedSwitchover": PlannedSwitchover,
-    "Holder": lock_key.Holder,
+    "Holder": lock_body.Holder,
+    "Holders": lock_body.Holders,
     "SessionBody": SessionBody,
     "AuditEntry": AuditEntry,
     "Resource": Resource,

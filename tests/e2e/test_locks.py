@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import random
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,7 +19,8 @@ from phalanx import system
 from phalanx.bus.connection import NatsBus
 from phalanx.bus.provision import bucket_config, create_stream
 from phalanx.coord.kv import AppKV
-from phalanx.coord.lock_key import Holder
+from phalanx.coord.lock_body import Holder
+from phalanx.coord.lock_key import MOST_QUEUED
 from phalanx.coord.locks import Lock, Locks
 from phalanx.coord.register import Register
 from phalanx.decide.timing import Timing
@@ -40,6 +43,7 @@ class ToldHeartbeat(Heartbeat):
     """A session that is valid until one is told otherwise."""
 
     is_valid = True
+    valid_until = float("inf")
     lost_reason = ""
 
     def lose(self, reason: str) -> None:
@@ -565,3 +569,257 @@ async def test_dead_and_deposed_holders_are_not_shown(a: Node, b: Node) -> None:
     assert await b.locks.held() == []
     with pytest.raises(ConfigError, match="lock"):
         await b.locks.holder("a b")
+
+
+# --- in line
+
+
+async def queued(node: Node, name: str, kind: str = "lock") -> list[str]:
+    """The nonces of those who wait, in the order of the queue."""
+    record = await node.bus.read(NAMES.bucket_stream(BUCKET), NAMES.key_subject(BUCKET, f"{kind}.{name}"))
+    return [each["nonce"] for each in json.loads(record.data).get("queue", [])] if record else []
+
+
+async def enqueue(node: Node, name: str, waiting: list[asyncio.Task[Lock]]) -> None:
+    """One more task of *node* waits, and stands in the queue when this returns."""
+    before = len(await queued(node, name))
+    waiting.append(asyncio.create_task(node.locks.acquire(name, timeout=60)))
+    await in_line(node, name, before + 1)
+
+
+async def in_line(node: Node, name: str, tasks: int, kind: str = "lock") -> None:
+    """Wait until so many wait."""
+    async with asyncio.timeout(20):
+        while len(await queued(node, name, kind)) < tasks:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def test_first_come_first_served_over_nodes_with_many_waiters(nats_server: NatsServer) -> None:
+    """Sixty tasks of three nodes, in random order: each gets the lock in its turn, with a larger token."""
+    async with (
+        node("a", nats_server.url()) as a,
+        node("b", nats_server.url()) as b,
+        node("c", nats_server.url()) as c,
+    ):
+        chance = random.Random(5)
+        held = await a.locks.acquire("x")
+        waiting: list[asyncio.Task[Lock]] = []
+        for _ in range(60):
+            await enqueue(chance.choice((a, b, c)), "x", waiting)
+        tokens = [held.token]
+        await held.release()
+        for task in waiting:
+            async with asyncio.timeout(10):
+                held = await task
+            assert sum(each.done() for each in waiting) == len(tokens)  # nobody else was given it
+            tokens.append(held.token)
+            await held.release()
+        assert tokens == sorted(set(tokens))
+
+
+async def test_newcomer_does_not_overtake_who_waits(a: Node, b: Node) -> None:
+    """Tasks that come while one waits, on the holder's own node too, follow it; a try gets nothing."""
+    held = await a.locks.acquire("x")
+    waiting: list[asyncio.Task[Lock]] = []
+    await enqueue(b, "x", waiting)
+    with pytest.raises(LockTimeout):
+        await a.locks.acquire("x", timeout=0)
+    release = asyncio.create_task(held.release())
+    newcomer = asyncio.create_task(a.locks.acquire("x", timeout=30))
+    first = await waiting[0]
+    await release
+    assert not newcomer.done()
+    await first.release()
+    second = await newcomer
+    assert held.token < first.token < second.token
+    await second.release()
+
+
+async def test_those_who_give_up_or_die_are_passed_over(a: Node, b: Node) -> None:
+    """A waiter that is cancelled, and one whose session ends, hold nobody up."""
+    held = await a.locks.acquire("x")
+    waiting: list[asyncio.Task[Lock]] = []
+    await enqueue(a, "x", waiting)
+    await enqueue(b, "x", waiting)
+    await enqueue(a, "x", waiting)
+    waiting[0].cancel()
+    await b.session.die()
+    b.session.lose("power loss")
+    await held.release()
+    async with asyncio.timeout(20):
+        got = await waiting[2]
+    await got.release()
+    for task in waiting[:2]:
+        with contextlib.suppress(asyncio.CancelledError, SessionLost):
+            await task
+
+
+async def test_more_waiters_than_a_queue_takes_of_a_node(a: Node) -> None:
+    """Those beyond the limit come after the others, in their order."""
+    held = await a.locks.acquire("x")
+    got: list[int] = []
+
+    async def wait(number: int) -> None:
+        async with a.locks.lock("x", timeout=120):
+            got.append(number)
+
+    tasks = [asyncio.create_task(wait(number)) for number in range(MOST_QUEUED + 20)]
+    await in_line(a, "x", MOST_QUEUED)
+    await held.release()
+    async with asyncio.timeout(60):
+        await asyncio.gather(*tasks)
+    assert got == list(range(MOST_QUEUED + 20))
+
+
+async def test_uncontended_cycle_is_two_writes(a: Node) -> None:
+    """One write takes a free lock, one releases it: also the first time, also after another node had it."""
+    counting: Any = CountsRequests(a.bus)
+    locks = Locks(counting, NAMES, "wiki", a.session, a.register)
+    for _ in range(5):
+        held = await locks.acquire("x")
+        await held.release()
+    assert counting.calls == ["write"] * 10
+    await locks.close()
+
+
+class CountsRequests:
+    """The real bus, and which requests went through it."""
+
+    def __init__(self, bus: NatsBus) -> None:
+        self._bus, self.calls = bus, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("write", "read", "snapshot", "write_many", "subscribe"):
+            self.calls.append(name)
+        return getattr(self._bus, name)
+
+
+async def test_block_is_cancelled_when_the_lock_is_lost(a: Node) -> None:
+    """With cancel=True a block that waits for something else ends at once, with LockLost."""
+    with pytest.raises(LockLost, match="the keeper is gone"):  # noqa: PT012
+        async with a.locks.lock("x", cancel=True):
+            asyncio.get_running_loop().call_later(0.05, a.session.lose, "the keeper is gone")
+            await asyncio.sleep(60)
+    await asyncio.sleep(0)  # the task itself goes on
+
+
+async def test_cancellation_by_others_stays_one(a: Node) -> None:
+    """A block with cancel=True whose task is cancelled from outside ends as cancelled."""
+    entered = asyncio.Event()
+
+    async def hold() -> None:
+        async with a.locks.lock("x", cancel=True):
+            entered.set()
+            await asyncio.sleep(60)
+
+    task = asyncio.create_task(hold())
+    await entered.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    async with a.locks.lock("x", timeout=10):
+        pass
+
+
+async def test_token_of_a_former_holder_is_not_current(a: Node, b: Node) -> None:
+    """Whoever is given a token can ask whether it is the present holder's."""
+    async with a.locks.lock("x") as held:
+        assert await b.locks.is_current("x", held.token)
+        assert not await b.locks.is_current("x", held.token - 1)
+    assert not await b.locks.is_current("x", held.token)
+
+
+async def test_session_that_runs_out_unheard_is_a_loss(a: Node) -> None:
+    """Nobody says that the session is over: its own clock does."""
+    a.session.valid_until = system.now() + 0.2
+    held = await a.locks.acquire("x")
+    a.session.is_valid = False  # what the clock says by then
+    await asyncio.wait_for(held.lost.wait(), 10)
+    a.session.is_valid, a.session.valid_until = True, float("inf")
+    await held.release()
+
+
+# --- semaphores
+
+
+async def test_semaphore_never_has_more_holders_than_permits(nats_server: NatsServer) -> None:
+    """Tasks of three nodes, more than permits: never too many at once, and all permits are used."""
+    async with (
+        node("a", nats_server.url()) as a,
+        node("b", nats_server.url()) as b,
+        node("c", nats_server.url()) as c,
+    ):
+        inside: set[int] = set()
+        most, tokens = 0, list[int]()
+
+        async def work(each: Node) -> None:
+            nonlocal most
+            for _ in range(4):
+                async with each.locks.semaphore("s", permits=3).hold(timeout=60) as held:
+                    assert held.token not in inside
+                    inside.add(held.token)
+                    tokens.append(held.token)
+                    most = max(most, len(inside))
+                    assert len(inside) <= 3
+                    await asyncio.sleep(0.005)
+                    inside.remove(held.token)
+
+        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+            for each in (a, b, c):
+                for _ in range(4):
+                    tasks.create_task(work(each))
+        assert most == 3
+        assert len(set(tokens)) == len(tokens) == 48
+
+
+async def test_semaphore_is_fair_and_tries_do_not_wait(a: Node, b: Node) -> None:
+    """With all permits held a try fails; who waits gets the next one; status shows holders and waiters."""
+    ours, theirs = a.locks.semaphore("s", permits=2), b.locks.semaphore("s", permits=2)
+    first, second = await ours.acquire(), await theirs.acquire()
+    with pytest.raises(LockTimeout):
+        await ours.acquire(timeout=0)
+    waiting = [asyncio.create_task(each.acquire(timeout=30)) for each in (theirs,)]
+    await in_line(a, "s", 1, "semaphore")
+    seen = await a.locks.semaphore("s", permits=2).holders()
+    assert seen is not None
+    assert (seen.kind, seen.permits) == ("semaphore", 2)
+    assert [each.token for each in seen.holders] == [first.token, second.token]
+    assert [(each.node, each.tasks) for each in seen.waiters] == [("b", 1)]
+    assert [each.kind for each in await b.locks.held()] == ["semaphore"]
+    with pytest.raises(LockTimeout):
+        await ours.acquire(timeout=0)
+    await first.release()
+    third = await waiting[0]
+    assert first.token < second.token < third.token
+    await second.release()
+    await third.release()
+    assert await ours.holders() is None
+
+
+async def test_permits_of_a_dead_session_are_free_again(a: Node, b: Node) -> None:
+    """Its permits come back when the session is over for good, not before; all of them."""
+    for _ in range(2):
+        await a.locks.semaphore("s", permits=2).acquire()
+    began = system.now()
+    await a.session.die()
+    got = [await b.locks.semaphore("s", permits=2).acquire(timeout=20) for _ in range(2)]
+    assert system.now() - began > TIMING.ttl * 0.8
+    for each in got:
+        await each.release()
+
+
+async def test_other_permits_are_refused_while_it_is_used(a: Node, b: Node) -> None:
+    """Two declarations that differ: an error that says what there is; when it is idle it may be changed."""
+    held = await a.locks.semaphore("s", permits=2).acquire()
+    with pytest.raises(ConfigError, match=r"permits = 3: semaphore s has 2 permits now, held by a\."):
+        await b.locks.semaphore("s", permits=3).acquire(timeout=5)
+    with pytest.raises(ConfigError, match=r"permits = 3: .*2 permits in this process"):
+        await a.locks.semaphore("s", permits=3).acquire(timeout=5)
+    await held.release()
+    for each in (b, a):
+        await (await each.locks.semaphore("s", permits=3).acquire(timeout=5)).release()
+    for permits in (0, 1001, 1.5, True, "3"):
+        with pytest.raises(ConfigError, match="permits"):
+            a.locks.semaphore("s", permits=permits)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ConfigError, match="semaphore"):
+        a.locks.semaphore("a b", permits=1)

@@ -22,7 +22,7 @@ from phalanx.app.role import AppRole
 from phalanx.app.term import Term
 from phalanx.config import AppConfig
 from phalanx.coord.kv import AppKV
-from phalanx.coord.locks import Lock, Locks
+from phalanx.coord.locks import Lock, Locks, Semaphore
 from phalanx.coord.register import Register
 from phalanx.coord.session import Session
 from phalanx.errors import HookFailed, NotActive, StartError
@@ -119,9 +119,15 @@ class App(DeclaredApp):
             raise StartError(f"app {self.name!r} has no locks yet", "use them while the platform runs")
         return self._term.locks
 
-    def lock(self, name: str, *, timeout: float = 10.0) -> AbstractAsyncContextManager[Lock]:
+    def lock(
+        self, name: str, *, timeout: float = 10.0, cancel: bool = False
+    ) -> AbstractAsyncContextManager[Lock]:
         """One of the app's locks, held through this node's session: ``async with app.lock("x") as held``."""
-        return self.locks.lock(name, timeout=timeout)
+        return self.locks.lock(name, timeout=timeout, cancel=cancel)
+
+    def semaphore(self, name: str, *, permits: int) -> Semaphore:
+        """One of the app's semaphores: at most *permits* are held at a time. Raises ConfigError."""
+        return Semaphore(lambda: self.locks, name, permits)
 
     @property
     def _running_parts(self) -> NodeParts:

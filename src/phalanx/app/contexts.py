@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from phalanx.coord.kv import AppKV
-from phalanx.coord.locks import Lock, Locks
+from phalanx.coord.locks import Lock, Locks, Semaphore
 from phalanx.errors import StartError
 from phalanx.ports import Fence
 from phalanx.types import Health
@@ -104,9 +104,15 @@ class ActiveContext:
         else:
             self._loop.call_soon_threadsafe(self.ready_event.set)
 
-    def lock(self, name: str, *, timeout: float = 10.0) -> AbstractAsyncContextManager[Lock]:
+    def lock(
+        self, name: str, *, timeout: float = 10.0, cancel: bool = False
+    ) -> AbstractAsyncContextManager[Lock]:
         """One of the app's locks, held under this epoch. *timeout* in seconds."""
-        return self._locks.lock(name, timeout=timeout)
+        return self._locks.lock(name, timeout=timeout, cancel=cancel)
+
+    def semaphore(self, name: str, *, permits: int) -> Semaphore:
+        """One of the app's semaphores, its permits held under this epoch. Raises ConfigError."""
+        return self._locks.semaphore(name, permits=permits)
 
 
 __all__ = ["ActiveContext", "AppContext", "HealthChange", "LeaderChange"]

@@ -5,8 +5,8 @@
     elect, steer and fence for every app. All streams and buckets live there.
 ``<platform>-app-<app>``, each in an account of its own
     For programs outside the nodes that work with one app's KV, locks and API. (What runs *inside* a
-    node uses the node's connection.) May write ``kv.`` and ``lock.`` keys of the app's bucket, never
-    ``election.`` keys: who leads is the nodes' business. May read the whole bucket.
+    node uses the node's connection.) May write ``kv.``, ``lock.`` and ``semaphore.`` keys of the app's
+    bucket, never ``election.`` keys: who leads is the nodes' business. May read the whole bucket.
 ``<platform>-operator``, in an account of its own
     For people at the command line, and for ``Platform.client``: reads everything, asks nodes to act, writes
     what an operator decides (pauses, planned switchovers, fence notes, restores). It cannot write what
@@ -166,6 +166,7 @@ def _app_guest(names: Names, app: str, calls: Sequence[str]) -> _Guest:
         services=(
             names.key_subject(bucket, "kv.>"),
             names.key_subject(bucket, "lock.>"),
+            names.key_subject(bucket, "semaphore.>"),
             *_single_reads(stream),
             *(names.call_subjects(each) for each in called),
         ),

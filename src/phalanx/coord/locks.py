@@ -1,16 +1,17 @@
-"""The app's locks: the keys under ``lock.`` of its bucket, held through the node's session.
+"""Locks and semaphores: keys of an app's bucket, or the platform's, held through the node's session.
 
 What holds:
 
-* At most one holder at a time, among all tasks of all nodes. A lock is taken by compare-and-set when it
-  was released, when its holder's session is over (for everybody, for good), or, for a lock held in an active
-  section (``ctx.lock``), when another epoch has begun. So a dead host costs the session's TTL, and a
-  crashed process nothing to speak of.
+* At most one holder of a lock at a time, at most *permits* of a semaphore, among all tasks of all nodes. A
+  permit is granted by compare-and-set when it was released, when its holder's session is over (for everybody,
+  for good), or, for one held in an active section (``ctx.lock``), when another epoch has begun. So a dead
+  host costs the session's TTL, and a crashed process nothing to speak of.
 * ``held.token`` is a fencing token: it only grows, also over releases, restarts and expiry. Give it to what
   the lock protects, where that can refuse an older one. The server refuses ``ctx.lock`` under an old epoch.
 * A holder that is cut off loses the lock with its session: ``held.lost`` is set, ``held.check()`` raises.
   Leaving ``async with`` then raises LockLost, unless the body raises by itself.
-* Tasks of one node wait in line; between nodes it is open who is next. Locks are not reentrant.
+* First come, first served, among all tasks of all nodes: who waits stands in a queue in the key itself, and
+  whoever releases hands over to the first of it. Locks are not reentrant.
 * Nothing is left behind: an acquisition that is given up or cancelled while NATS does not answer is settled
   in the background, until that is done or the session ends.
 """
@@ -18,112 +19,113 @@ What holds:
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import itertools
 import logging
-import random
 import secrets
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
-
-import msgspec
 
 from phalanx import system
-from phalanx.aio import Background
+from phalanx.aio import Background, wait_at_most
 from phalanx.coord.codec import check_key
-from phalanx.coord.lock_key import Holder, HoldingSession, LockKey, Parts, Sessions
-from phalanx.coord.lock_status import LockStatus, LockWaiter, Waiting, all_statuses, status_of
-from phalanx.errors import (
-    BusError,
-    BusTimeout,
-    BusUnavailable,
-    ConfigError,
-    Fenced,
-    LockLost,
-    LockTimeout,
-    SessionLost,
-    WrongRevision,
-)
+from phalanx.coord.lock_body import Kind
+from phalanx.coord.lock_key import Claim, HoldingSession, LockKey, Parts, Sessions
+from phalanx.coord.lock_status import LockHolder, LockStatus, LockWaiter, all_statuses, status_of
+from phalanx.decide.lock import Entry
+from phalanx.errors import ConfigError, LockLost, LockTimeout
 from phalanx.names import Names
 from phalanx.ports import Bus, Fence
 
-__all__ = ["HoldingSession", "Lock", "LockStatus", "LockWaiter", "Locks", "Sessions"]
+__all__ = [
+    "HoldingSession",
+    "Lock",
+    "LockHolder",
+    "LockStatus",
+    "LockWaiter",
+    "Locks",
+    "Semaphore",
+    "Sessions",
+]
 
 log = logging.getLogger("phalanx.locks")
-
-RETRY_SECONDS = 0.1
-SPREAD_SECONDS = 0.005
-"""Those who waited for the same lock try at slightly different moments."""
-
-RELEASED_KEPT_SECONDS = 86400
-"""After a release the key stays that long. Revisions grow without it too: they are the stream's."""
 
 RELEASE_SECONDS = 5.0
 """How long leaving a lock waits for NATS; after that the release goes on in the background."""
 
-_encode = msgspec.json.Encoder().encode
-_RELEASED = _encode(Holder())
-_RELEASED_HEADERS = {"Nats-Rollup": "sub"}
+MOST_PERMITS = 1000
+"""Of a semaphore: all its holders stand in one key."""
 
 
 class _Family:
     """What the locks of one app on one node share, whatever epoch they are taken under."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
-        self.turns: dict[str, _Turn] = {}
+    def __init__(
+        self, bus: Bus, names: Names, app: str | None, session: HoldingSession, register: Sessions
+    ) -> None:
+        self.mark = f"{secrets.token_hex(4)}-"
         self.settling = Background(log)
+        self.parts = Parts(bus, names, app, session, register, self.settling, self.mark)
+        self._numbers = itertools.count(1)
+        self._keys: dict[tuple[Kind, str], LockKey] = {}
 
+    def nonce(self) -> str:
+        """Of a new claim."""
+        return f"{self.mark}{next(self._numbers):x}"
 
-class _Turn:
-    """Whose turn it is in this process, for one name. Kept only while somebody has or wants it."""
+    def key(self, kind: Kind, name: str, permits: int) -> LockKey:
+        """The key of that name. Raises ConfigError where this process uses it with other *permits*."""
+        key = self._keys.get((kind, name))
+        if key is None:
+            key = self._keys[kind, name] = LockKey(self.parts, kind, name, permits, self._forget)
+        elif key.permits != permits:
+            if key.claims:
+                raise ConfigError(
+                    "permits",
+                    permits,
+                    f"semaphore {name} is used with {key.permits} permits in this process",
+                    "declare the same everywhere; it may change while nobody holds it or waits",
+                )
+            key.permits = permits
+        return key
 
-    def __init__(self, family: _Family, name: str) -> None:
-        self._turns, self._name = family.turns, name
-        self.waiting = Waiting(family.parts, name, family.settling)
-        self._lock = asyncio.Lock()
-        self._users = 0
+    def _forget(self, key: LockKey) -> None:
+        del self._keys[key.kind, key.name]
+        self.settling.spawn(key.close(), f"forget {key.name}")
 
-    async def take(self) -> None:
-        self._users += 1
-        try:
-            await self._lock.acquire()
-        except BaseException:
-            self._leave()
-            raise
-
-    def give_back(self) -> None:
-        self._lock.release()
-        self._leave()
-
-    def _leave(self) -> None:
-        self._users -= 1
-        if not self._users:
-            del self._turns[self._name]
+    async def close(self) -> None:
+        """Settle what was given up, for a few seconds at most; then let go of everything."""
+        deadline = system.now() + RELEASE_SECONDS
+        for key in list(self._keys.values()):
+            await key.settle(deadline)
+        for key in list(self._keys.values()):
+            await key.close()
+        self._keys.clear()
+        await self.settling.close(max(0.0, deadline - system.now()))
 
 
 class Lock:
-    """A lock that this task holds. Made by :meth:`Locks.acquire` and ``async with locks.lock(...)``."""
+    """A lock, or a permit of a semaphore, that this task holds. Made by :meth:`Locks.acquire` and
+    ``async with locks.lock(...)``."""
 
-    def __init__(self, family: _Family, key: LockKey, turn: _Turn, name: str, fence: Fence | None) -> None:
-        self._family, self._key, self._turn, self._fence = family, key, turn, fence
-        self.name = name
-        self._nonce = key.holder.nonce
-        self.token = key.revision
+    def __init__(self, key: LockKey, claim: Claim) -> None:
+        self._key, self._claim = key, claim
+        self.name = key.name
+        self.token = claim.token
         """The fencing token: larger than that of every earlier holder."""
-        self.lost = asyncio.Event()
-        """Set when the lock is gone: the session or the epoch ended, or the key was overwritten."""
-        self.lost_reason = ""
-        self._released: asyncio.Task[None] | None = None
-        key.changed = self._look
-        key.watch(leader=fence is not None)
-        self._look()
+        self.lost = claim.lost
+        """Set when the lock is gone: the session or the epoch ended, or it was taken away."""
+        self._released = False
+
+    @property
+    def lost_reason(self) -> str:
+        """Why it is lost; empty while it is not."""
+        return self._claim.lost_reason
 
     @property
     def is_held(self) -> bool:
         """Whether it is held at this very moment, by the clock of the session."""
-        self._look()
-        return self._released is None and not self.lost.is_set()
+        self._key.look()
+        return not self._released and self._claim.is_held
 
     @property
     def is_watched(self) -> bool:
@@ -133,52 +135,55 @@ class Lock:
     @property
     def is_released(self) -> bool:
         """Whether :meth:`release` was called."""
-        return self._released is not None
+        return self._released
 
     def check(self) -> None:
         """Raise LockLost if it is not held any more. Cheap: call it before each step that matters."""
         if not self.is_held:
             raise LockLost(self.name, self.lost_reason or "it was released")
 
-    def _look(self) -> None:
-        session = self._family.parts.session
-        if not session.is_valid:
-            self._lose(f"session {session.id} is over: {session.lost_reason or 'it ran out'}")
-        elif self._fence is not None and self._key.leader_revision > self._fence.revision:
-            self._lose(f"epoch {self._fence.revision} is over")
-        elif self._key.revision != self.token or self._key.holder.session != session.id:
-            self._lose(f"its key was overwritten, now held by {self._key.holder_text()}")
-
-    def _lose(self, reason: str) -> None:
-        if self._released is None and not self.lost.is_set():
-            self.lost_reason = reason
-            self.lost.set()
-            log.error("lock %s (token %d) is lost: %s", self.name, self.token, reason)
-
     async def release(self) -> None:
         """Give it up; twice is harmless. If NATS does not answer, this goes on in the background."""
-        if self._released is None:
-            self._released = self._family.settling.spawn(self._release(), f"release {self.name}")
-        # Cancelling the caller does not stop the release.
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._released), RELEASE_SECONDS)
+        if not self._released:
+            self._released = True
+            await self._key.remove(self._claim, RELEASE_SECONDS)
 
-    async def _release(self) -> None:
-        try:
-            await self._key.close()
-            await _settle(self._family.parts, self._key, self._nonce, self.token)
-        finally:
-            self._turn.give_back()
+
+class _Cancelling:
+    """Cancels the task of a block when its lock is lost."""
+
+    def __init__(self, held: Lock) -> None:
+        self._held, self._block = held, asyncio.current_task()
+        self.has_cancelled = False
+        self._watching = asyncio.create_task(self._watch(), name=f"loss of {held.name}")
+
+    async def _watch(self) -> None:
+        await self._held.lost.wait()
+        if self._block is not None and not self._held.is_released:
+            self.has_cancelled = True
+            self._block.cancel()
+
+    async def close(self) -> None:
+        """The block is over."""
+        self._watching.cancel()
+        await asyncio.gather(self._watching, return_exceptions=True)
+
+    @property
+    def is_sole_reason(self) -> bool:
+        """Whether the block's task was cancelled by this, and by nobody else; takes that back."""
+        return self.has_cancelled and self._block is not None and self._block.uncancel() == 0
 
 
 class Locks:
-    """The locks of one app on one node, for one session.
+    """The locks and semaphores of one app (None: of the platform) on one node, for one session.
 
-    With :meth:`under` a fence the lock is taken only while that epoch lasts, and ends with it.
+    With :meth:`under` a fence a lock is taken only while that epoch lasts, and ends with it.
     """
 
-    def __init__(self, bus: Bus, names: Names, app: str, session: HoldingSession, register: Sessions) -> None:
-        self._family = _Family(Parts(bus, names, app, session, register))
+    def __init__(
+        self, bus: Bus, names: Names, app: str | None, session: HoldingSession, register: Sessions
+    ) -> None:
+        self._family = _Family(bus, names, app, session, register)
         self._fence: Fence | None = None
         self._epoch = 0
 
@@ -189,19 +194,15 @@ class Locks:
         return locks
 
     @asynccontextmanager
-    async def lock(self, name: str, *, timeout: float = 10.0) -> AsyncGenerator[Lock]:
+    async def lock(self, name: str, *, timeout: float = 10.0, cancel: bool = False) -> AsyncGenerator[Lock]:
         """Hold the lock in the block: ``async with locks.lock("migrate", timeout=10) as held``.
 
         Raises what :meth:`acquire` raises; LockLost at the end of a block that went well although the lock
-        was lost meanwhile.
+        was lost meanwhile. *cancel*: the block is cancelled as soon as the lock is lost, which raises
+        LockLost.
         """
-        held = await self.acquire(name, timeout=timeout)
-        try:
+        async with _block(await self.acquire(name, timeout=timeout), cancel=cancel) as held:
             yield held
-            if not held.is_released:
-                held.check()
-        finally:
-            await held.release()
 
     async def acquire(self, name: str, *, timeout: float = 10.0) -> Lock:
         """Take the lock, waiting at most *timeout* seconds (0: only if it is free; inf: for ever).
@@ -210,179 +211,106 @@ class Locks:
         ConfigError; BusError when NATS did not answer to the end, or refuses.
         """
         check_key(name, what="lock")
+        return await self._take(Kind.LOCK, name, 1, timeout)
+
+    def semaphore(self, name: str, *, permits: int) -> Semaphore:
+        """The semaphore with that name: at most *permits* (1 to 1000) are held at a time. Raises
+        ConfigError."""
+        return Semaphore(lambda: self, name, permits)
+
+    async def _take(self, kind: Kind, name: str, permits: int, timeout: float) -> Lock:
         number = isinstance(timeout, int | float)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not number or not timeout >= 0:
             raise ConfigError("timeout", timeout, "is no time to wait", "give seconds, 0 or more")
         deadline = system.now() + timeout
-        turn = self._family.turns.get(name)
-        if turn is None:
-            turn = self._family.turns[name] = _Turn(self._family, name)
-        with turn.waiting:
-            try:
-                async with asyncio.timeout(timeout if timeout < float("inf") else None):
-                    await turn.take()
-            except TimeoutError:
-                raise LockTimeout(name, timeout, f"{self._family.parts.session.id} (this node)") from None
-            claim = _Claim(self._family, turn, name, self._fence, self._epoch)
-            try:
-                return await claim.run(deadline, timeout)
-            except BaseException:
-                claim.give_up()
-                raise
+        key = self._family.key(kind, name, permits)
+        entry = Entry(self._family.parts.session.id, self._family.nonce(), self._epoch, 0, system.wall())
+        claim = Claim(entry, self._fence, only_now=timeout == 0)
+        try:
+            await key.add(claim)
+            while claim.waits:
+                left = deadline - system.now()
+                # One that does not wait is answered by the first attempt that comes to something, or to
+                # nothing.
+                if left <= 0 and not claim.only_now:
+                    raise key.problem or LockTimeout(name, timeout, key.holder_text())
+                await wait_at_most(claim.settled, left if 0 < left < float("inf") else None)
+            if claim.error is not None:
+                raise claim.error
+            await key.confirm(claim)
+        except BaseException:
+            key.drop(claim)
+            raise
+        return Lock(key, claim)
 
     async def holder(self, name: str) -> LockStatus | None:
-        """Who holds the lock, and which nodes have waited for it for a second or more; None if it is free.
+        """Who holds the lock, and who waits for it; None if it is free.
 
         The stream's leader is asked; it is for people and monitoring: what it tells may be over when it
         arrives. A holder that has died is shown until its session is known to be over. Raises ConfigError,
         BusError.
         """
-        return await status_of(self._family.parts, check_key(name, what="lock"))
+        return await status_of(self._family.parts, Kind.LOCK, check_key(name, what="lock"))
 
     async def held(self) -> list[LockStatus]:
-        """All of the app's locks that are held, by name; may be some milliseconds behind. See :meth:`holder`.
-        Raises BusError."""
+        """All locks and semaphores that are held, by name; may be some milliseconds behind. See
+        :meth:`holder`. Raises BusError."""
         return await all_statuses(self._family.parts)
+
+    async def is_current(self, name: str, token: int) -> bool:
+        """Whether *token* is that of the lock's present holder, by the word of the stream's leader: for what
+        is given tokens, and has not seen a later one. Raises ConfigError, BusError."""
+        found = await self.holder(name)
+        return found is not None and token in [each.token for each in found.holders]
 
     async def close(self) -> None:
         """Wait until what was released or given up is settled: at most a few seconds, then leave it."""
-        await self._family.settling.close(RELEASE_SECONDS)
+        await self._family.close()
 
 
-class _Claim:
-    """One attempt to get a lock: from this task's turn until it holds the key, or gives up."""
+class Semaphore:
+    """At most ``permits`` holders at a time, among all tasks of all nodes:
+    ``async with semaphore.hold(timeout=30) as held``. Each holder is a :class:`Lock` with a token of its
+    own."""
 
-    def __init__(self, family: _Family, turn: _Turn, name: str, fence: Fence | None, epoch: int) -> None:
-        self._family, self._turn, self._name, self._fence = family, turn, name, fence
-        self._parts = family.parts
-        self._epoch = epoch
-        self._changed = asyncio.Event()
-        self._key = LockKey(family.parts, name, self._changed.set)
-        self._nonce = secrets.token_hex(8)
-        self._in_doubt: int | None = None
-        """The revision that a write of ours, whose outcome is not known, expected."""
-        self._problem: BusError | None = None
-        self._key.open()
-
-    async def run(self, deadline: float, timeout: float) -> Lock:
-        waited = False
-        await self._try(self._key.read)
-        while True:
-            self._check_right()
-            self._changed.clear()
-            if self._problem is None and (self._is_mine or self._key.is_free):
-                if waited and not self._is_mine:
-                    await asyncio.sleep(random.uniform(0, SPREAD_SECONDS))
-                if self._is_mine or (self._key.is_free and await self._try(self._take)):
-                    return Lock(self._family, self._key, self._turn, self._name, self._fence)
-            left = deadline - system.now()
-            if left <= 0:
-                raise self._problem or LockTimeout(self._name, timeout, self._key.holder_text())
-            self._key.watch(leader=self._fence is not None or bool(self._key.holder.epoch))
-            await self._wait(left)
-            waited = True
-            if self._problem is not None:
-                await self._try(self._key.read)
-
-    @property
-    def _is_mine(self) -> bool:
-        return self._key.holder.nonce == self._nonce
-
-    def _check_right(self) -> None:
-        session = self._parts.session
-        if not session.is_valid:
-            raise SessionLost(str(session.id), session.lost_reason or "it ran out")
-        if self._fence is not None and self._key.leader_revision > self._fence.revision:
-            raise Fenced(self._parts.app, self._epoch)
-
-    async def _try(self, step: Any) -> bool:
-        """Do *step*; when NATS does not answer, note it: it is tried again until the deadline."""
-        self._problem = None
-        try:
-            return bool(await step())
-        except (BusUnavailable, BusTimeout) as error:
-            self._problem = error
-            return False
-
-    async def _wait(self, left: float) -> None:
-        """Until something changed; for a moment only, when NATS does not answer or a write was refused."""
-        if self._problem is not None or self._key.is_free:
-            await asyncio.sleep(min(left, RETRY_SECONDS * random.uniform(0.1, 1)))
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(left if left < float("inf") else None):
-                await self._changed.wait()
-
-    async def _take(self) -> bool:
-        """Write the key as ours. False: somebody else did, or it is not clear; look again."""
-        holder = Holder(self._parts.session.id, self._nonce, self._epoch)
-        expect = self._in_doubt = self._key.revision
-        try:
-            revision = await self._parts.bus.write(
-                self._key.subject, _encode(holder), expect=expect, fence=self._fence
+    def __init__(self, locks: Callable[[], Locks], name: str, permits: int) -> None:
+        check_key(name, what="semaphore")
+        whole = isinstance(permits, int) and not isinstance(permits, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not whole or not 1 <= permits <= MOST_PERMITS:
+            raise ConfigError(
+                "permits", permits, "is no number of permits", f"give a whole number from 1 to {MOST_PERMITS}"
             )
-        except (WrongRevision, BusTimeout) as error:
-            # Neither proves anything about who wrote: the nonce does.
-            await self._key.read()
-            if self._key.revision != expect and not self._is_mine:
-                self._in_doubt = None  # whatever is still on its way will be refused
-            await self._check_fence()
-            if self._in_doubt is not None and not self._is_mine and isinstance(error, BusTimeout):
-                raise
-            return self._is_mine
-        except BusUnavailable:
-            raise
-        except BusError:
-            self._in_doubt = None
-            raise
-        self._in_doubt = None
-        self._key.learn(revision, holder)
-        return self._is_mine
+        self._locks, self.name, self.permits = locks, name, permits
 
-    async def _check_fence(self) -> None:
-        if self._fence is not None and await self._key.read_leader() != self._fence.revision:
-            raise Fenced(self._parts.app, self._epoch)
+    @asynccontextmanager
+    async def hold(self, *, timeout: float = 10.0, cancel: bool = False) -> AsyncGenerator[Lock]:
+        """Hold a permit in the block. See :meth:`Locks.lock`."""
+        async with _block(await self.acquire(timeout=timeout), cancel=cancel) as held:
+            yield held
 
-    def give_up(self) -> None:
-        """Leave nothing behind, also of a write that is still on its way."""
-        self._family.settling.spawn(self._abandon(), f"give up {self._name}")
+    async def acquire(self, *, timeout: float = 10.0) -> Lock:
+        """Take a permit. See :meth:`Locks.acquire`; raises ConfigError also where the semaphore is held, or
+        waited for, with another number of permits."""
+        return await self._locks()._take(Kind.SEMAPHORE, self.name, self.permits, timeout)  # pyright: ignore[reportPrivateUsage]
 
-    async def _abandon(self) -> None:
-        try:
-            await self._key.close()
-            if self._in_doubt is not None:
-                await _settle(self._parts, self._key, self._nonce, self._in_doubt)
-        finally:
-            self._turn.give_back()
+    async def holders(self) -> LockStatus | None:
+        """Who holds permits, and who waits; None if nobody does. See :meth:`Locks.holder`."""
+        return await status_of(self._locks()._family.parts, Kind.SEMAPHORE, self.name)  # pyright: ignore[reportPrivateUsage]
 
 
-async def _settle(parts: Parts, key: LockKey, nonce: str, revision: int) -> None:
-    """Make sure that *nonce* does not hold the key, and will not: write it free over *revision*.
-
-    If a write of that nonce which expected *revision* is still on its way, the server refuses it then.
-    Tries until the session ends, since with it whatever we hold ends too.
-    """
-    while parts.session.is_valid:
-        try:
-            try:
-                await parts.bus.write(
-                    key.subject,
-                    _RELEASED,
-                    expect=revision,
-                    headers=_RELEASED_HEADERS,
-                    ttl_seconds=RELEASED_KEPT_SECONDS,
-                )
-            except WrongRevision:
-                await key.read()
-                if key.revision != revision and key.holder.nonce != nonce:
-                    return
-                revision = key.revision
-                continue
-        except BusError as error:
-            if not isinstance(error, BusUnavailable | BusTimeout):
-                log.error("lock %s cannot be released: %s", key.subject, error)
-                return
-            log.debug("lock %s: not settled yet: %s", key.subject, error)
-            await asyncio.sleep(RETRY_SECONDS)
-            continue
-        return
+@asynccontextmanager
+async def _block(held: Lock, *, cancel: bool) -> AsyncGenerator[Lock]:
+    """The block in which *held* is held."""
+    cancelling = _Cancelling(held) if cancel else None
+    try:
+        yield held
+        if not held.is_released:
+            held.check()
+    except asyncio.CancelledError:
+        if cancelling is not None and cancelling.is_sole_reason:
+            raise LockLost(held.name, held.lost_reason) from None
+        raise
+    finally:
+        if cancelling is not None:
+            await cancelling.close()
+        await held.release()

@@ -24,6 +24,7 @@ from phalanx.config import EmbeddedNats, NatsOptions, PlatformConfig
 from phalanx.control import Control
 from phalanx.coord.fencer import Fencer
 from phalanx.coord.hold import Holds
+from phalanx.coord.locks import Locks
 from phalanx.coord.membership import PlatformState
 from phalanx.coord.register import Register
 from phalanx.coord.repair import Repair
@@ -105,6 +106,11 @@ class Node:
     def session(self) -> Session | None:
         """The present one."""
         return self._sessions.current if self._sessions is not None else None
+
+    @property
+    def locks(self) -> Locks | None:
+        """The platform's locks; None while no session serves."""
+        return self._sessions.locks if self._sessions is not None else None
 
     @property
     def has_started(self) -> bool:

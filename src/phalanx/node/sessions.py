@@ -14,6 +14,7 @@ from phalanx.aio import Background, wait_at_most
 from phalanx.app import NodeApp
 from phalanx.config import NatsOptions, PlatformConfig
 from phalanx.coord.hold import Holds
+from phalanx.coord.locks import Locks
 from phalanx.coord.membership import PlatformState
 from phalanx.coord.register import Register
 from phalanx.coord.session import Session
@@ -74,6 +75,8 @@ class Sessions:
         self._background, self._describe, self._use_streams = background, describe, use_streams
         self._holds, self._on_renewed = holds, on_renewed
         self.current: Session | None = None
+        self.locks: Locks | None = None
+        """The platform's locks, held through the present one while it serves."""
         self.has_started = False
         """Whether there was one that served."""
         self.is_serving = False
@@ -228,6 +231,7 @@ class Sessions:
             self._apps.values(), session, self._holds, self._timing, self._watched, self._journal
         )
         guard = asyncio.create_task(watch.run(), name="guard")
+        self.locks = locks = Locks(self._bus, self._names, None, session, self._register)
         self.is_serving = self.has_started = True
         if started is not None and not started.done():
             started.set_result(None)
@@ -246,6 +250,8 @@ class Sessions:
             for task in serving:
                 task.cancel()
             await asyncio.gather(guard, *serving, return_exceptions=True)
+            self.locks = None
+            await locks.close()
 
     def on_stuck(self, app: str, reason: str) -> None:
         """A section does not end: give it some time, hand the other apps over, then end the node."""
