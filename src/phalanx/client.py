@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -26,6 +27,8 @@ from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.client_caller import caller, record
 from phalanx.client_db import DatabaseClient
+from phalanx.client_lock_views import LockViews
+from phalanx.client_locks import ClientLocks, ClientSessions, SyncLock, held_by_thread
 from phalanx.client_operator import OperatorClient
 from phalanx.client_pause import PauseClient, PauseDone
 from phalanx.client_request import ask_active
@@ -36,6 +39,7 @@ from phalanx.config import NatsOptions
 from phalanx.control import StepDownRequest
 from phalanx.coord.admission import forget_member
 from phalanx.coord.election import read_leader
+from phalanx.coord.locks import Lock, Semaphore
 from phalanx.decide.pause import pause_of
 from phalanx.decide.session import StreamList
 from phalanx.errors import (
@@ -90,6 +94,7 @@ class PlatformClient:
         self._bus: NatsBus | None = None
         self._caller: Caller | None = None
         self._thread: LoopThread | None = None
+        self._sessions: ClientSessions | None = None
 
     async def __aenter__(self) -> Self:
         self._bus = await NatsBus.connect(
@@ -100,6 +105,9 @@ class PlatformClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        sessions, self._sessions = self._sessions, None
+        if sessions is not None:
+            await sessions.close()
         caller, self._caller = self._caller, None
         if caller is not None:
             await caller.close()
@@ -146,6 +154,28 @@ class PlatformClient:
     def api(self, app: str) -> Api:
         """The calls of *app*, to be made inside the ``async with``. Raises ConfigError."""
         return Api(app, self._calls)
+
+    def locks(self, app: str | None = None) -> ClientLocks:
+        """The locks and semaphores of *app* (None: of the platform), held through a session of this client,
+        which begins with the first of them. Inside the ``async with``; see docs/kv-and-locks.md."""
+        if self._sessions is None:
+            self._sessions = ClientSessions(lambda: self.bus, self.names)
+        return ClientLocks(self._sessions, app)
+
+    def lock(
+        self, name: str, *, app: str | None = None, timeout: float = 10.0, cancel: bool = False
+    ) -> AbstractAsyncContextManager[Lock]:
+        """Hold a lock: ``async with client.lock("x") as held``. See :meth:`locks`."""
+        return self.locks(app).lock(name, timeout=timeout, cancel=cancel)
+
+    def semaphore(self, name: str, *, permits: int, app: str | None = None) -> Semaphore:
+        """A semaphore: ``async with client.semaphore("x", permits=3).hold() as held``. See :meth:`locks`."""
+        return self.locks(app).semaphore(name, permits=permits)
+
+    @property
+    def lock_views(self) -> LockViews:
+        """Who holds locks and waits for them, and taking one away by force."""
+        return LockViews(self)
 
     def _calls(self) -> Caller:
         bus = self.bus
@@ -394,6 +424,19 @@ class SyncClient:
     def api(self, app: str) -> SyncApi:
         """The calls of *app*. Raises ConfigError."""
         return SyncApi(self.client.api(app), self._thread)
+
+    def lock(
+        self, name: str, *, app: str | None = None, timeout: float = 10.0
+    ) -> AbstractContextManager[SyncLock]:
+        """Hold a lock: ``with client.lock("x") as held``. See :meth:`PlatformClient.locks`."""
+        return held_by_thread(lambda: self.client.lock(name, app=app, timeout=timeout), self._thread)
+
+    def semaphore(
+        self, name: str, *, permits: int, app: str | None = None, timeout: float = 10.0
+    ) -> AbstractContextManager[SyncLock]:
+        """Hold a permit: ``with client.semaphore("x", permits=3) as held``."""
+        semaphore = self.client.semaphore(name, permits=permits, app=app)
+        return held_by_thread(lambda: semaphore.hold(timeout=timeout), self._thread)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Anything else: ``client.run(client.client.nodes())``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import msgspec
@@ -76,14 +76,22 @@ async def live_members(bus: Bus, names: Names, state: PlatformBucket) -> set[str
     streams = state.streams
     if streams is None:
         return set(state.members)
+    is_over = await ended_sessions(bus, names, streams)
+    return {node for node, member in state.members.items() if not is_over(str(member.session))}
+
+
+async def ended_sessions(bus: Bus, names: Names, streams: StreamList | None) -> Callable[[str], bool]:
+    """Tells of a session whether a majority of session streams ends or lacks it."""
+    if streams is None:
+        return lambda session: False
     bodies = await asyncio.gather(*(_sessions(bus, names, stream) for stream in streams.all_streams))
     by_stream = dict(zip(streams.all_streams, bodies, strict=True))
-    live: set[str] = set()
-    for node, member in state.members.items():
-        gone = [s for s, held in by_stream.items() if held is not None and str(member.session) not in held]
-        if not streams.has_majority(gone):
-            live.add(node)
-    return live
+
+    def is_over(session: str) -> bool:
+        gone = [s for s, held in by_stream.items() if held is not None and session not in held]
+        return streams.has_majority(gone)
+
+    return is_over
 
 
 async def _sessions(bus: Bus, names: Names, stream: str) -> set[str] | None:
@@ -100,4 +108,4 @@ async def _sessions(bus: Bus, names: Names, stream: str) -> set[str] | None:
     return held
 
 
-__all__ = ["PlatformBucket", "decoded", "live_members"]
+__all__ = ["PlatformBucket", "decoded", "ended_sessions", "live_members"]

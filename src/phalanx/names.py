@@ -186,6 +186,11 @@ class Names:
         return f"{CANDIDATE_KEYS}.{node}"
 
     @staticmethod
+    def lock_key(kind: str, name: str) -> str:
+        """Who holds that lock or semaphore of the app, or the platform, in whose bucket this key lies."""
+        return f"{kind}.{name}"
+
+    @staticmethod
     def ring_member_key(node: str) -> str:
         """A node's offer to own partitions of the ring in whose bucket this key lies."""
         return f"{RING_KEYS}.member.{node}"

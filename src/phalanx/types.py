@@ -175,6 +175,8 @@ class Member(msgspec.Struct, frozen=True):
     apps: tuple[str, ...] = ()
     http: str = ""
     nats_server: str = ""
+    ttl_seconds: float = 0.0
+    """How long its sessions last without a renewal; 0: it does not say."""
 
 
 class DatabaseState(msgspec.Struct, frozen=True):

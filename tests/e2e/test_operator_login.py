@@ -24,7 +24,6 @@ FORBIDDEN = (
     "$KV.test_wiki.election.leader",
     "$KV.test_wiki.election.candidate.n1",
     "$KV.test_wiki.kv.x",
-    "$KV.test_wiki.lock.x",
     "$KV.test_platform.identity",
     "$KV.test_platform.sessions",
     "$KV.test_platform.app.wiki",

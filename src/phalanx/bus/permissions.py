@@ -9,8 +9,8 @@
     bucket, never ``election.`` keys: who leads is the nodes' business. May read the whole bucket.
 ``<platform>-operator``, in an account of its own
     For people at the command line, and for ``Platform.client``: reads everything, asks nodes to act, writes
-    what an operator decides (pauses, planned switchovers, fence notes, restores). It cannot write what
-    nodes decide: leader keys, candidacies, sessions, logs; nor make or delete streams.
+    what an operator decides (pauses, planned switchovers, fence notes, restores, locks that are taken away).
+    It cannot write what nodes decide: leader keys, candidacies, sessions, logs; nor make or delete streams.
 ``<platform>-viewer``, in an account of its own
     For dashboards: reads the platform's state and audit log.
 
@@ -207,6 +207,12 @@ def _operator_guest(names: Names, apps: Sequence[str]) -> _Guest:
         services=(
             *(names.key_subject(names.platform_bucket, key) for key in kept),
             *(names.key_subject(names.app_bucket(app), _RESTORE_KEY) for app in apps),
+            # To take them away by force.
+            *(
+                names.key_subject(bucket, names.lock_key(kind, ">"))
+                for bucket in (names.platform_bucket, *(names.app_bucket(app) for app in apps))
+                for kind in ("lock", "semaphore")
+            ),
             *(names.object_entries(bucket) for bucket in objects),
             *(names.call_subjects(app) for app in apps),
             names.audit_subjects,

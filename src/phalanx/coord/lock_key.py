@@ -52,8 +52,9 @@ UNWATCHED_SECONDS = 0.02
 IDLE_SECONDS = 10.0
 """A key that nobody here wants is still watched for so long: taking it again costs one round trip then."""
 
-RELEASED_KEPT_SECONDS = 86400
-"""After a release the key stays that long. Revisions grow without it too: they are the stream's."""
+RELEASED_KEPT_SECONDS = 3600
+"""After a release the key stays that long: longer than any write that expects none can be on its way.
+Revisions grow without it too: they are the stream's."""
 
 MOST_QUEUED = 128
 """So many tasks of a session stand in a queue at once; those beyond come after them."""
@@ -164,7 +165,7 @@ class LockKey:
     ) -> None:
         self._parts, self.kind, self.name, self.permits = parts, kind, name, permits
         self._on_unused = on_unused
-        self.subject = parts.subject(f"{kind}.{name}")
+        self.subject = parts.subject(parts.names.lock_key(kind, name))
         self.revision = 0
         self.state = LockState()
         self.leader_revision = 0
@@ -603,7 +604,7 @@ class LockKey:
         """Have changes brought here from now on; those of the leader key, too, where a claim needs that."""
         if self._closed:
             return
-        self._start(f"{self.kind}.{self.name}", self._on_record)
+        self._start(self._parts.names.lock_key(self.kind, self.name), self._on_record)
         entries = (*self.state.holders, *self.state.queue)
         if any(each.epoch for each in entries) or any(c.fence is not None for c in self.claims.values()):
             self._start(LEADER_KEY, self._on_leader)

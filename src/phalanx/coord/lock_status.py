@@ -72,7 +72,7 @@ class LockStatus(msgspec.Struct, frozen=True):
 
 async def status_of(parts: Parts, kind: Kind, name: str) -> LockStatus | None:
     """Who holds it, by the word of the stream's leader. Raises BusError."""
-    record = await parts.bus.read(parts.stream, parts.subject(f"{kind}.{name}"))
+    record = await parts.bus.read(parts.stream, parts.subject(parts.names.lock_key(kind, name)))
     if record is None:
         return None
     found = await _statuses(parts, kind, [record])
@@ -84,14 +84,16 @@ async def all_statuses(parts: Parts) -> list[LockStatus]:
     found: list[LockStatus] = []
     for kind in Kind:
         found += await _statuses(
-            parts, kind, await parts.bus.snapshot(parts.stream, parts.subject(f"{kind}.>"))
+            parts,
+            kind,
+            await parts.bus.snapshot(parts.stream, parts.subject(parts.names.lock_key(kind, ">"))),
         )
     return sorted(found, key=lambda each: (each.name, each.kind))
 
 
 async def _statuses(parts: Parts, kind: Kind, records: list[Record]) -> list[LockStatus]:
     states = {
-        record.subject.removeprefix(parts.subject(f"{kind}.")): decode_state(kind, record)
+        record.subject.removeprefix(parts.subject(parts.names.lock_key(kind, ""))): decode_state(kind, record)
         for record in records
     }
     epoch = 0

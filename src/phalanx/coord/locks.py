@@ -24,6 +24,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from typing import Protocol
 
 from phalanx import system
 from phalanx.aio import Background, wait_at_most
@@ -211,14 +212,15 @@ class Locks:
         ConfigError; BusError when NATS did not answer to the end, or refuses.
         """
         check_key(name, what="lock")
-        return await self._take(Kind.LOCK, name, 1, timeout)
+        return await self.take(Kind.LOCK, name, 1, timeout)
 
     def semaphore(self, name: str, *, permits: int) -> Semaphore:
         """The semaphore with that name: at most *permits* (1 to 1000) are held at a time. Raises
         ConfigError."""
         return Semaphore(lambda: self, name, permits)
 
-    async def _take(self, kind: Kind, name: str, permits: int, timeout: float) -> Lock:
+    async def take(self, kind: Kind, name: str, permits: int, timeout: float) -> Lock:
+        """See :meth:`acquire`, of either kind. *name* and *permits* have been checked."""
         number = isinstance(timeout, int | float)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not number or not timeout >= 0:
             raise ConfigError("timeout", timeout, "is no time to wait", "give seconds, 0 or more")
@@ -250,7 +252,11 @@ class Locks:
         arrives. A holder that has died is shown until its session is known to be over. Raises ConfigError,
         BusError.
         """
-        return await status_of(self._family.parts, Kind.LOCK, check_key(name, what="lock"))
+        return await self.status(Kind.LOCK, check_key(name, what="lock"))
+
+    async def status(self, kind: Kind, name: str) -> LockStatus | None:
+        """See :meth:`holder`, of either kind."""
+        return await status_of(self._family.parts, kind, name)
 
     async def held(self) -> list[LockStatus]:
         """All locks and semaphores that are held, by name; may be some milliseconds behind. See
@@ -268,12 +274,19 @@ class Locks:
         await self._family.close()
 
 
+class Source(Protocol):
+    """Where a semaphore takes its permits from: :class:`Locks`, or a client's."""
+
+    async def take(self, kind: Kind, name: str, permits: int, timeout: float) -> Lock: ...
+    async def status(self, kind: Kind, name: str) -> LockStatus | None: ...
+
+
 class Semaphore:
     """At most ``permits`` holders at a time, among all tasks of all nodes:
     ``async with semaphore.hold(timeout=30) as held``. Each holder is a :class:`Lock` with a token of its
     own."""
 
-    def __init__(self, locks: Callable[[], Locks], name: str, permits: int) -> None:
+    def __init__(self, locks: Callable[[], Source], name: str, permits: int) -> None:
         check_key(name, what="semaphore")
         whole = isinstance(permits, int) and not isinstance(permits, bool)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not whole or not 1 <= permits <= MOST_PERMITS:
@@ -291,11 +304,11 @@ class Semaphore:
     async def acquire(self, *, timeout: float = 10.0) -> Lock:
         """Take a permit. See :meth:`Locks.acquire`; raises ConfigError also where the semaphore is held, or
         waited for, with another number of permits."""
-        return await self._locks()._take(Kind.SEMAPHORE, self.name, self.permits, timeout)  # pyright: ignore[reportPrivateUsage]
+        return await self._locks().take(Kind.SEMAPHORE, self.name, self.permits, timeout)
 
     async def holders(self) -> LockStatus | None:
         """Who holds permits, and who waits; None if nobody does. See :meth:`Locks.holder`."""
-        return await status_of(self._locks()._family.parts, Kind.SEMAPHORE, self.name)  # pyright: ignore[reportPrivateUsage]
+        return await self._locks().status(Kind.SEMAPHORE, self.name)
 
 
 @asynccontextmanager

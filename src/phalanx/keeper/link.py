@@ -68,12 +68,13 @@ class NodeLink:
         """Of a session that is valid: what is new of it."""
         if self._transport is None:
             return
-        if not self._is_told:
-            self._is_told = True
-            self.say(wire.Established())
         if renewer.holder.valid_until > self._told:
             self._told = renewer.holder.valid_until
             self.say(wire.ValidUntil(self._told, renewer.renewals))
+        # After that: a node that goes on once it is established may use the session at once.
+        if not self._is_told:
+            self._is_told = True
+            self.say(wire.Established())
 
     def _note_gone(self, reason: str) -> None:
         if self.gone is None:

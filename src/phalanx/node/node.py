@@ -392,6 +392,7 @@ class Node:
             tuple(self.apps),
             self.http_address,
             self._local_server or self.bus.server_name,
+            self.timing.ttl,
         )
 
     def _move_alarm(self) -> None:
