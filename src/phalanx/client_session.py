@@ -31,6 +31,9 @@ from phalanx.types import SessionId
 log = logging.getLogger("phalanx.session")
 
 START_SECONDS = 10.0
+"""How long reading the platform's state may take."""
+
+ESTABLISH_SECONDS = 4.0
 """How long a session may take to begin, besides its TTL."""
 
 RELEASE_SECONDS = 2.0
@@ -109,7 +112,7 @@ class ClientSession:
         )
         self._state.on_streams(self._use_streams)
         self._tasks.append(asyncio.create_task(self._renew(self._renewer), name="client session"))
-        if not await wait_at_most(self._established, START_SECONDS + self._timing.ttl):
+        if not await wait_at_most(self._established, ESTABLISH_SECONDS + self._timing.ttl):
             raise StartError(
                 f"no session for the locks of this client: {self.lost_reason or 'nobody takes its renewals'}",
                 "log in as the nodes do: other logins may not write sessions",
