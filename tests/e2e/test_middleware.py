@@ -214,3 +214,29 @@ async def test_trace_goes_through_a_call_and_the_calls_of_its_handler(
     assert failed["rpc.response.status_code"] == "failed"
     nobody = spans.one("plain/echo", SpanKind.CLIENT)
     assert (nobody.attributes or {})["error.type"] == "no-handlers"
+
+
+async def test_failover_is_traced_by_the_node_that_takes_over(
+    nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """n1 hands over to n2: one trace with the steps of both, and a first one of n1's own beginning."""
+    monkeypatch.setattr("phalanx.observe.failover_spans.LOOK_EVERY_SECONDS", 0.05)
+    spans = Spans(monkeypatch)
+    platforms = {name: Platform("test", node=name, nats=nats_server.urls, data_dir=str(tmp_path / name),
+                                http={"enabled": False}) for name in ("n1", "n2")}  # fmt: skip
+    apps = {name: platform.app("orders") for name, platform in platforms.items()}
+    async with running(platforms["n1"]), platforms["n2"]:
+        await until(lambda: any(c.eligible and c.session.node == "n2" for c in apps["n1"].candidates()))
+        await apps["n1"].step_down(to="n2")
+        await platforms["n2"].wait_for_role("orders", Role.ACTIVE)
+        await until(lambda: spans.ended("failover orders"))
+        epoch = apps["n2"].epoch
+    span = spans.one("failover orders")
+    said = span.attributes or {}
+    assert (said["phalanx.previous"], said["phalanx.node"], said["phalanx.epoch"]) == ("n1", "n2", epoch)
+    assert said["phalanx.how"] == "released"
+    assert span.context is not None
+    inside = [each for each in spans.ended() if each.parent and each.parent.span_id == span.context.span_id]
+    assert "key taken" in {each.name for each in inside}
+    assert {(event.attributes or {})["phalanx.node"] for event in span.events} >= {"n1", "n2"}
+    assert spans.ended("activation orders")

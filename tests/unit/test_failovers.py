@@ -5,7 +5,12 @@ from __future__ import annotations
 from itertools import count
 from typing import Any
 
+import pytest
+from opentelemetry.trace import StatusCode
+from tests.spans import Spans
+
 from phalanx.observe.audit import AuditEntry
+from phalanx.observe.failover_spans import trace_failover
 from phalanx.observe.failovers import failovers
 
 _numbers = count()
@@ -112,3 +117,32 @@ def test_entries_of_an_older_version_give_what_they_have() -> None:
     [found] = failovers(old, "wiki")
     assert (found.previous, found.outcome, found.healthy_seconds) == ("", "active", None)
     assert failovers(old, "other") == []
+
+
+def test_trace_of_a_failover_has_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One span from the end that was seen to the first healthy answer; what took its time is inside of it."""
+    spans = Spans(monkeypatch)
+    for found in failovers([*FIRST, *CRASH, *HAND_OVER]):
+        trace_failover(found)
+    assert spans.one("activation wiki").parent is None
+    crash, failed = spans.ended("failover wiki")
+    assert (crash.start_time, crash.end_time) == (99_900_000_000, 100_500_000_000)
+    assert crash.context is not None
+    inside = [each for each in spans.ended() if each.parent and each.parent.span_id == crash.context.span_id]
+    assert [each.name for each in inside] == [
+        "key taken",
+        "step promote",
+        "step ready",
+        "active",
+        "first-healthy",
+    ]
+    assert [event.name for event in crash.events] == ["fenced", "session over, seen", "database-promoted"]
+    attributes = crash.attributes or {}
+    assert (attributes["phalanx.failover.id"], attributes["phalanx.previous"]) == ("wiki/7", "n1")
+    assert failed.status.status_code is StatusCode.ERROR
+
+
+def test_failover_costs_nothing_where_nothing_traces() -> None:
+    """It is looked at, and no more."""
+    for found in failovers(CRASH):
+        trace_failover(found)

@@ -47,6 +47,7 @@ from phalanx.node.stopping import Stopping
 from phalanx.node.upkeep import StreamCheck, leave_isolated_server, measure_lag, remind_of_pauses
 from phalanx.node.view import View
 from phalanx.observe.audit import AuditLog
+from phalanx.observe.failover_spans import FailoverSpans
 from phalanx.observe.http import StatusServer
 from phalanx.observe.journal import Journal
 from phalanx.observe.metrics import Metrics
@@ -199,6 +200,7 @@ class Node:
         )
         stack.push_async_callback(self.bus.close)
         stack.push_async_callback(self._background.close)
+        self.journal.on_settled = FailoverSpans(self.bus, self.names, self._background).begin
         self.caller = Caller(lambda: self.bus, self.names, self.node)
         stack.push_async_callback(self.caller.close)
         stack.callback(self.bus.on_connection(self._on_connection))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from phalanx.types import Succession
 
 log = logging.getLogger("phalanx")
+
+_SETTLED = ("active", "activation-failed")
 
 
 class Audit(Protocol):
@@ -43,6 +46,8 @@ class Journal:
 
     def __init__(self, audit: Audit, meter: Meter) -> None:
         self._audit, self._meter = audit, meter
+        self.on_settled: Callable[[str, int], None] | None = None
+        """Told of each activation, app and epoch, that has come to its end or has failed."""
 
     def app(
         self,
@@ -61,6 +66,8 @@ class Journal:
         self._audit.record(
             "app", action, app=app, epoch=epoch, reason=reason, duration_seconds=duration_seconds, **details
         )
+        if self.on_settled is not None and action in _SETTLED:
+            self.on_settled(app, epoch)
         log.log(
             level,
             "app %s: %s%s%s",
