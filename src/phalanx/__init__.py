@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         CommandCheck,
         Docker,
         EmbeddedNats,
+        Events,
         Fence,
         FunctionCheck,
         HookTimeouts,
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from phalanx.coord.locks import Lock, Semaphore
     from phalanx.data.reading import StaleConnection
     from phalanx.decide.backoff import Backoff
-    from phalanx.decide.partition import partition_of
     from phalanx.errors import (
         AddressError,
         BackendError,
@@ -59,6 +59,8 @@ if TYPE_CHECKING:
         CallTimeout,
         ConfigError,
         DatabaseError,
+        EventError,
+        EventsLost,
         Fenced,
         FenceFailed,
         HandlerFailed,
@@ -93,10 +95,11 @@ if TYPE_CHECKING:
     )
     from phalanx.messaging.api import Api
     from phalanx.messaging.context import CallContext, current_call
+    from phalanx.messaging.event import Event
     from phalanx.messaging.interface import method
     from phalanx.messaging.middleware import OutgoingCall
     from phalanx.messaging.routes import Any as Any
-    from phalanx.messaging.routes import Key, Leader, Node
+    from phalanx.messaging.routes import Leader, Node
     from phalanx.messaging.stubs import with_options
     from phalanx.platform import Platform
     from phalanx.types import AppStatus, Health, Member, NodeStatus, Position, Role
@@ -117,6 +120,7 @@ _WHERE = {
         "CommandCheck",
         "Docker",
         "EmbeddedNats",
+        "Events",
         "Fence",
         "FunctionCheck",
         "HookTimeouts",
@@ -137,7 +141,6 @@ _WHERE = {
     ),
     "phalanx.data.reading": ("StaleConnection",),
     "phalanx.decide.backoff": ("Backoff",),
-    "phalanx.decide.partition": ("partition_of",),
     "phalanx.errors": (
         "AddressError",
         "BackendError",
@@ -149,6 +152,8 @@ _WHERE = {
         "CallTimeout",
         "ConfigError",
         "DatabaseError",
+        "EventError",
+        "EventsLost",
         "FenceFailed",
         "Fenced",
         "HandlerFailed",
@@ -185,10 +190,11 @@ _WHERE = {
     "phalanx.coord.locks": ("Lock", "Semaphore"),
     "phalanx.messaging.api": ("Api",),
     "phalanx.messaging.context": ("CallContext", "current_call"),
+    "phalanx.messaging.event": ("Event",),
     "phalanx.messaging.interface": ("method",),
     "phalanx.messaging.middleware": ("OutgoingCall",),
     "phalanx.messaging.stubs": ("with_options",),
-    "phalanx.messaging.routes": ("Any", "Key", "Leader", "Node"),
+    "phalanx.messaging.routes": ("Any", "Leader", "Node"),
     "phalanx.platform": ("Platform",),
     "phalanx.types": ("AppStatus", "Health", "Member", "NodeStatus", "Position", "Role"),
 }
@@ -208,6 +214,7 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "Restart",
     "Fence",
     "SQLite",
+    "Events",
     "ActiveContext",
     "AppContext",
     "PartitionContext",
@@ -235,11 +242,10 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "method",
     "with_options",
     "OutgoingCall",
+    "Event",
     "Leader",
     "Any",
     "Node",
-    "Key",
-    "partition_of",
     "Role",
     "Health",
     "AppStatus",
@@ -288,6 +294,8 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "CallTimeout",
     "OutcomeUnknown",
     "HandlerFailed",
+    "EventError",
+    "EventsLost",
     "__version__",
 ]
 

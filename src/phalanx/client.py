@@ -33,7 +33,7 @@ from phalanx.client_operator import OperatorClient
 from phalanx.client_pause import PauseClient, PauseDone
 from phalanx.client_request import ask_active
 from phalanx.client_state import PlatformBucket, decoded, live_members
-from phalanx.client_sync import LoopThread, SyncApi
+from phalanx.client_sync import LoopThread, SyncApi, SyncEvents
 from phalanx.client_views import NO_ANSWER, NodeView, active_of, silent
 from phalanx.config import NatsOptions
 from phalanx.control import StepDownRequest
@@ -53,6 +53,8 @@ from phalanx.errors import (
 )
 from phalanx.messaging.api import Api
 from phalanx.messaging.calling import Caller
+from phalanx.messaging.dead_letters import DeadLetters
+from phalanx.messaging.events import Events
 from phalanx.names import RESERVED_APPS, Names
 from phalanx.observe.audit import AuditEntry, follow_audit, read_audit
 from phalanx.ports import STREAM_NOT_FOUND
@@ -182,6 +184,18 @@ class PlatformClient:
         if self._caller is None:
             self._caller = Caller(lambda: bus, self.names, caller())
         return self._caller
+
+    def events(self, app: str | None = None) -> Events:
+        """The events of *app*, None: of the whole platform, to be used inside the ``async with``. Raises
+        ConfigError."""
+        if app is not None and (not is_dns_label(app) or app in RESERVED_APPS):
+            raise ConfigError("events", app, "no name of an app", "use 1-63 of a-z, 0-9 and inner hyphens")
+        return Events.over(lambda: self.bus, self.names, app)
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """The events that handlers could not handle."""
+        return DeadLetters(self.bus, self.names)
 
     # --- looking
 
@@ -437,6 +451,10 @@ class SyncClient:
         """Hold a permit: ``with client.semaphore("x", permits=3) as held``."""
         semaphore = self.client.semaphore(name, permits=permits, app=app)
         return held_by_thread(lambda: semaphore.hold(timeout=timeout), self._thread)
+
+    def events(self, app: str | None = None) -> SyncEvents:
+        """The events of *app*, None: of the whole platform. Raises ConfigError."""
+        return SyncEvents(self.client.events(app), self._thread)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Anything else: ``client.run(client.client.nodes())``."""

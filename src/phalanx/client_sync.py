@@ -6,11 +6,15 @@ import asyncio
 import concurrent.futures
 import threading
 from collections.abc import Callable, Coroutine, Mapping
+from datetime import datetime
 from typing import Any as Value
-from typing import TypeVar
+from typing import Generic, Self, TypeVar
 
 from phalanx.messaging.api import Api, check_arguments
 from phalanx.messaging.content import JSON
+from phalanx.messaging.event import Event
+from phalanx.messaging.event_reading import EventReader
+from phalanx.messaging.events import Events
 from phalanx.messaging.middleware import CallerMiddleware
 from phalanx.messaging.routes import Default, Route
 from phalanx.messaging.stubs import CallOptions, make_stub
@@ -99,3 +103,78 @@ class SyncApi:
             headers=headers,
         )
         return self._thread.run(work)
+
+
+class SyncEvents:
+    """See :class:`phalanx.messaging.events.Events`. From any thread."""
+
+    def __init__(self, events: Events, thread: LoopThread) -> None:
+        self._events, self._thread = events, thread
+
+    def publish(
+        self,
+        subject: str,
+        data: object = None,
+        *,
+        key: str = "",
+        message_id: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        content_type: str = JSON,
+        timeout: float = 5.0,
+    ) -> int:
+        """Publish one event; its sequence, once NATS has stored it."""
+        work = self._events.publish(
+            subject,
+            data,
+            key=key,
+            message_id=message_id,
+            headers=headers,
+            content_type=content_type,
+            timeout=timeout,
+        )
+        return self._thread.run(work)
+
+    def subscribe(
+        self,
+        pattern: str = ">",
+        type: type[T] = _WHATEVER,
+        *,
+        since: datetime | float | None = None,
+        after: int | None = None,
+    ) -> SyncEventReader[T]:
+        """Events as they come: ``with client.events("wiki").subscribe("user.*") as events: ...``."""
+        return SyncEventReader(self._events.subscribe(pattern, type, since=since, after=after), self._thread)
+
+
+class SyncEventReader(Generic[T]):
+    """``for event in reader`` waits for ever; ``next_within(seconds)`` does not."""
+
+    def __init__(self, reader: EventReader[T], thread: LoopThread) -> None:
+        self._reader, self._thread = reader, thread
+
+    def __enter__(self) -> Self:
+        self._thread.run(self._reader.open())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.run(self._reader.aclose())
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Event[T]:
+        event = self._thread.run(self._next(None))
+        if event is None:
+            raise StopIteration
+        return event
+
+    def next_within(self, seconds: float) -> Event[T] | None:
+        """The next event; None if none comes within *seconds*."""
+        return self._thread.run(self._next(seconds))
+
+    async def _next(self, seconds: float | None) -> Event[T] | None:
+        try:
+            async with asyncio.timeout(seconds):
+                return await anext(self._reader, None)
+        except TimeoutError:
+            return None

@@ -322,6 +322,27 @@ class HandlerFailed(CallError):
     """The handler raised an error that is none of these. The log of its node has the traceback."""
 
 
+class EventError(PhalanxError):
+    """An event cannot be published, read or handled as asked. ``remedy`` says what to do about it."""
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        self.problem, self.remedy = problem, remedy
+        super().__init__(problem + (f"; {remedy}" if remedy else ""))
+
+
+class EventsLost(EventError):
+    """Events that a subscription or a durable consumer had not seen yet were dropped: they were older than
+    ``max_age`` of the app's events, or more than ``max_bytes``. ``first`` to ``last``: between these
+    sequences."""
+
+    def __init__(self, what: str, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        super().__init__(
+            f"{what}: events between sequences {first} and {last} were dropped before they were seen",
+            "let the consumer catch up sooner, or raise max_age and max_bytes of the app's events",
+        )
+
+
 class LockTimeout(PhalanxError):
     """The lock was held by somebody else until the deadline."""
 

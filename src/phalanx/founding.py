@@ -12,6 +12,7 @@ import msgspec
 from phalanx import system
 from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
+from phalanx.config import Events
 from phalanx.coord.membership import AppRegistration, Identity, PlatformState
 from phalanx.decide.session import StreamList
 from phalanx.errors import BusTimeout, BusUnavailable, IdentityError, StartError
@@ -61,9 +62,11 @@ class Founding:
         declared_replicas: int | None,
         histories: Mapping[str, int],
         with_databases: Iterable[str] = (),
+        with_events: Mapping[str, Events] | None = None,
     ) -> None:
         """Make or find everything. *histories*: of each app, how many revisions of a key its KV keeps.
-        *with_databases*: the apps that have a WAL log and an object store as well.
+        *with_databases*: the apps that have a WAL log and an object store as well; *with_events*: those that
+        have events of their own, and for how long they keep them.
 
         Raises IdentityError, NatsUnusable, BusError; after BusUnavailable or BusTimeout it may be called
         again.
@@ -71,11 +74,30 @@ class Founding:
         await provision.check_nats(self._bus)
         replicas = provision.wanted_replicas(self._bus, declared_replicas)
         await self._join_platform(replicas)
-        await provision.create_stream(self._bus, provision.audit_config(self._names, replicas=replicas))
+        await self._make_platform_streams(replicas)
         for app, history in histories.items():
             await self._make_bucket(app, history, replicas)
         for app in with_databases:
             await self._make_log(app, replicas)
+        for app, events in (with_events or {}).items():
+            await self._make_events(app, events, replicas)
+
+    async def _make_platform_streams(self, replicas: int) -> None:
+        """What the platform has besides its bucket: the audit log, its events, the dead letters."""
+        names = self._names
+        events = provision.events_config(
+            names,
+            None,
+            max_age_seconds=provision.EVENTS_MAX_AGE_SECONDS,
+            max_bytes=provision.EVENTS_MAX_BYTES,
+            replicas=replicas,
+        )
+        for config in (
+            provision.audit_config(names, replicas=replicas),
+            events,
+            provision.dead_config(names, replicas=replicas),
+        ):
+            await provision.create_stream(self._bus, config)
 
     async def _join_platform(self, replicas: int) -> None:
         """The platform's bucket and identity: joined, or made when this node never knew one."""
@@ -181,5 +203,25 @@ class Founding:
                     "restore it from a backup; or accept the loss: see docs/operations.md",
                 )
             await provision.create_stream(self._bus, config)
+        if registered is None:
+            await self.state.create_or_read(key, AppRegistration(system.wall(), self._node))
+
+    async def _make_events(self, app: str, events: Events, replicas: int) -> None:
+        """The stream of the app's events; like the bucket, never made anew silently."""
+        config = provision.events_config(
+            self._names,
+            app,
+            max_age_seconds=float(events.max_age),
+            max_bytes=int(events.max_bytes),
+            replicas=replicas,
+        )
+        key = self._names.events_key(app)
+        registered = await self.state.read(key, AppRegistration)
+        if registered is not None and await self._is_gone(config["name"]):
+            raise IdentityError(
+                f"the stream {config['name']!r} of app {app!r} is gone, though it was created once",
+                "restore it from a backup; or accept the loss: see docs/operations.md",
+            )
+        await provision.create_stream(self._bus, config)
         if registered is None:
             await self.state.create_or_read(key, AppRegistration(system.wall(), self._node))

@@ -10,7 +10,7 @@ import base64
 
 from phalanx.types import SessionId
 
-RESERVED_APPS = frozenset({"platform", "services", "events", "audit"})
+RESERVED_APPS = frozenset({"platform", "services", "events", "audit", "dead"})
 """App names that would collide with the platform's own buckets and streams."""
 
 LEADER_KEY = "election.leader"
@@ -176,6 +176,11 @@ class Names:
         return f"database.{app}"
 
     @staticmethod
+    def events_key(app: str) -> str:
+        """That the stream of the app's events was created once; it must exist from then on."""
+        return f"events.{app}"
+
+    @staticmethod
     def switchover_key(app: str) -> str:
         """A planned hand-over of that app."""
         return f"{SWITCHOVER_KEYS}.{app}"
@@ -232,6 +237,46 @@ class Names:
         """Standbys answer here once they have an app's log on disk up to some sequence."""
         return f"{self.platform}.{app}.db.confirm"
 
+    # --- events: those of an app, and (app None) those of the whole platform
+
+    def events_stream(self, app: str | None) -> str:
+        """The stream of an app's own events; None: of the platform's."""
+        return f"{self.platform}_{app}_events" if app else f"{self.platform}_events"
+
+    def event_subject(self, app: str | None, subject: str) -> str:
+        """Where the event *subject* (``user.created``, ``user.>``) goes."""
+        return f"{self.platform}.{app or '_'}.events.{subject}"
+
+    def event_of(self, subject: str) -> str:
+        """The inverse of :meth:`event_subject`."""
+        return subject.split(".", 3)[3]
+
+    def event_fence_subject(self, app: str) -> str:
+        """Where each new leader of *app* leaves its mark among the app's events, before it is active."""
+        return f"{self.platform}.{app}.fence.events"
+
+    def event_inbox(self, app: str, token: str) -> str:
+        """Where a consumer's events are delivered to, of any of its requests."""
+        return f"{self.platform}.{app}.deliver.{token}.*"
+
+    def durable_name(self, app: str, durable: str, *, of_platform: bool) -> str:
+        """The consumer behind *durable* of *app*. Neither name holds an underscore."""
+        return f"{app}_{durable}" if of_platform else durable
+
+    @property
+    def dead_stream(self) -> str:
+        """The events that handlers could not handle, of all apps."""
+        return f"{self.platform}_dead"
+
+    @property
+    def dead_subjects(self) -> str:
+        """All that is in it: ``<platform>.<app>.dead.<durable>.<subject>``."""
+        return f"{self.platform}.*.dead.>"
+
+    def dead_subject(self, app: str, durable: str = "*", subject: str = ">") -> str:
+        """Where the dead letters of *durable* of *app* go."""
+        return f"{self.platform}.{app}.dead.{durable}.{subject}"
+
     # --- calls between apps: ``<platform>._.api.<app>.<route>.<method>``
 
     def call_subjects(self, app: str) -> str:
@@ -250,10 +295,6 @@ class Names:
         """A call to the instance on one node."""
         return f"{self.platform}._.api.{app}.node.{node}.{method}"
 
-    def call_partition_subject(self, app: str, partition: int | str, method: str = "*") -> str:
-        """A call to the owner of one partition of a ring (``*``: of any)."""
-        return f"{self.platform}._.api.{app}.part.{partition}.{method}"
-
     def call_queue(self, app: str) -> str:
         """The queue group of its instances, of which one answers."""
         return f"{self.platform}.{app}"
@@ -269,10 +310,6 @@ class Names:
     def leader_watch_subject(self, app: str) -> str:
         """Where the leader key of *app* is republished."""
         return f"{self.watch_prefix(app)}.{LEADER_KEY}"
-
-    def partition_watch_subject(self, app: str) -> str:
-        """Where the keys of a ring's partitions are republished, by number."""
-        return f"{self.watch_prefix(app)}.{RING_KEYS}.part.*"
 
     @staticmethod
     def service_subject(verb: str, name: str = "", instance: str = "") -> str:

@@ -21,6 +21,7 @@ from phalanx.config import (
     Backend,
     Check,
     EmbeddedNats,
+    Events,
     Fence,
     HookTimeouts,
     HttpServer,
@@ -44,7 +45,9 @@ from phalanx.ending import EXIT_FAILED, Ending, leave
 from phalanx.errors import AddressError, BackendError, ConfigError, PhalanxError, StartError
 from phalanx.hooks import CANCEL_SECONDS
 from phalanx.left_overs import end_left_overs
+from phalanx.messaging import events as messaging
 from phalanx.messaging.api import Api
+from phalanx.names import Names
 from phalanx.net import make_addresses
 from phalanx.node import Node
 from phalanx.observe.logs import configure_logging
@@ -107,6 +110,7 @@ class Platform:
         self._running: asyncio.Task[None] | None = None
         self._owns_process = self._checked = False
         self._ending = Ending()
+        self._events = messaging.Events.over(lambda: self._live.bus, Names(config.name), None)
         self._holder = Holder(Path(str(config.data_dir))) if system.LINUX else None
 
     @classmethod
@@ -150,6 +154,7 @@ class Platform:
         checks: Sequence[Check] | None = None,
         hook_timeouts: HookTimeouts | None = None,
         database: SQLite | str | None = None,
+        events: Events | Mapping[str, Any] | bool | None = None,
         vip: VirtualIP | str | Sequence[VirtualIP | str] | None = None,
         restart: Restart | None = None,
         kv_history: int | None = None,
@@ -175,6 +180,7 @@ class Platform:
         checks: Sequence[Check] | None = None,
         hook_timeouts: HookTimeouts | None = None,
         database: SQLite | str | None = None,
+        events: Events | Mapping[str, Any] | bool | None = None,
         vip: VirtualIP | str | Sequence[VirtualIP | str] | None = None,
         restart: Restart | None = None,
         kv_history: int | None = None,
@@ -192,6 +198,7 @@ class Platform:
                 checks=checks,
                 hook_timeouts=hook_timeouts,
                 database=database,
+                events=events,
                 vip=vip,
                 restart=restart,
                 kv_history=kv_history,
@@ -228,6 +235,11 @@ class Platform:
     def api(self, app: str) -> Api:
         """The calls of *app*, wherever it runs, to be made while this platform runs. Raises ConfigError."""
         return Api(app, lambda: self._live.caller)
+
+    @property
+    def events(self) -> messaging.Events:
+        """The events of the whole platform, to be used while it runs."""
+        return self._events
 
     # --- locks of the platform
 

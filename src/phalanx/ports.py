@@ -186,8 +186,10 @@ class Bus(Protocol):
         """Send a core message. Raises BusUnavailable when not connected."""
         ...
 
-    def send(self, subject: str, data: bytes, headers: Mapping[str, str] | None = None) -> None:
-        """What :meth:`publish` does, for whoever cannot wait."""
+    def send(
+        self, subject: str, data: bytes, headers: Mapping[str, str] | None = None, reply: str = ""
+    ) -> None:
+        """What :meth:`publish` does, for whoever cannot wait. *reply*: where answers go."""
         ...
 
     async def request(
@@ -423,6 +425,14 @@ class SectionDatabase(Protocol):
         *graceful*: what was committed goes into the log first, within a deadline. Returns what went wrong
         with that, empty if nothing. Not graceful: at once, and what is not in the log is dealt with later.
         """
+        ...
+
+
+class SectionEvents(Protocol):
+    """The events of an app, as its active section goes through them."""
+
+    async def seal(self, epoch: int) -> None:
+        """From now on no leader of an earlier epoch can publish any. Raises Fenced, BusError."""
         ...
 
 

@@ -18,7 +18,13 @@ from phalanx.decide.activation import Step, Undo, steps, undoing
 from phalanx.decide.pause import Cause, ends_section
 from phalanx.errors import AddressError, BackendError, HookFailed, PhalanxError
 from phalanx.hooks import Hooks, HookStuck
-from phalanx.ports import SectionAddresses, SectionCalls, SectionContext, SectionDatabase
+from phalanx.ports import (
+    SectionAddresses,
+    SectionCalls,
+    SectionContext,
+    SectionDatabase,
+    SectionEvents,
+)
 from phalanx.program import Program
 from phalanx.types import Resource, Role
 
@@ -47,6 +53,7 @@ class Section:
         database: SectionDatabase | None = None,
         addresses: SectionAddresses | None = None,
         calls: SectionCalls | None = None,
+        events: SectionEvents | None = None,
         fence_previous: Callable[[], Awaitable[None]] | None = None,
         on_active_timeout: float,
         on_passive_timeout: float,
@@ -59,7 +66,7 @@ class Section:
         self.reign = reign
         self._resources, self._hooks, self.program, self._context = resources, hooks, program, context
         self._database, self._addresses, self._fence_previous = database, addresses, fence_previous
-        self._calls = calls
+        self._calls, self._events = calls, events
         self._on_active_timeout, self._on_passive_timeout = on_active_timeout, on_passive_timeout
         self._on_role, self._on_step = on_role, on_step
         self._paused, self._on_held, self._again = paused, on_held, asyncio.Event()
@@ -160,6 +167,7 @@ class Section:
             "has_database": self._database is not None,
             "has_vip": self._addresses is not None,
             "has_calls": self._calls is not None,
+            "has_events": self._events is not None,
             "needs_fence": self._fence_previous is not None,
         }
         for step in steps(has_hooks=has_hooks, **parts):
@@ -177,6 +185,9 @@ class Section:
                 case Step.FENCE:
                     assert self._fence_previous is not None
                     await self._fence_previous()
+                case Step.SEAL_EVENTS:
+                    assert self._events is not None
+                    await self._events.seal(self._resources.epoch)
                 case Step.VIP:
                     assert self._addresses is not None
                     await self._addresses.acquire(self._resources, self._adopted_addresses)

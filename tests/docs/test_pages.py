@@ -35,6 +35,7 @@ from phalanx.decide.hold import MemberList
 from phalanx.decide.ring_ownership import PartitionBody
 from phalanx.decide.ring_plan import RingMember, RingPlan
 from phalanx.decide.session import SessionBody, StreamList
+from phalanx.messaging.event_fence import FenceBody
 from phalanx.names import Names
 from phalanx.observe.audit import AuditEntry
 from phalanx.observe.metrics import Metrics
@@ -58,6 +59,10 @@ CONFIGURATIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "platform bucket": lambda: provision.bucket_config(NAMES, "prod_platform", None, history=4, replicas=3),
     "session stream": lambda: provision.session_config(NAMES, "prod_sessions_1"),
     "audit stream": lambda: provision.audit_config(NAMES, replicas=3),
+    "events stream": lambda: provision.events_config(
+        NAMES, "wiki", max_age_seconds=7 * 86400, max_bytes=1 << 30, replicas=3
+    ),
+    "dead letters": lambda: provision.dead_config(NAMES, replicas=3),
     "log stream": lambda: provision.wal_config(NAMES, "wiki", replicas=3),
     "object store": lambda: provision.objects_config(NAMES, "wiki", replicas=3),
 }
@@ -79,6 +84,7 @@ VALUES: dict[str, Any] = {
     "PlannedSwitchover": PlannedSwitchover,
     "Holder": lock_body.Holder,
     "Holders": lock_body.Holders,
+    "FenceBody": FenceBody,
     "SessionBody": SessionBody,
     "AuditEntry": AuditEntry,
     "Resource": Resource,

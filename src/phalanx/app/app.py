@@ -26,6 +26,8 @@ from phalanx.coord.locks import Lock, Locks, Semaphore
 from phalanx.coord.register import Register
 from phalanx.coord.session import Session
 from phalanx.errors import HookFailed, NotActive, StartError
+from phalanx.messaging.event_serving import EventServer
+from phalanx.messaging.events import Events
 from phalanx.messaging.serving import CallServer
 from phalanx.observe.health import HealthMonitor
 from phalanx.ports import Backend, SectionAddresses
@@ -64,6 +66,7 @@ class App(DeclaredApp):
         """The app's database on this node, while the node runs and the app declares one."""
         self._database_control: DatabaseControl | None = None
         self._calls: CallServer | None = None
+        self._events: EventServer | None = None
 
     # --- what is so
 
@@ -111,6 +114,15 @@ class App(DeclaredApp):
                 "declare one (database=SQLite(path)) and use it while the platform runs",
             )
         return self.database.public
+
+    @property
+    def events(self) -> Events:
+        """The app's own events, from any node (not fenced: see ``ctx.events``). Raises StartError."""
+        if self._events is None:
+            raise StartError(f"app {self.name!r} has no events yet", "use them while the platform runs")
+        if self.events_config is None:
+            raise StartError(f"app {self.name!r} has no events of its own", "declare them: events=Events()")
+        return self._events.public
 
     @property
     def locks(self) -> Locks:
@@ -301,7 +313,20 @@ class App(DeclaredApp):
                 self._on_hook_failed(str(error))
         self._calls = CallServer(self.name, self.node, self.handlers, parts.bus, parts.names, self._kv)
         await self._calls.open()
+        await self._open_events(parts)
         self._candidacy.is_started = True
+
+    async def _open_events(self, parts: NodeParts) -> None:
+        self._events = EventServer(
+            self.name,
+            self.node,
+            self.event_handlers,
+            parts.bus,
+            parts.names,
+            lambda action, reason: self._journal.report(action, reason, level=logging.ERROR),
+            has_own=self.events_config is not None,
+        )
+        await self._events.open(AppContext(self.name, self.node, self.kv))
 
     async def _start_database(self, parts: NodeParts) -> None:
         if self.config.database is None:
@@ -326,6 +351,8 @@ class App(DeclaredApp):
         """Run ``on_stop``. The active section has ended before."""
         if not self._candidacy.is_started:
             return
+        if self._events is not None:
+            await self._events.close()
         if self._calls is not None:
             await self._calls.close()
         try:
@@ -352,6 +379,7 @@ class App(DeclaredApp):
             register,
             self.database,
             self._calls if self.handlers else None,
+            self._events,
             highest=self._highest_epoch,
             paused=lambda: self.is_paused,
             on_leader=self._on_leader,

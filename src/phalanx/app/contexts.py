@@ -11,6 +11,7 @@ import msgspec
 from phalanx.coord.kv import AppKV
 from phalanx.coord.locks import Lock, Locks, Semaphore
 from phalanx.errors import StartError
+from phalanx.messaging.events import Events
 from phalanx.ports import Fence
 from phalanx.types import Health
 
@@ -47,8 +48,8 @@ class AppContext:
 class ActiveContext:
     """What ``on_active`` and ``on_passive`` get: everything that belongs to one active section.
 
-    Writes through ``kv`` and ``lock`` carry the epoch; once another node leads the server refuses them
-    (``Fenced``).
+    Writes through ``kv``, ``events`` and ``lock`` carry the epoch; once another node leads the server refuses
+    them (``Fenced``).
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class ActiveContext:
         kv: AppKV,
         locks: Locks,
         database: AppDatabase | None = None,
+        events: Events | None = None,
     ) -> None:
         self.app, self.node, self.epoch, self.kv = app, node, epoch, kv
         self._database = database.active if database is not None else None
+        self._events = events
         self.fence = fence
         self._locks = locks
         self.cancelled_event = asyncio.Event()
@@ -86,6 +89,13 @@ class ActiveContext:
         if self._database is None:
             raise StartError(f"app {self.app!r} has no database", "declare one: database=SQLite(path)")
         return self._database
+
+    @property
+    def events(self) -> Events:
+        """The app's events under this epoch. Raises StartError for an app that declares none."""
+        if self._events is None:
+            raise StartError(f"app {self.app!r} has no events of its own", "declare them: events=Events()")
+        return self._events
 
     @property
     def is_cancelled(self) -> bool:

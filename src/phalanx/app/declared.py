@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from phalanx.config import ActivePassive, AppConfig
+from phalanx.config import ActivePassive, AppConfig, Events
+from phalanx.decide.backoff import Backoff
 from phalanx.errors import AddressError, BackendError
 from phalanx.hooks import Hooks
+from phalanx.messaging.event_handlers import RETRY, EventHandlers, Start
 from phalanx.messaging.handlers import DEFAULT_CONCURRENCY, Handlers
 from phalanx.messaging.middleware import HandlerMiddleware
 from phalanx.messaging.served import handle_all
@@ -131,6 +133,17 @@ class Declared:
 class DeclaredApp(Declared):
     """An active-passive app as it was declared."""
 
+    def __init__(
+        self,
+        config: AppConfig,
+        backend: Backend | None,
+        addresses: SectionAddresses | None,
+        on_hook_run: Callable[[str, float], None],
+    ) -> None:
+        super().__init__(config, backend, addresses, on_hook_run)
+        self.event_handlers = EventHandlers(config.name)
+        """The events that it handles."""
+
     @property
     def pattern(self) -> ActivePassive:
         """What was declared of its election."""
@@ -156,6 +169,55 @@ class DeclaredApp(Declared):
         self.hooks.add("on_leader_change", function)
         return function
 
+    def on_event(
+        self,
+        pattern: str,
+        *,
+        durable: str,
+        anywhere: bool = False,
+        of_platform: bool = False,
+        retries: int = 5,
+        retry: Backoff = RETRY,
+        concurrency: int = 16,
+        ack_wait: float = 30.0,
+        start: Start = "all",
+    ) -> Callable[[F], F]:
+        """Handle events: ``async def mail(event: Event[User], ctx) -> None``. See docs/events.md.
+
+        *pattern*: of their subjects, ``user.*`` or ``user.>``. *durable*: under this name the server
+        remembers what was handled. It runs while this node is active for the app; *anywhere*: on all of its
+        nodes, each event on one of them (and the events of a key in no order). *of_platform*: the platform's
+        events, not the app's own. *retries*: how often an event is tried again that it failed on, after the
+        delays of *retry*, before it becomes a dead letter. *concurrency*: events that are handled at a time
+        on one node, of different keys. *ack_wait*: seconds after which another node may get an event of a
+        shared consumer whose node is gone. *start*: where a durable that is new begins: with ``all`` events
+        that are kept, with ``new`` ones, or from a time on. Raises ConfigError.
+        """
+
+        def declare(function: F) -> F:
+            self.event_handlers.add(
+                pattern,
+                function,
+                durable=durable,
+                of_platform=of_platform,
+                anywhere=anywhere,
+                retries=retries,
+                retry=retry,
+                concurrency=concurrency,
+                ack_wait=ack_wait,
+                start=start,
+            )
+            return function
+
+        return declare
+
+    @property
+    def events_config(self) -> Events | None:
+        """How the app keeps events of its own; None: it has none."""
+        if self.config.events is None and any(not each.of_platform for each in self.event_handlers):
+            return Events()
+        return self.config.events
+
     @property
     def bound_because(self) -> str:
         """Why what it runs is bound to end with the node, by its kind; empty if it is not."""
@@ -163,7 +225,7 @@ class DeclaredApp(Declared):
             return "its database is captured by the node"
         if self.backend is None or "on_active" in self.hooks or "on_passive" in self.hooks:
             return "its hooks are code inside the node"
-        if self.handlers:
+        if self.handlers or self.event_handlers.in_section:
             return "its handlers are code inside the node"
         return ""
 

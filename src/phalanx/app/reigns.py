@@ -97,6 +97,7 @@ class Reigns:
             context,
             database=term.database,
             calls=term.calls,
+            events=term.events if term.events is not None and term.events.has_own else None,
             addresses=app.addresses,
             fence_previous=(lambda: self._fence_previous(term, reign)) if reign.unfenced else None,
             on_active_timeout=float(app.config.hook_timeouts.on_active),
@@ -131,6 +132,7 @@ class Reigns:
             AppKV(parts.bus, parts.names, name, fence=lambda: reign.fence, epoch=lambda: epoch),
             term.locks.under(reign.fence, epoch),
             database,
+            term.events.active(epoch) if term.events is not None and term.events.has_own else None,
         )
         resources = SectionContext(
             parts.names.platform,

@@ -11,6 +11,7 @@ from phalanx.coord.election import Election
 from phalanx.coord.locks import Locks
 from phalanx.coord.register import Register
 from phalanx.coord.session import Session
+from phalanx.messaging.event_serving import EventServer, SectionWork
 from phalanx.ports import SectionCalls
 from phalanx.types import LeaderRecord, Resource, Succession
 
@@ -33,6 +34,7 @@ class Term:
         register: Register,
         database: AppDatabase | None,
         calls: SectionCalls | None,
+        events: EventServer | None,
         *,
         highest: int,
         paused: Callable[[], bool],
@@ -40,7 +42,12 @@ class Term:
         on_acquired: Callable[[Succession], None],
     ) -> None:
         self._app = app
-        self.parts, self.session, self.database, self.calls = parts, session, database, calls
+        self.parts, self.session, self.database = parts, session, database
+        self.events = events
+        handlers = (calls, events if app.event_handlers.in_section else None)
+        working = [part for part in handlers if part is not None]
+        self.calls: SectionCalls | None = SectionWork(*working) if working else None
+        """The calls and events that the app handles while it is active; None: neither."""
         self.keeps_key = False
         """The node ends in a pause: the leader key stays as it is, and nobody else takes over."""
         self.locks = Locks(parts.bus, parts.names, app.name, session, register)

@@ -290,13 +290,15 @@ class NatsBus:
         """See :meth:`phalanx.ports.Bus.publish`."""
         self.send(subject, data, headers)
 
-    def send(self, subject: str, data: bytes, headers: Mapping[str, str] | None = None) -> None:
+    def send(
+        self, subject: str, data: bytes, headers: Mapping[str, str] | None = None, reply: str = ""
+    ) -> None:
         """See :meth:`phalanx.ports.Bus.send`."""
         client = self._link.client
         if not client.is_connected:
             raise BusUnavailable(f"publish {subject}", "not connected to NATS")
         try:
-            client.send(subject, data, headers=headers)
+            client.send(subject, data, reply, headers)
         except NatsError as error:
             raise BusError(f"publish {subject}", plain(error)) from error
 

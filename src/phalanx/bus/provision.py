@@ -28,6 +28,12 @@ MARKER_SECONDS = 1
 MIN_SERVER = (2, 12)
 AUDIT_MAX_AGE_SECONDS = 90 * 86400
 AUDIT_MAX_BYTES = 1 << 30
+EVENTS_MAX_AGE_SECONDS = 7 * 86400
+EVENTS_MAX_BYTES = 1 << 30
+"""How long the platform's own events are kept, and how much of them."""
+EVENTS_DUPLICATE_SECONDS = 120
+"""For how long after an event another one with the same id is not stored again."""
+DEAD_MAX_BYTES = 1 << 30
 
 
 async def check_nats(bus: NatsBus) -> dict[str, Any]:
@@ -122,6 +128,39 @@ def audit_config(names: Names, *, replicas: int) -> dict[str, Any]:
     }
 
 
+def events_config(
+    names: Names, app: str | None, *, max_age_seconds: float, max_bytes: int, replicas: int
+) -> dict[str, Any]:
+    """The events of *app*, with the fence of its leaders; None: the platform's. The oldest give way."""
+    subjects = [names.event_subject(app, ">")]
+    return {
+        "name": names.events_stream(app),
+        "subjects": [*subjects, names.event_fence_subject(app)] if app else subjects,
+        "storage": "file",
+        "num_replicas": replicas,
+        "max_age": round(max_age_seconds * 1_000_000_000),
+        "max_bytes": max_bytes,
+        "discard": "old",
+        "allow_direct": True,
+        "allow_msg_ttl": True,
+        "duplicate_window": round(min(EVENTS_DUPLICATE_SECONDS, max_age_seconds) * 1_000_000_000),
+    }
+
+
+def dead_config(names: Names, *, replicas: int) -> dict[str, Any]:
+    """The dead letters. None gives way to a newer one: while it is full the events stay where they are."""
+    return {
+        "name": names.dead_stream,
+        "subjects": [names.dead_subjects],
+        "storage": "file",
+        "num_replicas": replicas,
+        "max_bytes": DEAD_MAX_BYTES,
+        "discard": "new",
+        "allow_direct": True,
+        "duplicate_window": 600_000_000_000,
+    }
+
+
 def wal_config(names: Names, app: str, *, replicas: int) -> dict[str, Any]:
     """The WAL log of *app*. Nothing leaves it by itself: it is purged by sequence, behind a snapshot."""
     return {
@@ -207,6 +246,9 @@ async def _bring_in_line(bus: Bus, config: dict[str, Any]) -> dict[str, Any]:
     changed: dict[str, Any] = {}
     if present.get("max_msgs_per_subject") != config.get("max_msgs_per_subject", -1):
         changed["max_msgs_per_subject"] = config.get("max_msgs_per_subject", -1)
+    for limit in ("max_age", "max_bytes", "duplicate_window"):
+        if name.endswith("_events") and present.get(limit) != config[limit]:
+            changed[limit] = config[limit]
     if present.get("num_replicas", 1) < config["num_replicas"]:
         changed["num_replicas"] = config["num_replicas"]
     if present.get("subjects") != config["subjects"] or present.get("republish") != config.get("republish"):

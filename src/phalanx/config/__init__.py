@@ -11,6 +11,7 @@ from phalanx.config.backends import Backend, Docker, Limits, Process, Systemd
 from phalanx.config.build import build_app, build_platform
 from phalanx.config.checks import Check, CheckSettings, CommandCheck, FunctionCheck, HttpCheck, TcpCheck
 from phalanx.config.databases import SQLite
+from phalanx.config.events import Events
 from phalanx.config.node import EmbeddedNats, Fence, HttpServer, Logging, NatsOptions, PlatformConfig, Timings
 from phalanx.config.patterns import Ring
 from phalanx.config.redact import redacted
@@ -27,6 +28,7 @@ __all__ = [
     "CommandCheck",
     "Docker",
     "EmbeddedNats",
+    "Events",
     "Fence",
     "FunctionCheck",
     "HookTimeouts",

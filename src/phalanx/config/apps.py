@@ -15,6 +15,7 @@ from phalanx.config.backends import Backend
 from phalanx.config.checks import Check
 from phalanx.config.databases import SQLite
 from phalanx.config.declaration import Declaration
+from phalanx.config.events import Events
 from phalanx.config.patterns import Ring
 from phalanx.config.rules import About
 from phalanx.config.vip import VirtualIP
@@ -142,6 +143,14 @@ class AppConfig(Declaration, frozen=True, kw_only=True):
     database: Annotated[
         SQLite | None,
         About("Its database.", rules.Nested("path, or see Database: sqlite"), default="none"),
+    ] = None
+    events: Annotated[
+        Events | None,
+        About(
+            "Its own events.",
+            rules.Nested("true, or see Events"),
+            default="none, unless a handler is declared for them",
+        ),
     ] = None
     vip: Annotated[
         tuple[VirtualIP, ...],

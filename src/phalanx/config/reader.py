@@ -17,6 +17,7 @@ import msgspec
 from phalanx.config import apps, backends, checks, node
 from phalanx.config.databases import SQLite
 from phalanx.config.declaration import unknown_key
+from phalanx.config.events import Events
 from phalanx.config.nats_urls import LOGIN_FIELDS, parse_urls
 from phalanx.config.patterns import Ring
 from phalanx.config.relations import check_relations, relations
@@ -80,6 +81,7 @@ class Reader:
             "pattern": self._pattern,
             "backend": lambda value, key: self._optional(value, key, backends.BACKENDS),
             "database": self._database,
+            "events": self._events,
             "ready": lambda value, key: self._optional(value, key, checks.CHECKS),
             "vip": self._vips,
             "limits": lambda value, key: self.read(backends.Limits, value, key),
@@ -246,6 +248,12 @@ class Reader:
         elif isinstance(value, Mapping):
             value = {"type": tag_of(SQLite), **cast("Mapping[object, object]", value)}
         return self._tagged(value, key, (SQLite,))
+
+    def _events(self, value: object, key: str) -> Events | None:
+        """``true`` is a table without anything in it."""
+        if value is None or value is False:
+            return None
+        return self.read(Events, {} if value is True else value, key)
 
     def _fence(self, value: object, key: str) -> node.Fence | None:
         """Text, or a list of texts, is a command."""

@@ -11,6 +11,7 @@ import msgspec
 from phalanx.config import apps, backends, checks, node, patterns, vip
 from phalanx.config.build import VARIABLES
 from phalanx.config.databases import SQLite
+from phalanx.config.events import Events
 from phalanx.config.reader import Field, fields_of, tag_of
 from phalanx.config.rules import Bytes, Duration, seconds_text, size_text
 from phalanx.config.secret import Secret
@@ -139,6 +140,7 @@ def _sections() -> Iterator[str]:
     yield from _section("Backend: docker", "[apps.NAME.backend]", backends.Docker)
     yield from _section("Restart", "[apps.NAME.restart]", apps.Restart)
     yield from _section("Virtual IP", "[[apps.NAME.vip]]", vip.VirtualIP, _VIP)
+    yield from _section("Events", "[apps.NAME.events]", Events)
     yield from _section("Database: sqlite", "[apps.NAME.database]", SQLite, _DATABASE)
     yield from _section("Health checks", "[[apps.NAME.checks]]", checks.CheckSettings, _CHECKS)
     for kind in checks.CHECKS:

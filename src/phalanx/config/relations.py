@@ -60,7 +60,12 @@ def _pattern(config: AppConfig, key: str) -> Iterator[ConfigError]:
     """What only an app with one active instance can have."""
     if isinstance(config.pattern, ActivePassive):
         return
-    what = {"backend": config.backend, "database": config.database, "vip": config.vip}
+    what = {
+        "backend": config.backend,
+        "database": config.database,
+        "vip": config.vip,
+        "events": config.events,
+    }
     for name, value in what.items():
         if value:
             kind = config.pattern.__struct_config__.tag

@@ -34,6 +34,8 @@ class Step(StrEnum):
     """The replica is the live database."""
     CAPTURE = "capture"
     """Nothing that is committed from now on can escape the capture, which is being started."""
+    SEAL_EVENTS = "seal-events"
+    """No leader of an earlier epoch can publish events any more."""
     VIP = "vip"
     """The virtual addresses are here, and the neighbours know it."""
     BACKEND = "backend"
@@ -70,6 +72,7 @@ def steps(
     has_database: bool = False,
     has_vip: bool = False,
     has_calls: bool = False,
+    has_events: bool = False,
     needs_fence: bool = False,
 ) -> tuple[Step, ...]:
     """What becoming active takes. *needs_fence*: the previous leader is to be fenced first."""
@@ -79,6 +82,7 @@ def steps(
         Step.SEAL: has_database,
         Step.PROMOTE: has_database,
         Step.CAPTURE: has_database,
+        Step.SEAL_EVENTS: has_events,
         Step.VIP: has_vip,
         Step.BACKEND: has_backend,
         Step.READY: has_backend,

@@ -17,7 +17,7 @@ from pathlib import Path
 from phalanx import system
 from phalanx.aio import Background
 from phalanx.alarm import Alarm
-from phalanx.app import NodeApp
+from phalanx.app import App, NodeApp
 from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.config import EmbeddedNats, NatsOptions, PlatformConfig
@@ -277,8 +277,10 @@ class Node:
         founding = Founding(self.bus, self.names, self.node, self.data_dir, self.journal)
         histories = {name: app.config.kv_history for name, app in self.apps.items()}
         databases = [name for name, app in self.apps.items() if app.config.database is not None]
+        declared = [(name, app.events_config) for name, app in self.apps.items() if isinstance(app, App)]
+        kept = {name: events for name, events in declared if events is not None}
         await patiently(
-            lambda: founding.run(self._replicas, histories, databases), "set up the platform in NATS"
+            lambda: founding.run(self._replicas, histories, databases, kept), "set up the platform in NATS"
         )
         self.state, self._streams = founding.state, founding.streams
 
