@@ -8,43 +8,37 @@ Run it on every node: ``phalanx run examples.orders:platform``. Then, from anywh
 
 from __future__ import annotations
 
-import msgspec
+import asyncio
 
-from phalanx import CallContext, CallError, Platform
+from examples.orders_api import Order, Orders, Receipt
+from phalanx import CallError, Platform, current_call
 
 platform = Platform("prod", nats="nats://127.0.0.1:4222")
 orders = platform.app("orders")
 
 
-class Order(msgspec.Struct):
-    """What is asked for."""
+class Book(Orders):
+    """Answers on the active node only. The KV is fenced: a deposed node stores nothing."""
 
-    item: str
-    count: int = 1
+    def __init__(self) -> None:
+        self._one_at_a_time = asyncio.Lock()
 
+    async def place(self, order: Order) -> Receipt:
+        """Count it."""
+        if order.count < 1:
+            raise CallError("nothing-ordered", "the count is to be 1 or more", path="$.count")
+        kv = current_call().kv
+        async with self._one_at_a_time:
+            total = await kv.value(f"total.{order.item}", int, 0) + order.count
+            await kv.put(f"total.{order.item}", total)
+        return Receipt(order.item, total)
 
-class Receipt(msgspec.Struct):
-    """What comes back: how many of it were ordered by now."""
-
-    item: str
-    total: int
-
-
-@orders.handle("place", concurrency=1)
-async def place(order: Order, ctx: CallContext) -> Receipt:
-    """Runs on the active node only, one at a time. ``ctx.kv`` is fenced: a deposed node stores nothing."""
-    if order.count < 1:
-        raise CallError("nothing-ordered", "the count is to be 1 or more", path="$.count")
-    total = await ctx.kv.value(f"total.{order.item}", int, 0) + order.count
-    await ctx.kv.put(f"total.{order.item}", total)
-    return Receipt(order.item, total)
+    async def total(self, item: str) -> int:
+        """Only reads, so a call of it may be made again after a crash of the node that had begun it."""
+        return await current_call().kv.value(f"total.{item}", int, 0)
 
 
-@orders.handle("total", idempotent=True)
-async def total(item: str, ctx: CallContext) -> int:
-    """Only reads, so a call of it may be made again after a crash of the node that had begun it."""
-    return await ctx.kv.value(f"total.{item}", int, 0)
-
+orders.handle_all(Book(), Orders)
 
 if __name__ == "__main__":
     platform.run()
