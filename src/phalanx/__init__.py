@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from phalanx.coord.locks import Lock, Semaphore
     from phalanx.data.reading import StaleConnection
     from phalanx.decide.backoff import Backoff
+    from phalanx.decide.partition import partition_of
     from phalanx.errors import (
         AddressError,
         BackendError,
@@ -99,7 +100,7 @@ if TYPE_CHECKING:
     from phalanx.messaging.interface import method
     from phalanx.messaging.middleware import OutgoingCall
     from phalanx.messaging.routes import Any as Any
-    from phalanx.messaging.routes import Leader, Node
+    from phalanx.messaging.routes import Key, Leader, Node
     from phalanx.messaging.stubs import with_options
     from phalanx.platform import Platform
     from phalanx.types import AppStatus, Health, Member, NodeStatus, Position, Role
@@ -141,6 +142,7 @@ _WHERE = {
     ),
     "phalanx.data.reading": ("StaleConnection",),
     "phalanx.decide.backoff": ("Backoff",),
+    "phalanx.decide.partition": ("partition_of",),
     "phalanx.errors": (
         "AddressError",
         "BackendError",
@@ -194,7 +196,7 @@ _WHERE = {
     "phalanx.messaging.interface": ("method",),
     "phalanx.messaging.middleware": ("OutgoingCall",),
     "phalanx.messaging.stubs": ("with_options",),
-    "phalanx.messaging.routes": ("Any", "Leader", "Node"),
+    "phalanx.messaging.routes": ("Any", "Key", "Leader", "Node"),
     "phalanx.platform": ("Platform",),
     "phalanx.types": ("AppStatus", "Health", "Member", "NodeStatus", "Position", "Role"),
 }
@@ -246,6 +248,8 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "Leader",
     "Any",
     "Node",
+    "Key",
+    "partition_of",
     "Role",
     "Health",
     "AppStatus",

@@ -295,6 +295,10 @@ class Names:
         """A call to the instance on one node."""
         return f"{self.platform}._.api.{app}.node.{node}.{method}"
 
+    def call_partition_subject(self, app: str, partition: int | str, method: str = "*") -> str:
+        """A call to the owner of one partition of a ring (``*``: of any)."""
+        return f"{self.platform}._.api.{app}.part.{partition}.{method}"
+
     def call_queue(self, app: str) -> str:
         """The queue group of its instances, of which one answers."""
         return f"{self.platform}.{app}"
@@ -310,6 +314,10 @@ class Names:
     def leader_watch_subject(self, app: str) -> str:
         """Where the leader key of *app* is republished."""
         return f"{self.watch_prefix(app)}.{LEADER_KEY}"
+
+    def partition_watch_subject(self, app: str) -> str:
+        """Where the keys of a ring's partitions are republished, by number."""
+        return f"{self.watch_prefix(app)}.{RING_KEYS}.part.*"
 
     @staticmethod
     def service_subject(verb: str, name: str = "", instance: str = "") -> str:

@@ -6,13 +6,36 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any as Value
 
+import msgspec
 import pytest
 from tests.waiting import until
 
-from phalanx import ConfigError, PartitionContext, Platform, Ring, RingApp
+from phalanx import (
+    Any,
+    CallContext,
+    ConfigError,
+    Key,
+    Leader,
+    Node,
+    PartitionContext,
+    Platform,
+    Ring,
+    RingApp,
+    UnknownMethod,
+    WrongRoute,
+    partition_of,
+)
 from phalanx.testing.nats import NatsServer
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """Who has answered a call, for which partition, under which epoch."""
+
+    node: str
+    partition: int
+    epoch: int
 
 
 class Shares:
@@ -38,6 +61,16 @@ class Shares:
         async def release(partition: int, ctx: PartitionContext) -> None:  # pyright: ignore[reportUnusedFunction]
             del self.owners[partition]
 
+        @app.handle("where", idempotent=True)
+        async def where(key: str, ctx: CallContext) -> Seen:  # pyright: ignore[reportUnusedFunction]
+            assert ctx.partition is not None
+            await ctx.kv.put("last", key)
+            return Seen(ctx.node, ctx.partition, ctx.epoch)
+
+        @app.handle("who", anywhere=True)
+        async def who(ctx: CallContext) -> str:  # pyright: ignore[reportUnusedFunction]
+            return ctx.node
+
     def counts(self) -> dict[str, int]:
         """How many each node has."""
         found: dict[str, int] = {}
@@ -46,7 +79,7 @@ class Shares:
         return found
 
 
-def platform_of(url: str, tmp_path: Path, node: str, **options: Any) -> Platform:
+def platform_of(url: str, tmp_path: Path, node: str, **options: Value) -> Platform:
     """One node of the platform "test"."""
     return Platform(
         "test",
@@ -61,7 +94,7 @@ def platform_of(url: str, tmp_path: Path, node: str, **options: Any) -> Platform
 
 @asynccontextmanager
 async def ring_node(
-    url: str, tmp_path: Path, node: str, shares: Shares, partitions: int = 16, **options: Any
+    url: str, tmp_path: Path, node: str, shares: Shares, partitions: int = 16, **options: Value
 ) -> AsyncIterator[RingApp]:
     """One node with the ring "sessions", in this process."""
     platform = platform_of(url, tmp_path, node)
@@ -102,3 +135,85 @@ async def test_node_with_another_number_of_partitions_does_not_start(
         assert caught.value.key == "apps.sessions.pattern.partitions"
         assert shares.counts() == {"n1": 8}
         await asyncio.sleep(0)
+
+
+async def test_call_to_a_key_is_answered_by_its_owner_under_the_partitions_epoch(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """From a node, from a client, with the partition and a fenced KV in the handler's context."""
+    shares, url = Shares(), nats_server.url()
+    async with (
+        ring_node(url, tmp_path, "n1", shares) as one,
+        ring_node(url, tmp_path, "n2", shares),
+        Platform.client("test", url) as client,
+    ):
+        await until(lambda: shares.counts() == {"n1": 8, "n2": 8})
+        api = client.api("sessions")
+        for number in range(40):
+            key = f"customer-{number}"
+            partition = partition_of(key, 16)
+            seen = await api.call("where", key, returns=Seen, to=Key(key), timeout=20)
+            assert seen == Seen(shares.owners[partition], partition, shares.epochs[partition])
+            assert one.owner_of(key) == seen.node
+        assert one.kv is not None
+        entry = await one.kv.get("last", str)
+        assert entry is not None
+        assert entry.value == "customer-39"
+
+
+async def test_call_to_a_key_waits_while_its_partition_changes_hands(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """None fails while a node comes and goes, and each is answered under the newest epoch."""
+    shares, url = Shares(), nats_server.url()
+    async with ring_node(url, tmp_path, "n1", shares), Platform.client("test", url) as client:
+        api, answers, stopped = client.api("sessions"), list[Seen](), asyncio.Event()
+
+        async def call(key: str) -> None:
+            while not stopped.is_set():
+                answers.append(await api.call("where", key, returns=Seen, to=Key(key), timeout=20))
+
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(8):
+                tasks.create_task(call(f"customer-{number}"))
+            for _ in range(3):
+                async with ring_node(url, tmp_path, "n2", shares):
+                    await until(lambda: shares.counts() == {"n1": 8, "n2": 8})
+                await until(lambda: shares.counts() == {"n1": 16})
+            stopped.set()
+        assert {seen.node for seen in answers} == {"n1", "n2"}
+        newest: dict[int, int] = {}
+        for seen in answers:
+            assert seen.epoch >= newest.get(seen.partition, 0)
+            newest[seen.partition] = seen.epoch
+        assert shares.clashes == []
+
+
+async def test_call_by_another_route_than_the_apps_is_refused_with_the_right_one(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """A ring has no leader, other apps have no owners of keys, and only methods declared so run anywhere."""
+    shares, url = Shares(), nats_server.url()
+    platform = platform_of(url, tmp_path, "n0")
+    wiki = platform.app("wiki")
+
+    @wiki.handle("read")
+    async def read(ctx: CallContext) -> str:  # pyright: ignore[reportUnusedFunction]
+        return ctx.node
+
+    async with platform, ring_node(url, tmp_path, "n1", shares), Platform.client("test", url) as client:
+        await until(lambda: shares.counts() == {"n1": 16})
+        sessions = client.api("sessions")
+        for route in ({}, {"to": Leader}):
+            with pytest.raises(WrongRoute, match="to=Key"):
+                await sessions.call("where", "a", timeout=20, **route)
+        for route in (Any, Node("n1")):
+            with pytest.raises(WrongRoute, match="to=Key"):
+                await sessions.call("where", "a", to=route, timeout=20)
+            assert await sessions.call("who", to=route, timeout=20) == "n1"
+        with pytest.raises(WrongRoute, match="is no ring"):
+            await client.api("wiki").call("read", to=Key("a"), timeout=20)
+        with pytest.raises(UnknownMethod):
+            await sessions.call("nonsense", to=Key("a"), timeout=20)
+        with pytest.raises(ConfigError, match="text or bytes"):
+            Key(7)  # type: ignore[arg-type]

@@ -21,6 +21,8 @@ from phalanx.coord.session import Session
 from phalanx.decide.partition import partition_of
 from phalanx.decide.ring_plan import RingPlan
 from phalanx.errors import ConfigError, HookFailed
+from phalanx.messaging.ring_serving import RingCallServer
+from phalanx.messaging.serving import CallServer
 from phalanx.names import RING_PLAN_KEY
 from phalanx.ports import SectionCalls
 from phalanx.types import AppStatus, Role, Standing
@@ -43,6 +45,7 @@ class RingApp(SharingApp):
         self.pattern = config.pattern
         self._partition_hooks: dict[str, PartitionHook] = {}
         self._term: RingTerm | None = None
+        self._ring_calls: RingCallServer | None = None
         self._stuck_timers: set[asyncio.TimerHandle] = set()
 
     # --- declaring
@@ -283,8 +286,15 @@ class RingApp(SharingApp):
 
     # --- calls, and what goes before
 
+    def _make_calls(self, parts: NodeParts) -> CallServer:
+        partitions = self.pattern.partitions
+        self._ring_calls = RingCallServer(
+            self.name, parts.node, self.handlers, parts.bus, parts.names, self.kv, partitions
+        )
+        return self._ring_calls
+
     def _calls_of(self, partition: int) -> SectionCalls | None:
-        return None
+        return self._ring_calls.of_partition(partition) if self._ring_calls is not None else None
 
     async def _prepare_next(self, partition: int) -> None:
         return

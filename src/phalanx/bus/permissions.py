@@ -177,6 +177,7 @@ def _app_guest(names: Names, app: str, calls: Sequence[str]) -> _Guest:
             f"{names.platform}.{app}.events.>",
             # Who leads the apps that it calls, so that calls find the next leader at once.
             *(names.leader_watch_subject(each) for each in called if each != app),
+            *(names.partition_watch_subject(each) for each in called if each != app),
         ),
     )
 

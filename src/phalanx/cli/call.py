@@ -13,7 +13,7 @@ from phalanx.cli.target import Where
 from phalanx.client import PlatformClient
 from phalanx.errors import ConfigError
 from phalanx.messaging.routes import Any as AnyInstance
-from phalanx.messaging.routes import Default, Leader, Node, Route
+from phalanx.messaging.routes import Default, Key, Leader, Node, Route
 from phalanx.types import is_dns_label
 
 _WHERE = Where()
@@ -25,7 +25,9 @@ def call(
     request: Annotated[str, Parameter(help="The request, as JSON.")] = "null",
     /,
     *,
-    to: Annotated[str, Parameter(help="leader, any, or the id of a node; else leader, for a pool any.")] = "",
+    to: Annotated[
+        str, Parameter(help="leader, any, the id of a node, key:KEY for a ring; else leader, for a pool any.")
+    ] = "",
     wait: Annotated[float, Parameter(help="How long to wait for the answer, in seconds.")] = 5.0,
     idempotent: Annotated[
         bool, Parameter(help="It may be made again although it may have been carried out.")
@@ -53,8 +55,11 @@ def _route(to: str) -> Route:
         return Leader
     if to == "any":
         return AnyInstance
+    if to.startswith("key:"):
+        return Key(to.removeprefix("key:"))
     if not is_dns_label(to):
-        raise ConfigError("--to", to, "neither leader nor any nor a node id", "see: phalanx status")
+        problem = "neither leader nor any nor a node id nor key:KEY"
+        raise ConfigError("--to", to, problem, "see: phalanx status")
     return Node(to)
 
 

@@ -28,7 +28,7 @@ def check_arguments(method: str, to: Route, timeout: float, content_type: str) -
     if isinstance(timeout, bool) or not 0.001 <= timeout <= MAX_TIMEOUT_SECONDS:
         raise ConfigError("timeout", timeout, "out of range", "choose 0.001 to 86400 seconds")
     if not isinstance(to, Route):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError("to", to, "no route", "use phalanx.Leader, phalanx.Any or phalanx.Node(name)")
+        raise ConfigError("to", to, "no route", "use phalanx.Leader, Any, Node(name) or Key(key)")
     if content_type not in CONTENT_TYPES:
         raise ConfigError("content_type", content_type, "not known", f"use {' or '.join(CONTENT_TYPES)}")
     check_method("method", method)
@@ -104,10 +104,11 @@ class Api:
     ) -> T:
         """Call *method* with *request*; its answer, as *returns* (any type of msgspec's; pydantic models).
 
-        *to*: Leader (waits through a failover), Any, Node("n2"); left out: Leader, or Any for a pool.
-        *timeout*: seconds, 0.001 to 86400; a call made inside of a handler never waits longer than that
-        handler's caller does. *idempotent*: whether it may be made again although it may have been carried
-        out; None: as its handler was declared. *headers* reach the handler as ``ctx.headers``.
+        *to*: Leader (waits through a failover), Any, Node("n2"), Key("eva") (the owner in a ring); left out:
+        Leader, or Any for a pool. *timeout*: seconds, 0.001 to 86400; a call made inside of a handler never
+        waits longer than that handler's caller does. *idempotent*: whether it may be made again although it
+        may have been carried out; None: as its handler was declared. *headers* reach the handler as
+        ``ctx.headers``.
 
         Raises CallError and its kinds, ConfigError for arguments that are wrong. If this is cancelled, so is
         the handler.

@@ -80,13 +80,15 @@ class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
 class Leading(msgspec.Struct, frozen=True, omit_defaults=True):
     """The answer to ``who``: the leader as an instance knows it (empty: nobody), and what may be repeated.
 
-    ``pattern``: that of the app. A pool has no leader, and any instance may be called.
+    ``pattern``: that of the app. A pool has no leader, and any instance may be called. Nor has a ring:
+    it has ``partitions``, and a call goes to the owner of its key's.
     """
 
     node: str = ""
     epoch: int = 0
     idempotent: tuple[str, ...] = ()
     pattern: str = "active-passive"
+    partitions: int = 0
 
 
 class CallHeader:

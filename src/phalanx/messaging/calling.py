@@ -17,6 +17,7 @@ from typing import Any as Value
 from phalanx import system
 from phalanx.aio import wait_at_most
 from phalanx.decide.backoff import Backoff
+from phalanx.decide.partition import partition_of
 from phalanx.errors import (
     BusError,
     BusTimeout,
@@ -36,8 +37,9 @@ from phalanx.errors import (
 from phalanx.messaging import call_wire as wire
 from phalanx.messaging.content import JSON, ContentError, encode, shape_of
 from phalanx.messaging.context import callers_deadline
-from phalanx.messaging.leading import InFlight, LeaderView
-from phalanx.messaging.routes import Any, Default, Leader, Node, Route
+from phalanx.messaging.leading import Followed, InFlight, LeaderView
+from phalanx.messaging.ring_view import RingView
+from phalanx.messaging.routes import Any, Default, Key, Leader, Node, Route
 from phalanx.messaging.serving import HEADER_ROOM_BYTES
 from phalanx.names import Names
 from phalanx.observe.tracing import call_span, tracer
@@ -47,6 +49,9 @@ log = logging.getLogger("phalanx.calls")
 
 RETRY = Backoff(first=0.01, longest=0.5)
 """Delays between tries at whoever is busy or not there; each is varied by half."""
+
+OWNER_SECONDS = 0.1
+"""The longest delay between tries at the owner of a partition, while it changes hands."""
 
 MOVED_SECONDS = 2.0
 """How long a leader that was followed by another may take to say of a call "moved", or that it was ended:
@@ -96,6 +101,7 @@ class Caller:
     def __init__(self, bus: Callable[[], Bus], names: Names, name: str) -> None:
         self._bus, self._names, self._name = bus, names, name
         self._views: dict[str, LeaderView] = {}
+        self._rings: dict[str, RingView] = {}
         self._opening = asyncio.Lock()
         self._prefix, self._numbers = secrets.token_hex(6), itertools.count(1)
         self._closed = asyncio.Event()
@@ -104,8 +110,9 @@ class Caller:
     async def close(self) -> None:
         """End what is followed. Calls under way, and those that wait, fail at once."""
         self._closed.set()
-        views, self._views = self._views, {}
-        for view in views.values():
+        views = (*self._views.values(), *self._rings.values())
+        self._views, self._rings = {}, {}
+        for view in views:
             view.end_calls()
             await view.close()
 
@@ -150,6 +157,8 @@ class Caller:
             view = self._views.get(app) or await self._view(app)
             if to is Leader or to is Default:
                 answer = await self._to_leader(call, view, to)
+            elif isinstance(to, Key):
+                answer = await self._to_key(call, view, to)
             else:
                 answer = await self._to(call, view, to)
         except asyncio.CancelledError:
@@ -206,7 +215,7 @@ class Caller:
                     self._views[app] = view
         return view
 
-    def _check_open(self, call: _Call, view: LeaderView) -> None:
+    def _check_open(self, call: _Call, view: Followed) -> None:
         """Raises what a call ends with that may not go on: its caller was closed, or there is no such app."""
         if self._closed.is_set():
             if call.may_have_begun:
@@ -255,6 +264,9 @@ class Caller:
                     return await self._to(call, view, Any)
                 problem = f"app {call.app} is a pool, which has no leader; call it with to=Any"
                 raise call.failed(WrongRoute, "wrong-route", problem)
+            if view.partitions:
+                problem = f"app {call.app} is a ring, which has no leader; call it with to=Key(key)"
+                raise call.failed(WrongRoute, "wrong-route", problem)
             left = call.deadline - system.now()
             if left <= 0:
                 raise self._too_late(call, NoLeader, "no-leader", "no leader before the deadline")
@@ -269,6 +281,43 @@ class Caller:
                 return answer
             if view.node == node and view.epoch == epoch:
                 await view.wait(call.deadline, call.delay())
+
+    async def _to_key(self, call: _Call, view: LeaderView, to: Key) -> Message:
+        """To the owner of the key's partition: waits while that changes hands."""
+        while not view.partitions:
+            self._check_open(call, view)
+            if not await view.ask(call.deadline):
+                await self._check_known(call, view)
+            if view.answered and not view.partitions:
+                problem = f"app {call.app} is no ring, it has no owners of keys; call it with another route"
+                raise call.failed(WrongRoute, "wrong-route", problem)
+            if system.now() >= call.deadline:
+                raise self._too_late(call, NoInstance, "no-instance", "no instance was there")
+            await self._pause(call)
+        number = partition_of(to.encoded, view.partitions)
+        partition = (self._rings.get(call.app) or await self._ring(call.app, view)).of(number)
+        subject = self._names.call_partition_subject(call.app, number, call.method)
+        while (left := call.deadline - system.now()) > 0:
+            self._check_open(call, view)
+            answer = await self._try(call, partition, subject, left, partition.epoch)
+            if answer is not None:
+                return answer
+            await self._pause(call)
+        problem = f"nobody owned partition {number} before the deadline"
+        raise self._too_late(call, NoInstance, "no-instance", problem)
+
+    async def _ring(self, app: str, view: LeaderView) -> RingView:
+        async with self._opening:
+            ring = self._rings.get(app)
+            if ring is None:
+                ring = RingView(self._bus, self._names, app, view)
+                await ring.start()
+                self._rings[app] = ring
+        return ring
+
+    async def _pause(self, call: _Call) -> None:
+        """Before the next try of a call to an owner, who may be a moment away."""
+        await wait_at_most(self._closed, min(call.delay(), OWNER_SECONDS, call.deadline - system.now()))
 
     async def _to(self, call: _Call, view: LeaderView, to: Route) -> Message:
         names = self._names
@@ -300,7 +349,7 @@ class Caller:
     # --- one try
 
     async def _try(
-        self, call: _Call, view: LeaderView, subject: str, left: float, epoch: int | None
+        self, call: _Call, view: Followed, subject: str, left: float, epoch: int | None
     ) -> Message | None:
         """One request: its answer, or None if another one may be made. Raises CallError."""
         call.headers[wire.CALL] = wire.call_header(call.id, left, epoch, self._name)
@@ -333,7 +382,7 @@ class Caller:
             under_way.close()
         return self._judge(call, view, answer, epoch)
 
-    def _judge(self, call: _Call, view: LeaderView, answer: Message, epoch: int | None) -> Message | None:
+    def _judge(self, call: _Call, view: Followed, answer: Message, epoch: int | None) -> Message | None:
         headers = answer.headers
         problem = wire.problem_of(answer.data, headers) if headers else None
         if problem is None or problem.started:
@@ -355,11 +404,11 @@ class Caller:
             return None
         raise error
 
-    def _interrupted(self, call: _Call, view: LeaderView, why: str) -> None:
+    def _interrupted(self, call: _Call, view: Followed, why: str) -> None:
         """A try that may have been carried out was broken off. Returns if it may be made again."""
         call.why, call.may_have_begun = why, True
         if not self._may_repeat(call, view):
             raise call.failed(OutcomeUnknown, "interrupted", "it may have been carried out or not")
 
-    def _may_repeat(self, call: _Call, view: LeaderView) -> bool:
+    def _may_repeat(self, call: _Call, view: Followed) -> bool:
         return call.idempotent if call.idempotent is not None else call.method in view.idempotent

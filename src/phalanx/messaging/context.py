@@ -14,8 +14,9 @@ class CallContext:
     """What a handler gets as ``ctx``.
 
     ``active``: the ActiveContext of the section in which it runs, with ``kv``, ``db``, ``lock`` under its
-    epoch; None on a node that is not active, for methods declared ``anywhere``. ``kv``: the app's KV, fenced
-    if this node is active. ``caller``: what the caller calls itself. ``headers``: those of the request.
+    epoch (in a ring the PartitionContext); None on a node that is not active, for methods declared
+    ``anywhere``. ``kv``: the app's KV, fenced if this node is active. ``caller``: what the caller calls
+    itself. ``headers``: those of the request.
     """
 
     __slots__ = (
@@ -49,6 +50,11 @@ class CallContext:
         self.call_id, self.caller, self.headers = call_id, caller, headers
         self.epoch, self.active, self.kv = epoch, active, kv
         self._deadline = deadline
+
+    @property
+    def partition(self) -> int | None:
+        """The partition that was called, in a ring; None elsewhere."""
+        return getattr(self.active, "partition", None)
 
     @property
     def remaining_seconds(self) -> float:

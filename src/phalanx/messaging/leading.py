@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from typing import Protocol
 
 import msgspec
 
@@ -74,6 +75,22 @@ class InFlight:
             self._timer.cancel()
 
 
+class Followed(Protocol):
+    """What a call under an epoch goes by: ``epoch`` is the newest one that was heard of."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def in_flight(self) -> set[InFlight]: ...
+    @property
+    def idempotent(self) -> frozenset[str]: ...
+    @property
+    def is_closed(self) -> bool: ...
+    def is_over(self, epoch: int) -> None:
+        """Whoever had that epoch says that it is over."""
+        ...
+
+
 class LeaderView:
     """The leader of one app. ``epoch`` is the newest reign that was heard of, and only grows."""
 
@@ -88,6 +105,8 @@ class LeaderView:
         """Whether an instance has ever said who leads: then there is such an app."""
         self.is_pool = False
         """Whether it has said that nobody leads, as any instance may be called."""
+        self.partitions = 0
+        """Into how many a ring is cut; 0: it is none, or nobody has said so yet."""
         self.in_flight: set[InFlight] = set()
         self.is_closed = False
         self._changed = asyncio.Event()
@@ -171,6 +190,7 @@ class LeaderView:
         self.answered = True
         self.idempotent = frozenset(leading.idempotent)
         self.is_pool = leading.pattern == "pool"
+        self.partitions = leading.partitions
         self.learn(leading.node, leading.epoch)
         if leading.node and leading.epoch == self.epoch:
             self.node = leading.node

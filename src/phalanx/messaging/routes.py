@@ -9,7 +9,7 @@ from phalanx.types import is_dns_label
 
 
 class Route(msgspec.Struct, frozen=True):
-    """To whom a call goes: :data:`Leader`, :data:`Any`, :class:`Node`, or :data:`Default`."""
+    """To whom a call goes: :data:`Leader`, :data:`Any`, :class:`Node`, :class:`Key`, or :data:`Default`."""
 
 
 class _Leader(Route, frozen=True):
@@ -40,6 +40,28 @@ class Node(Route, frozen=True):
         return f"node {self.node}"
 
 
+class Key(Route, frozen=True):
+    """The owner of this key's partition of a ring. Raises ConfigError for what is neither text nor bytes."""
+
+    key: str | bytes
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.key, str | bytes):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ConfigError("to", self.key, "a key is text or bytes", "write Key(str(it))")
+        try:
+            _ = self.encoded
+        except UnicodeEncodeError as error:
+            raise ConfigError("to", self.key, str(error), "use text that is Unicode") from None
+
+    @property
+    def encoded(self) -> bytes:
+        """What its partition is computed of."""
+        return self.key.encode() if isinstance(self.key, str) else self.key
+
+    def __str__(self) -> str:
+        return f"key {self.key!r}"
+
+
 Leader = _Leader()
 """The active instance; the call waits through a failover, within its deadline."""
 
@@ -48,4 +70,4 @@ Any = _Any()
 ``anywhere``."""
 
 Default = _Default()
-"""As the app's pattern has it: :data:`Leader`; of a pool :data:`Any`."""
+"""As the app's pattern has it: :data:`Leader`; of a pool :data:`Any`. For a ring say which key."""

@@ -157,9 +157,13 @@ class CallServer:
     async def begin(self, epoch: int, active: Any) -> None:
         """From now on calls to the leader run, in the section of *epoch*."""
         self._active, self._epoch = active, epoch
-        subject = self._names.call_leader_subject(self._app)
+        subject = self._route_of_section()
         self._leader_subscription = await self._bus.subscribe(subject, self._on_leader_call, direct=True)
         self._look_at_held()
+
+    def _route_of_section(self) -> str:
+        """What is answered in the section alone."""
+        return self._names.call_leader_subject(self._app)
 
     async def end(self, *, graceful: bool) -> None:
         """See SectionCalls: what runs has DRAIN_SECONDS to end, if *graceful*.
