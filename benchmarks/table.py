@@ -13,6 +13,7 @@ from benchmarks import (
     footprint,
     hosts,
     kv,
+    locks,
     replication,
     replication_failover,
     replication_history,
@@ -91,6 +92,16 @@ BENCHMARKS = (
         bar=1.15,
         bar_of="ratio",
         measure=kv.put,
+        runs=10,
+    ),
+    Benchmark(
+        name="locks.cycle",
+        work="free lock of an app taken and released, one server; the bar is for the ratio to raw nats-py's "
+        "create and delete of a key",
+        unit="ms",
+        bar=1.25,
+        bar_of="ratio",
+        measure=locks.cycle,
         runs=10,
     ),
     Benchmark(
