@@ -46,6 +46,9 @@ it is asked for again after this."""
 REFUSED_SECONDS = 0.01
 """A write may be refused only because another one is being replicated."""
 
+REFRESH_SECONDS = 5.0
+"""Who waits reads the key again after so long: the message that it is its turn may have been lost."""
+
 UNWATCHED_SECONDS = 0.02
 """Who holds a lock for less is spared the watch."""
 
@@ -380,7 +383,8 @@ class LockKey:
 
     def _due(self) -> tuple[LockState, Fence | None] | None:
         """What the key has to say, and what that write is fenced by; None: nothing to do here."""
-        if not self._parts.session.is_valid:
+        session = self._parts.session
+        if not session.is_valid or self._parts.register.is_over(session.id):
             return None
         self._refuse_now()
         claims = self._active()
@@ -608,6 +612,14 @@ class LockKey:
         entries = (*self.state.holders, *self.state.queue)
         if any(each.epoch for each in entries) or any(c.fence is not None for c in self.claims.values()):
             self._start(LEADER_KEY, self._on_leader)
+        self._arm("refresh", REFRESH_SECONDS, self._refresh)
+
+    def _refresh(self) -> None:
+        """A message that was lost must not keep the whole queue waiting."""
+        if any(claim.waits for claim in self.claims.values()):
+            for watch in self._watches.values():
+                watch.refresh()
+            self._arm("refresh", REFRESH_SECONDS, self._refresh)
 
     def _start(self, key: str, on_record: Callable[[Record], None]) -> None:
         if key in self._watches:
