@@ -7,11 +7,14 @@ installed (it is never imported here).
 from __future__ import annotations
 
 import functools
+import logging
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import msgspec
+
+log = logging.getLogger("phalanx.calls")
 
 JSON = "application/json"
 MSGPACK = "application/msgpack"
@@ -33,20 +36,28 @@ def _plain(value: object) -> object:
     dump: Any = getattr(value, "model_dump", None)
     if dump is None or isinstance(value, type):
         raise TypeError(f"a value of type {type(value).__name__} cannot be sent")
-    return dump(mode="json")
+    return dump(mode="json", by_alias=True)
+
+
+class _InModel(ValueError):
+    """What pydantic has found, and where in the model. msgspec adds where the model was in the whole."""
+
+    def __init__(self, problem: str, path: str) -> None:
+        self.path = path
+        super().__init__(problem)
 
 
 def _model(kind: Any, value: object) -> Any:
-    """The inverse. pydantic's errors are ValueErrors, to which msgspec adds where in the whole it was."""
+    """The inverse; from JSON, as strict models take texts for times only from there."""
     try:
-        return kind.model_validate(value)
+        return kind.model_validate_json(msgspec.json.encode(value))
     except ValueError as error:
         details: Any = getattr(error, "errors", None)
         if details is None:
             raise
-        first: dict[str, Any] = details()[0]
-        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-        raise ValueError(f"{first['msg']}{f' (at {where})' if where else ''}") from error
+        first: dict[str, Any] = details(include_url=False, include_context=False, include_input=False)[0]
+        path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+        raise _InModel(first["msg"], path) from error
 
 
 _ENCODERS: dict[str, Callable[[object], bytes]] = {
@@ -69,9 +80,9 @@ class Shape:
     """A declared type, ready to decode both content types. Raises TypeError for one that cannot be sent."""
 
     def __init__(self, kind: Any) -> None:
-        info = msgspec.inspect.type_info(kind)
-        if isinstance(info, msgspec.inspect.CustomType) and not hasattr(info.cls, "model_validate"):
-            raise TypeError(f"{getattr(kind, '__name__', kind)} is no type that can be sent")
+        for custom in _custom_types(msgspec.inspect.type_info(kind)):
+            if not hasattr(custom, "model_validate_json"):
+                raise TypeError(f"{getattr(custom, '__name__', custom)} is no type that can be sent")
         self._decoders: dict[str, Callable[[bytes], Any]] = {
             JSON: msgspec.json.Decoder(kind, dec_hook=_model).decode,
             MSGPACK: msgspec.msgpack.Decoder(kind, dec_hook=_model).decode,
@@ -85,11 +96,32 @@ class Shape:
             raise ContentError("it is nested too deeply", too_deep=True) from None
         except msgspec.MsgspecError as error:
             found = _PATH.fullmatch(str(error))
-            if found is not None:
-                raise ContentError(found["problem"], found["path"]) from None
-            raise ContentError(str(error)) from None
+            problem, path = (found["problem"], found["path"]) if found else (str(error), "$")
+            if isinstance(error.__cause__, _InModel):
+                path += error.__cause__.path
+            raise ContentError(problem, path) from None
         except UnicodeDecodeError as error:
             raise ContentError(f"not UTF-8: {error.reason}") from None
+        except Exception as error:
+            # Code of the type itself, a validator: whoever has sent this must get an answer all the same.
+            log.error("the type of a message has failed on it", exc_info=error)
+            raise ContentError(f"its type has failed on it ({type(error).__name__})") from error
+
+
+def _custom_types(info: object) -> Iterator[Any]:
+    """All types in the description of one that msgspec leaves to others."""
+    seen, left = set[int](), [info]
+    while left:
+        each: Any = left.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, msgspec.inspect.CustomType):
+            yield each.cls
+        elif isinstance(each, msgspec.inspect.Type | msgspec.inspect.Field):
+            left.extend(getattr(each, name) for name in each.__struct_fields__)
+        elif isinstance(each, tuple):
+            left.extend(cast("tuple[object, ...]", each))
 
 
 @functools.lru_cache(maxsize=512)
