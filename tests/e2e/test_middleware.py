@@ -1,9 +1,8 @@
-"""Middleware on both sides of a call, and the spans of both: order, refusals, failures, deadlines."""
+"""Middleware on both sides of a call: order, refusals, failures, deadlines."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from opentelemetry.trace import SpanKind, StatusCode
-from tests.spans import Spans
 from tests.waiting import until
 
 from phalanx import (
@@ -22,8 +19,6 @@ from phalanx import (
     CallTimeout,
     ConfigError,
     HandlerFailed,
-    Leader,
-    NoHandlers,
     OutgoingCall,
     Platform,
     Role,
@@ -170,73 +165,3 @@ def test_middleware_of_a_synchronous_client(nats_server: NatsServer, tmp_path: P
         pytest.raises(CallError, match="echo is not called"),
     ):
         client.api("orders").using(refuse).call("echo", timeout=20)
-
-
-async def test_trace_goes_through_a_call_and_the_calls_of_its_handler(
-    nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Client span, server span, and those of the call that the handler makes itself: one trace."""
-    spans = Spans(monkeypatch)
-    platform, app = declared(nats_server, tmp_path)
-    platform.app("plain")
-
-    @app.handle("relay")
-    async def relay(value: int, ctx: CallContext) -> int:
-        assert "traceparent" in ctx.headers
-        return await platform.api("orders").call("echo", value, returns=int)
-
-    @app.handle("fail")
-    async def fail() -> None:
-        raise RuntimeError("oops")
-
-    async with running(platform):
-        with spans.tracer.start_as_current_span("request"):
-            assert await platform.api("orders").call("relay", 7, returns=int, to=Leader, timeout=20) == 7
-        with pytest.raises(HandlerFailed):
-            await platform.api("orders").call("fail", timeout=20)
-        with pytest.raises(NoHandlers):
-            await platform.api("plain").call("echo", timeout=20)
-        await until(lambda: len(spans.ended()) == 8)
-        epoch = app.epoch
-    request = spans.one("request")
-    outer, relayed = (spans.one("orders/relay", kind) for kind in (SpanKind.CLIENT, SpanKind.SERVER))
-    inner, echoed = (spans.one("orders/echo", kind) for kind in (SpanKind.CLIENT, SpanKind.SERVER))
-    chain = [request, outer, relayed, inner, echoed]
-    for above, below in itertools.pairwise(chain):
-        assert above.context is not None
-        assert below.parent is not None
-        assert below.parent.span_id == above.context.span_id
-    attributes = relayed.attributes or {}
-    assert (attributes["phalanx.node"], attributes["phalanx.epoch"]) == ("n1", epoch)
-    assert (outer.attributes or {})["phalanx.to"] == "leader"
-    assert spans.one("orders/fail", SpanKind.SERVER).status.status_code is StatusCode.ERROR
-    failed = spans.one("orders/fail", SpanKind.CLIENT).attributes or {}
-    assert failed["rpc.response.status_code"] == "failed"
-    nobody = spans.one("plain/echo", SpanKind.CLIENT)
-    assert (nobody.attributes or {})["error.type"] == "no-handlers"
-
-
-async def test_failover_is_traced_by_the_node_that_takes_over(
-    nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """n1 hands over to n2: one trace with the steps of both, and a first one of n1's own beginning."""
-    monkeypatch.setattr("phalanx.observe.failover_spans.LOOK_EVERY_SECONDS", 0.05)
-    spans = Spans(monkeypatch)
-    platforms = {name: Platform("test", node=name, nats=nats_server.urls, data_dir=str(tmp_path / name),
-                                http={"enabled": False}) for name in ("n1", "n2")}  # fmt: skip
-    apps = {name: platform.app("orders") for name, platform in platforms.items()}
-    async with running(platforms["n1"]), platforms["n2"]:
-        await until(lambda: any(c.eligible and c.session.node == "n2" for c in apps["n1"].candidates()))
-        await apps["n1"].step_down(to="n2")
-        await platforms["n2"].wait_for_role("orders", Role.ACTIVE)
-        await until(lambda: spans.ended("failover orders"))
-        epoch = apps["n2"].epoch
-    span = spans.one("failover orders")
-    said = span.attributes or {}
-    assert (said["phalanx.previous"], said["phalanx.node"], said["phalanx.epoch"]) == ("n1", "n2", epoch)
-    assert said["phalanx.how"] == "released"
-    assert span.context is not None
-    inside = [each for each in spans.ended() if each.parent and each.parent.span_id == span.context.span_id]
-    assert "key taken" in {each.name for each in inside}
-    assert {(event.attributes or {})["phalanx.node"] for event in span.events} >= {"n1", "n2"}
-    assert spans.ended("activation orders")
