@@ -132,9 +132,9 @@ async def test_message_is_written_as_nats_py_does() -> None:
 
 def test_what_cannot_be_sent_is_refused() -> None:
     """Nothing that would be a command of its own, and nothing that ends the connection."""
-    for subject, reply in (("", ""), ("a b", ""), ("a\r\nPUB x", ""), ("a", "b c")):
+    for subject in ("", "a b", "a\r\nPUB x"):
         with pytest.raises(BadSubjectError):
-            write_message(subject, reply, b"", None, 1000)
+            write_message(subject, "", b"", None, 1000)
     for name in ("A:", "Ä", "a b", "a\r\nb"):
         with pytest.raises(BadHeaderError):
             write_message("a", "", b"", {name: "x"}, 1000)

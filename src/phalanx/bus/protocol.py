@@ -22,6 +22,7 @@ log = logging.getLogger("phalanx.nats")
 
 _CRLF = b"\r\n"
 _VERSION = "NATS/1.0"
+_FIRST_LINE = f"{_VERSION}\r\n"
 _MESSAGES = (b"MSG ", b"HMSG ")
 _WITH_REPLY = {b"MSG": 5, b"HMSG": 6}
 """How many words the line of a message has that has a reply subject; one less without."""
@@ -39,12 +40,14 @@ Direct = Callable[[Message], None]
 def write_message(
     subject: str, reply: str, data: bytes, headers: Mapping[str, str] | None, most: int
 ) -> bytes:
-    """The command that publishes it. Raises BadSubjectError, BadHeaderError, and MaxPayloadError if headers
-    and data are more than *most* bytes, over which the server would end the connection.
+    """The command that publishes it. *reply* is an inbox of the client's own making, which is not checked.
+
+    Raises BadSubjectError, BadHeaderError, and MaxPayloadError if headers and data are more than *most* bytes,
+    over which the server would end the connection.
 
     As nats-py has it: a header's value is stripped, and a line break in it becomes a space.
     """
-    if not subject or _odd_in_subject(subject) or (reply and _odd_in_subject(reply)):
+    if not subject or _odd_in_subject(subject):
         raise BadSubjectError
     size = len(data)
     if not headers:
@@ -60,7 +63,7 @@ def write_message(
 
 def write_headers(headers: Mapping[str, str]) -> bytes:
     """The block of *headers*. Raises BadHeaderError for a name that cannot be one."""
-    lines = f"{_VERSION}\r\n"
+    lines = _FIRST_LINE
     for name, value in headers.items():
         if name not in _good_names:
             name = name.strip()
@@ -78,8 +81,11 @@ def write_headers(headers: Mapping[str, str]) -> bytes:
 
 def read_headers(block: bytes) -> dict[str, str]:
     """The inverse; the status of a message without content is in ``Status`` and ``Description``."""
-    first, _, rest = block.decode("utf-8", "replace").partition("\r\n")
+    text = block.decode("utf-8", "replace")
     headers: dict[str, str] = {}
+    if text.startswith(_FIRST_LINE) and text.endswith("\r\n\r\n"):
+        return read_header_lines(text[len(_FIRST_LINE) : -4], headers)
+    first, _, rest = text.partition("\r\n")
     if first != _VERSION:
         status, _, description = first[len(_VERSION) :].strip().partition(" ")
         if status.isdigit():

@@ -304,6 +304,7 @@ class CallServer:
         handler.running -= 1
         assert call.task is not None  # this runs in it
         self._running.pop(call.task, None)
+        call.task = None
         if self._by_id.get(call.call_id) is call:  # and not a later try of the same call
             del self._by_id[call.call_id]
 
