@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Mapping
 from datetime import datetime
 from typing import Any as Value
 from typing import Generic, Self, TypeVar
@@ -78,6 +78,48 @@ class SyncApi:
         """See :meth:`phalanx.Api.stub`; the methods of *interface* are not async: each waits."""
         defaults = CallOptions(to, timeout, idempotent, content_type, headers)
         return make_stub(self.app, self.call, check_arguments, interface, defaults, is_async=False)
+
+    def stream(
+        self,
+        method: str,
+        request: object = None,
+        *,
+        returns: type[T] = _WHATEVER,
+        to: Route = Default,
+        timeout: float = 5.0,
+        window: int = 64,
+        content_type: str = JSON,
+        headers: Mapping[str, str] | None = None,
+    ) -> Generator[T]:
+        """See :meth:`phalanx.Api.stream`; a plain iterator, which closes the stream when it is closed."""
+        items = self._api.stream(
+            method,
+            request,
+            returns=returns,
+            to=to,
+            timeout=timeout,
+            window=window,
+            content_type=content_type,
+            headers=headers,
+        )
+        return self._items(items)
+
+    def _items(self, items: AsyncGenerator[T]) -> Generator[T]:
+        async def next_item() -> T:
+            return await anext(items)
+
+        async def close() -> None:
+            await items.aclose()
+
+        try:
+            while True:
+                try:
+                    item = self._thread.run(next_item())
+                except StopAsyncIteration:
+                    return
+                yield item
+        finally:
+            self._thread.run(close())
 
     def call(
         self,

@@ -311,6 +311,20 @@ class Names:
         """Where callers say that they no longer wait for a call."""
         return f"{self.platform}._.api.{app}.cancel"
 
+    def many_subject(self, call_subject: str) -> str:
+        """For a call that *call_subject* is for, if it has many answers. Guests' accounts have to know which
+        requests those are: the server keeps what it needs for their answers until much later."""
+        prefix = f"{self.platform}._."
+        return f"{prefix}many.{call_subject.removeprefix(f'{prefix}api.')}"
+
+    def call_all_subject(self, app: str, method: str = "*") -> str:
+        """A call to all instances of *app*, for :meth:`many_subject`."""
+        return f"{self.platform}._.api.{app}.all.{method}"
+
+    def call_flow_subject(self, app: str, node: str) -> str:
+        """Where callers of streams say to the instance on one node how many items they take."""
+        return f"{self.platform}._.api.{app}.flow.{node}"
+
     def leader_watch_subject(self, app: str) -> str:
         """Where the leader key of *app* is republished."""
         return f"{self.watch_prefix(app)}.{LEADER_KEY}"

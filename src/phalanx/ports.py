@@ -189,7 +189,12 @@ class Bus(Protocol):
     def send(
         self, subject: str, data: bytes, headers: Mapping[str, str] | None = None, reply: str = ""
     ) -> None:
-        """What :meth:`publish` does, for whoever cannot wait. *reply*: where answers go."""
+        """What :meth:`publish` does, for whoever cannot wait. *reply*: one of :meth:`new_inbox`; nobody
+        listens: a message with the header ``Status: 503`` comes there."""
+        ...
+
+    def new_inbox(self) -> str:
+        """A subject that nobody else has, for answers."""
         ...
 
     async def request(

@@ -290,6 +290,10 @@ class NatsBus:
         """See :meth:`phalanx.ports.Bus.publish`."""
         self.send(subject, data, headers)
 
+    def new_inbox(self) -> str:
+        """See :meth:`phalanx.ports.Bus.new_inbox`."""
+        return self._link.client.new_inbox()
+
     def send(
         self, subject: str, data: bytes, headers: Mapping[str, str] | None = None, reply: str = ""
     ) -> None:

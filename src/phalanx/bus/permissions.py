@@ -170,7 +170,11 @@ def _app_guest(names: Names, app: str, calls: Sequence[str]) -> _Guest:
             *_single_reads(stream),
             *(names.call_subjects(each) for each in called),
         ),
-        gathers=(*_batch_reads(stream), *_discovery(called)),
+        gathers=(
+            *(names.many_subject(names.call_subjects(each)) for each in called),
+            *_batch_reads(stream),
+            *_discovery(called),
+        ),
         streams=(
             f"{names.watch_prefix(app)}.>",
             f"{names.platform}.{app}.watch.wal.>",
@@ -218,7 +222,10 @@ def _operator_guest(names: Names, apps: Sequence[str]) -> _Guest:
             *(names.call_subjects(app) for app in apps),
             names.audit_subjects,
         ),
-        gathers=(f"{names.platform}._.control.>",),
+        gathers=(
+            f"{names.platform}._.control.>",
+            *(names.many_subject(names.call_subjects(app)) for app in apps),
+        ),
         streams=(f"{names.platform}.*.watch.>", names.audit_subjects),
         api=(
             "INFO",

@@ -42,8 +42,8 @@ def write_message(
 ) -> bytes:
     """The command that publishes it. *reply* is an inbox of the client's own making, which is not checked.
 
-    Raises BadSubjectError, BadHeaderError, and MaxPayloadError if headers and data are more than *most* bytes,
-    over which the server would end the connection.
+    Raises BadSubjectError, BadHeaderError, and MaxPayloadError if headers and data are more than *most*
+    bytes, over which the server would end the connection.
 
     As nats-py has it: a header's value is stripped, and a line break in it becomes a space.
     """

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any as Value
 from typing import TypeVar
 
 from phalanx.errors import ConfigError
+from phalanx.messaging.call_wire import MAX_WINDOW
 from phalanx.messaging.calling import Caller
 from phalanx.messaging.content import CONTENT_TYPES, JSON
 from phalanx.messaging.methods import check_method
@@ -89,6 +91,63 @@ class Api:
             )
 
         return await through(self._middleware, call, proceed)
+
+    def stream(
+        self,
+        method: str,
+        request: object = None,
+        *,
+        returns: type[T] = _WHATEVER,
+        to: Route = Default,
+        timeout: float = 5.0,
+        window: int = 64,
+        content_type: str = JSON,
+        headers: Mapping[str, str] | None = None,
+    ) -> AsyncGenerator[T]:
+        """Call *method*, whose handler yields: its items, one after the other. Use it in ``async for``;
+        whoever leaves that early closes it, with ``contextlib.aclosing`` at once.
+
+        *timeout*: how long it may take until the handler has begun; how long it goes on is not bounded,
+        except by the deadline of a handler in which this runs. *window*: how many items may be on their way,
+        1 to 1024; the handler makes no more before they are taken. The rest as for :meth:`call`.
+
+        Raises CallError and its kinds where the next item is waited for: OutcomeUnknown as soon as it is
+        known that no more will come, because the leader has changed, the connection broke or the handler is
+        silent. Nothing is tried again once the handler has begun.
+        """
+        check_arguments(method, to, timeout, content_type)
+        if isinstance(window, bool) or not 1 <= window <= MAX_WINDOW:
+            raise ConfigError("window", window, "out of range", f"choose 1 to {MAX_WINDOW}")
+        outgoing = OutgoingCall(
+            self.app,
+            method,
+            request,
+            to=to,
+            timeout=timeout,
+            idempotent=None,
+            content_type=content_type,
+            headers=headers,
+        )
+        return self._stream(outgoing, returns, window)
+
+    async def _stream(self, call: OutgoingCall, returns: Value, window: int) -> AsyncGenerator[Value]:
+        async def proceed() -> AsyncGenerator[Value]:
+            return self._caller().stream(
+                self.app,
+                call.method,
+                call.request,
+                returns=returns,
+                to=call.to,
+                timeout=call.timeout,
+                window=window,
+                content_type=call.content_type,
+                headers=call.headers,
+            )
+
+        items = await through(self._middleware, call, proceed)
+        async with contextlib.aclosing(items):
+            async for item in items:
+                yield item
 
     async def call(
         self,

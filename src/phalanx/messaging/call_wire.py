@@ -21,6 +21,11 @@ ANSWER = "Phalanx-Answer"
 """Of an answer: ``node;epoch``, who has answered and under which epoch; 0 if it was not the active one."""
 ERROR = "Phalanx-Error"
 """The code of an error; absent from an answer that is none."""
+STREAM = "Phalanx-Stream"
+"""Of a request: how many items the caller takes at first (1 to MAX_WINDOW); it wants a stream of answers.
+Of an answer: ``number``, an item, counted from 1; ``number;alive``, ``number;end``, how many were sent."""
+MAX_WINDOW = 1024
+"""Items that may be on their way of one stream."""
 MICRO_ERROR = "Nats-Service-Error"
 MICRO_CODE = "Nats-Service-Error-Code"
 
@@ -37,6 +42,7 @@ _NUMBERS = {
     "wrong-route": 421,
     MOVED: 421,
     "wrong-type": 400,
+    "wrong-kind": 400,
     "content-type": 415,
     "too-large": 413,
     "too-deep": 400,
@@ -55,6 +61,7 @@ _KINDS: dict[str, type[errors.CallError]] = {
     "no-handlers": errors.NoHandlers,
     "wrong-route": errors.WrongRoute,
     "wrong-type": errors.WrongType,
+    "wrong-kind": errors.WrongType,
     "content-type": errors.WrongType,
     "too-large": errors.TooLarge,
     "too-deep": errors.TooDeep,

@@ -11,8 +11,9 @@ import itertools
 import logging
 import random
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any as Value
+from typing import Protocol
 
 from phalanx import system
 from phalanx.aio import wait_at_most
@@ -37,12 +38,13 @@ from phalanx.errors import (
 from phalanx.messaging import call_wire as wire
 from phalanx.messaging.content import JSON, ContentError, encode, shape_of
 from phalanx.messaging.context import callers_deadline
-from phalanx.messaging.leading import Followed, InFlight, LeaderView
+from phalanx.messaging.leading import MOVED_SECONDS, Followed, InFlight, LeaderView
 from phalanx.messaging.ring_view import RingView
 from phalanx.messaging.routes import Any, Default, Key, Leader, Node, Route
 from phalanx.messaging.serving import HEADER_ROOM_BYTES
+from phalanx.messaging.stream_in import IncomingStream
 from phalanx.names import Names
-from phalanx.observe.tracing import call_span, tracer
+from phalanx.observe.tracing import call_span, inject, tracer
 from phalanx.ports import Bus, Message
 
 log = logging.getLogger("phalanx.calls")
@@ -53,20 +55,24 @@ RETRY = Backoff(first=0.01, longest=0.5)
 OWNER_SECONDS = 0.1
 """The longest delay between tries at the owner of a partition, while it changes hands."""
 
-MOVED_SECONDS = 2.0
-"""How long a leader that was followed by another may take to say of a call "moved", or that it was ended:
-a hand-over is often faster than that answer. Calls that may be repeated do not wait for it."""
-
 KNOWN_APP_SECONDS = 0.5
 """How long the look may take whether the platform has such an app."""
+
+
+class Ask(Protocol):
+    """What :meth:`phalanx.ports.Bus.request` does, in whatever way."""
+
+    def __call__(
+        self, subject: str, data: bytes, *, headers: Mapping[str, str], timeout: float
+    ) -> Awaitable[Message]: ...
 
 
 class _Call:
     """One call, over all its tries."""
 
     __slots__ = (
-        "app", "busy", "content_type", "data", "deadline", "headers", "id", "idempotent", "may_have_begun",
-        "method", "tries", "why",
+        "app", "ask", "busy", "content_type", "data", "deadline", "followed", "headers", "id", "idempotent",
+        "may_have_begun", "method", "tries", "why",
     )  # fmt: skip
 
     def __init__(
@@ -75,6 +81,10 @@ class _Call:
         self.app, self.method, self.data, self.content_type = app, method, data, content_type
         self.deadline, self.idempotent = deadline, idempotent
         self.headers: dict[str, str] = {}
+        self.ask: Ask | None = None
+        """Makes the request; None: the bus does."""
+        self.followed: Followed | None = None
+        """Where it is heard that the last try will not be answered."""
         self.id = ""
         self.tries = 0
         self.may_have_begun = False
@@ -146,6 +156,54 @@ class Caller:
                     headers=carried,
                     is_traced=True,
                 )
+        call = self._new(app, method, request, timeout, idempotent, content_type, headers)
+        try:
+            view = self._views.get(app) or await self._view(app)
+            answer = await self._answer(call, view, to)
+        except asyncio.CancelledError:
+            self._cancel(call)
+            raise
+        return self._decoded(call, answer, returns)
+
+    async def stream(
+        self,
+        app: str,
+        method: str,
+        request: object,
+        *,
+        returns: Value,
+        to: Route,
+        timeout: float,
+        window: int,
+        content_type: str,
+        headers: Mapping[str, str] | None,
+    ) -> AsyncGenerator[Value]:
+        """See :meth:`Api.stream`."""
+        until = callers_deadline()
+        call = self._new(app, method, request, timeout, None, content_type, headers)
+        call.headers[wire.STREAM] = str(window)
+        inject(call.headers)
+        incoming = IncomingStream(self._bus(), self._names, app, method, call.id, window)
+        call.ask = incoming.ask
+        try:
+            await self._answer(call, self._views.get(app) or await self._view(app), to)
+            assert call.followed is not None  # by the try that was answered
+            incoming.begin(call.followed, until - system.now())
+            while (item := await incoming.next()) is not None:
+                yield self._decoded(call, item, returns)
+        finally:
+            await incoming.close()
+
+    def _new(
+        self,
+        app: str,
+        method: str,
+        request: object,
+        timeout: float,
+        idempotent: bool | None,
+        content_type: str,
+        headers: Mapping[str, str] | None,
+    ) -> _Call:
         deadline = min(system.now() + timeout, callers_deadline())
         call = _Call(app, method, b"", content_type, deadline, idempotent)
         call.data = self._encoded(call, request)
@@ -153,18 +211,14 @@ class Caller:
         call.headers = dict(headers) if headers else {}
         if content_type != JSON:
             call.headers[wire.CONTENT_TYPE] = content_type
-        try:
-            view = self._views.get(app) or await self._view(app)
-            if to is Leader or to is Default:
-                answer = await self._to_leader(call, view, to)
-            elif isinstance(to, Key):
-                answer = await self._to_key(call, view, to)
-            else:
-                answer = await self._to(call, view, to)
-        except asyncio.CancelledError:
-            self._cancel(call)
-            raise
-        return self._decoded(call, answer, returns)
+        return call
+
+    async def _answer(self, call: _Call, view: LeaderView, to: Route) -> Message:
+        if to is Leader or to is Default:
+            return await self._to_leader(call, view, to)
+        if isinstance(to, Key):
+            return await self._to_key(call, view, to)
+        return await self._to(call, view, to)
 
     def _encoded(self, call: _Call, request: object) -> bytes:
         try:
@@ -353,12 +407,13 @@ class Caller:
     ) -> Message | None:
         """One request: its answer, or None if another one may be made. Raises CallError."""
         call.headers[wire.CALL] = wire.call_header(call.id, left, epoch, self._name)
-        call.busy = None
+        call.busy, call.followed = None, view
         patience = 0.0 if epoch is None or self._may_repeat(call, view) else MOVED_SECONDS
         under_way = InFlight(epoch, patience)
         view.in_flight.add(under_way)
         try:
-            answer = await self._bus().request(subject, call.data, headers=call.headers, timeout=left)
+            ask = call.ask or self._bus().request
+            answer = await ask(subject, call.data, headers=call.headers, timeout=left)
         except BusUnavailable as error:
             call.why = error.description
             return None

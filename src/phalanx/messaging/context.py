@@ -30,6 +30,7 @@ class CallContext:
         "kv",
         "method",
         "node",
+        "stream",
     )
 
     def __init__(
@@ -50,6 +51,8 @@ class CallContext:
         self.call_id, self.caller, self.headers = call_id, caller, headers
         self.epoch, self.active, self.kv = epoch, active, kv
         self._deadline = deadline
+        self.stream: Any = None
+        """Takes the items of a handler that yields; for :class:`Handler`."""
 
     @property
     def partition(self) -> int | None:

@@ -18,7 +18,8 @@ DEFAULT_CONCURRENCY = 256
 
 MAX_CONCURRENCY = 65536
 
-Function = Callable[..., Awaitable[Any]]
+Function = Callable[..., Any]
+"""An async function, or one that is an async generator."""
 
 
 class Handler:
@@ -47,14 +48,18 @@ class Handler:
             raise ConfigError(key, kind, str(error), remedy) from None
         self.call: Callable[[Any, CallContext], Awaitable[Any]] = self._call
         """Begins one call."""
+        self.is_stream = inspect.isasyncgenfunction(function)
+        """Whether it yields items instead of returning an answer."""
         self.running = 0
         self.requests = self.errors = self.processing_ns = 0
         self.last_error = ""
 
     def _call(self, request: Any, context: CallContext) -> Awaitable[Any]:
         if self.takes_request:
-            return self.function(request, context) if self.takes_context else self.function(request)
-        return self.function(context) if self.takes_context else self.function()
+            begun = self.function(request, context) if self.takes_context else self.function(request)
+        else:
+            begun = self.function(context) if self.takes_context else self.function()
+        return context.stream.pump(begun) if self.is_stream else begun
 
     def put_inside(self, middleware: tuple[HandlerMiddleware, ...]) -> None:
         """From now on calls go through *middleware*."""
@@ -127,7 +132,7 @@ class Handlers:
 
 def _signature(key: str, function: Function, request: Any) -> tuple[bool, bool, Any]:
     """Whether it takes a request, and a context; the type of the request."""
-    if not inspect.iscoroutinefunction(function):
+    if not inspect.iscoroutinefunction(function) and not inspect.isasyncgenfunction(function):
         remedy = "make it async; for what blocks use asyncio.to_thread inside, and wait for its end"
         raise ConfigError(key, function, "not an async function", remedy)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -28,6 +28,26 @@ _leader_of = msgspec.json.Decoder(LeaderBody).decode
 _leading_of = msgspec.json.Decoder(Leading).decode
 
 
+MOVED_SECONDS = 2.0
+"""How long a leader that was followed by another may take to say of a call "moved", or that it was ended:
+a hand-over is often faster than that answer. Calls that may be repeated do not wait for it."""
+
+
+class UnderWay(Protocol):
+    """What is under way at the leader of one epoch; None: of none."""
+
+    @property
+    def epoch(self) -> int | None: ...
+
+    def end_soon(self) -> None:
+        """A later epoch has begun."""
+        ...
+
+    def end_now(self) -> None:
+        """Whatever the epoch."""
+        ...
+
+
 class InFlight:
     """A try of a call that is under way under *epoch* (None: under none): it ends *seconds* after a later one
     has begun.
@@ -81,7 +101,7 @@ class Followed(Protocol):
     @property
     def epoch(self) -> int: ...
     @property
-    def in_flight(self) -> set[InFlight]: ...
+    def in_flight(self) -> set[UnderWay]: ...
     @property
     def idempotent(self) -> frozenset[str]: ...
     @property
@@ -107,7 +127,7 @@ class LeaderView:
         """Whether it has said that nobody leads, as any instance may be called."""
         self.partitions = 0
         """Into how many a ring is cut; 0: it is none, or nobody has said so yet."""
-        self.in_flight: set[InFlight] = set()
+        self.in_flight: set[UnderWay] = set()
         self.is_closed = False
         self._changed = asyncio.Event()
         self._subscription: Subscription | None = None
@@ -120,7 +140,7 @@ class LeaderView:
 
     def end_calls(self) -> None:
         """All that are under way end now: nobody will take their answers."""
-        for each in self.in_flight:
+        for each in list(self.in_flight):
             each.end_now()
 
     async def close(self) -> None:
@@ -150,7 +170,7 @@ class LeaderView:
         self._revision, self.node = revision, node
         if node:
             self.epoch = revision
-            for each in self.in_flight:
+            for each in list(self.in_flight):
                 if each.epoch is not None and each.epoch < revision:
                     each.end_soon()
         self._wake()

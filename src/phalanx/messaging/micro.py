@@ -99,4 +99,6 @@ class MicroService:
             subject, queue = names.call_any_subject(self._app, handler.name), names.call_queue(self._app)
         else:
             subject, queue = names.call_leader_subject(self._app, handler.name), ""
+        if handler.is_stream:
+            subject = names.many_subject(subject)
         return {"name": handler.name, "subject": subject, "queue_group": queue}

@@ -53,7 +53,7 @@ class PoolCallServer(CallServer):
         async with self._changing:
             if ready and self._epoch and self._ready is None:
                 subject, queue = self._names.call_any_subject(self._app), self._names.call_queue(self._app)
-                self._ready = await self._bus.subscribe(subject, self._on_any, queue=queue, direct=True)
+                self._ready = await self._subscribe(subject, self._on_any, queue)
             elif not ready and self._ready is not None:
                 subscription, self._ready = self._ready, None
                 await subscription.drain(LAST_CALLS_SECONDS)

@@ -28,7 +28,7 @@ class RingCallServer(CallServer):
             # Else whoever calls would wait for an owner that answers.
             subject = self._names.call_partition_subject(self._app, "*")
             queue = self._names.call_queue(self._app)
-            self._subscriptions.append(await self._bus.subscribe(subject, self._on_any, queue=queue))
+            await self._answer(subject, self._on_any, queue)
 
     def on_leader(self, node: str | None, epoch: int) -> None:
         """Nobody leads a ring."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import msgspec
 
 from phalanx.decide.ring_ownership import PartitionBody
-from phalanx.messaging.leading import InFlight, LeaderView
+from phalanx.messaging.leading import LeaderView, UnderWay
 from phalanx.names import Names
 from phalanx.ports import Bus, Message, Subscription
 
@@ -23,7 +23,7 @@ class PartitionView:
     def __init__(self, of_ring: LeaderView) -> None:
         self._of_ring = of_ring
         self.epoch = 0
-        self.in_flight: set[InFlight] = set()
+        self.in_flight: set[UnderWay] = set()
 
     @property
     def idempotent(self) -> frozenset[str]:
@@ -43,7 +43,7 @@ class PartitionView:
         if epoch <= self.epoch:
             return
         self.epoch = epoch
-        for each in self.in_flight:
+        for each in list(self.in_flight):
             if each.epoch is not None and each.epoch < epoch:
                 each.end_soon()
 
@@ -64,7 +64,7 @@ class RingView:
     def end_calls(self) -> None:
         """All that are under way end now: nobody will take their answers."""
         for partition in self._partitions.values():
-            for each in partition.in_flight:
+            for each in list(partition.in_flight):
                 each.end_now()
 
     async def close(self) -> None:

@@ -8,7 +8,9 @@ it has; what comes for one that is over is answered "moved", so that whoever cal
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from phalanx.messaging.context import CURRENT, CallContext
 from phalanx.messaging.handlers import Handler, Handlers
 from phalanx.messaging.micro import MicroService
 from phalanx.messaging.middleware import traced
+from phalanx.messaging.stream_out import OutgoingStream
 from phalanx.names import Names
 from phalanx.observe.tracing import tracer
 from phalanx.ports import Bus, Message, Subscription
@@ -51,7 +54,7 @@ class _Call(wire.CallHeader):
 
     __slots__ = (
         "_has_begun", "_is_cancelled", "content_type", "deadline", "expired", "message", "method",
-        "node_route", "section", "slot", "task",
+        "node_route", "section", "slot", "stream", "task", "window",
     )  # fmt: skip
 
     def __init__(self, message: Message, *, to_leader: bool, node_route: bool) -> None:
@@ -67,6 +70,10 @@ class _Call(wire.CallHeader):
         """Whether it was cancelled because its deadline is over."""
         self.section = 0
         """The epoch of the section that it runs in; 0: in none."""
+        said = headers.get(wire.STREAM, "")
+        self.window = int(said[:9]) if said.isdecimal() else 0
+        """How many items the caller takes at first; 0: it wants one answer."""
+        self.stream: OutgoingStream | None = None
         self.slot = 0
         self.task: asyncio.Task[None] | None = None
         self._has_begun = self._is_cancelled = False
@@ -83,10 +90,29 @@ class _Call(wire.CallHeader):
         if self._has_begun and self.task is not None:
             self.task.cancel()
 
+    def check(self) -> None:
+        """Raises CancelledError if it is to end, whatever its handler makes of that."""
+        if self._is_cancelled:
+            raise asyncio.CancelledError
+
     def expire(self) -> None:
         """End it, as nobody waits for it any more."""
         self.expired = True
         self.cancel()
+
+
+class _Together:
+    """Several subscriptions that end as one."""
+
+    def __init__(self, each: list[Subscription]) -> None:
+        self._each = each
+
+    async def unsubscribe(self) -> None:
+        for each in self._each:
+            await each.unsubscribe()
+
+    async def drain(self, timeout: float) -> None:
+        await asyncio.gather(*(each.drain(timeout) for each in self._each))
 
 
 class CallServer:
@@ -119,19 +145,30 @@ class CallServer:
         self._handlers.serve()
         bus, names, app = self._bus, self._names, self._app
         queue = names.call_queue(app)
-        wanted = [
+        for subject, on_message, group in (
             (names.call_who_subject(app), self._on_who, queue),
             (names.call_cancel_subject(app), self._on_cancel, ""),
-            (names.call_node_subject(app, self._node), self._on_node, ""),
-            (*self._route_of_all(), queue),
-        ]
-        for subject, on_message, group in wanted:
+            (names.call_flow_subject(app, self._node), self._on_flow, ""),
+            (names.many_subject(names.call_all_subject(app)), self._on_any, ""),
+        ):
             self._subscriptions.append(await bus.subscribe(subject, on_message, queue=group, direct=True))
+        await self._answer(names.call_node_subject(app, self._node), self._on_node)
+        await self._answer(*self._route_of_all(), queue)
         if not self._handlers:
-            leader = await bus.subscribe(names.call_leader_subject(app), self._on_any, queue=queue)
-            self._subscriptions.append(leader)
+            await self._answer(names.call_leader_subject(app), self._on_any, queue)
         else:
             await self._micro.open()
+
+    async def _answer(self, subject: str, on_message: Callable[[Message], None], queue: str = "") -> None:
+        self._subscriptions.append(await self._subscribe(subject, on_message, queue))
+
+    async def _subscribe(
+        self, subject: str, on_message: Callable[[Message], None], queue: str = ""
+    ) -> Subscription:
+        """For calls with one answer, and for those with many."""
+        both = (subject, self._names.many_subject(subject))
+        subscribe = functools.partial(self._bus.subscribe, queue=queue, direct=True)
+        return _Together([await subscribe(each, on_message) for each in both])
 
     def _route_of_all(self) -> tuple[str, Callable[[Message], None]]:
         """What every instance answers, as one queue group."""
@@ -158,7 +195,7 @@ class CallServer:
         """From now on calls to the leader run, in the section of *epoch*."""
         self._active, self._epoch = active, epoch
         subject = self._route_of_section()
-        self._leader_subscription = await self._bus.subscribe(subject, self._on_leader_call, direct=True)
+        self._leader_subscription = await self._subscribe(subject, self._on_leader_call)
         self._look_at_held()
 
     def _route_of_section(self) -> str:
@@ -175,6 +212,9 @@ class CallServer:
             self._draining, self._epoch = self._epoch, 0
         self._over = max(self._over, epoch)
         self._look_at_held()
+        for call in self._running.values():
+            if call.section and call.stream is not None:
+                call.cancel()  # it may go on for ever
         try:
             if graceful and (tasks := self._in_section()):
                 await asyncio.wait(tasks, timeout=DRAIN_SECONDS)
@@ -224,6 +264,12 @@ class CallServer:
         call = self._by_id.get(message.data.decode(errors="replace"))
         if call is not None:
             call.cancel()
+
+    def _on_flow(self, message: Message) -> None:
+        call_id, _, total = message.data[:100].decode(errors="replace").partition(";")
+        call = self._by_id.get(call_id)
+        if call is not None and call.stream is not None and total.isdecimal():
+            call.stream.grant(int(total[:18]))
 
     def _consider(self, call: _Call) -> None:
         """Begin it, hold it, or say why not."""
@@ -276,6 +322,10 @@ class CallServer:
             problem = f"{handler.concurrency} calls of {handler.name} run on node {self._node} already"
             self._refuse(call, "busy", problem)
             return
+        if handler.is_stream != bool(call.window and call.call_id):
+            how = "with a stream: use api.stream()" if handler.is_stream else "once: use api.call()"
+            self._refuse(call, "wrong-kind", f"{handler.name} answers {how}")
+            return
         content_type = call.content_type
         if content_type is None:
             problem = f"content type {call.message.headers.get(wire.CONTENT_TYPE)!r} is not known"
@@ -297,10 +347,35 @@ class CallServer:
         self._running[task] = call
         if call.call_id:
             self._by_id[call.call_id] = call
-        call.slot = self._deadlines.add(call, call.deadline - system.now())
+        if handler.is_stream:
+            self._open_stream(call, content_type)
+        else:
+            call.slot = self._deadlines.add(call, call.deadline - system.now())
+
+    def _open_stream(self, call: _Call, content_type: str) -> None:
+        def send(data: bytes, headers: dict[str, str]) -> None:
+            self._send(call.message, data, headers, call.section)
+
+        def check() -> None:
+            call.check()
+            if call.section and call.section not in (self._epoch, self._draining):
+                raise NotActive(self._app)
+
+        call.deadline = math.inf
+        call.stream = OutgoingStream(
+            call.window,
+            content_type,
+            most_bytes=self._bus.max_payload - HEADER_ROOM_BYTES,
+            send=send,
+            check=check,
+            on_silence=call.expire,
+        )
+        call.stream.begin()
 
     def _ended(self, call: _Call, handler: Handler) -> None:
         self._deadlines.remove(call, call.slot)
+        if call.stream is not None:
+            call.stream.close()
         handler.running -= 1
         assert call.task is not None  # this runs in it
         self._running.pop(call.task, None)
@@ -323,6 +398,7 @@ class CallServer:
             active=active,
             kv=active.kv if active is not None else self._kv,
         )
+        context.stream = call.stream
         CURRENT.set(context)
         began = time.perf_counter_ns()
         try:
@@ -333,7 +409,7 @@ class CallServer:
                 answer = await traced(handler.call, request, context)
             if epoch and epoch not in (self._epoch, self._draining):
                 raise NotActive(self._app)
-            data = encode(answer, content_type)
+            data = encode(answer, content_type) if call.stream is None else b""
             if len(data) > self._bus.max_payload - HEADER_ROOM_BYTES:
                 raise CallError("too-large", f"the answer has {len(data)} bytes, which fit into no message")
             headers = {wire.CONTENT_TYPE: content_type} if content_type != wire.JSON else {}
@@ -343,12 +419,17 @@ class CallServer:
             handler.errors += 1
             handler.last_error = f"{problem.code}: {problem.message}"
             if isinstance(error, asyncio.CancelledError):
-                self._send(call.message, data, headers, epoch)
+                self._send_end(call, data, headers)
                 raise
         finally:
             handler.processing_ns += time.perf_counter_ns() - began
             self._ended(call, handler)
-        self._send(call.message, data, headers, epoch)
+        self._send_end(call, data, headers)
+
+    def _send_end(self, call: _Call, data: bytes, headers: dict[str, str]) -> None:
+        if call.stream is not None:
+            headers[wire.STREAM] = call.stream.end_header()
+        self._send(call.message, data, headers, call.section)
 
     def _problem(self, handler: Handler, call: _Call, error: BaseException, epoch: int) -> wire.Problem:
         """What the caller is told: never a traceback. That is in the log."""
