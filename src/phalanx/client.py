@@ -351,6 +351,7 @@ class PlatformClient:
         """
         deadline = system.now() + timeout
         await self.check_app(app)
+        await self.check_elected(app)
         await self.check_not_paused(app)
         active = active_of(await self.nodes(), app, Role.ACTIVE, Role.ACTIVATING)
         if active is None:
@@ -376,6 +377,14 @@ class PlatformClient:
         if not is_dns_label(app) or app in RESERVED_APPS or app not in known:
             remedy = f"choose from: {', '.join(known)}" if known else "it has no apps yet"
             raise ConfigError("app", app, f"the platform {self.names.platform} has no such app", remedy)
+
+    async def check_elected(self, app: str) -> None:
+        """Raises ConfigError for an app that no one node is active for: nothing can be handed over."""
+        statuses = [s for view in await self.nodes() if view.status is not None for s in view.status.apps]
+        kind = next((s.pattern for s in statuses if s.name == app and s.pattern != "active-passive"), "")
+        if kind:
+            problem = f"it is a {kind}: there is no one active node that could hand over"
+            raise ConfigError("app", app, problem, "to empty a node stop it; see: phalanx status")
 
     async def _taken_over(
         self, done: HandOver, before: int, began: float, deadline: float, changed: asyncio.Event

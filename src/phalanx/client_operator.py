@@ -27,6 +27,7 @@ from phalanx.coord.election import nominate, read_leader
 from phalanx.decide.election import choose_successor
 from phalanx.decide.timing import OBSERVE_FACTOR, Timing
 from phalanx.decide.why import Explanation, Facts, NodeFacts, explain
+from phalanx.decide.why_ring import explain_ring
 from phalanx.errors import (
     BusTimeout,
     BusUnavailable,
@@ -285,6 +286,8 @@ class OperatorClient:
             for view in views
             if app in view.apps
         )
+        if any(node.status is not None and node.status.pattern == "ring" for node in nodes):
+            return explain_ring(Facts(app, system.wall(), nodes))
         led = any(node.status is not None and node.status.leader for node in nodes)
         failed = "" if led else await self._last_failure(app)
         return explain(Facts(app, system.wall(), nodes, planned.get(app), failed))
@@ -318,6 +321,7 @@ class OperatorClient:
 
     async def _check_node(self, app: str, to: str | None) -> None:
         await self._client.check_app(app)
+        await self._client.check_elected(app)
         if to is None:
             return
         members = await self._client.members()

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from phalanx import system
 from phalanx.app.owning import PartitionHook
 from phalanx.app.parts import NodeParts
 from phalanx.app.ring_term import RingTerm
@@ -20,7 +21,7 @@ from phalanx.coord.register import Register
 from phalanx.coord.session import Session
 from phalanx.decide.partition import partition_of
 from phalanx.decide.ring_plan import RingPlan
-from phalanx.errors import ConfigError, HookFailed
+from phalanx.errors import BusError, ConfigError, HookFailed, StartError
 from phalanx.messaging.ring_serving import RingCallServer
 from phalanx.messaging.serving import CallServer
 from phalanx.names import RING_PLAN_KEY
@@ -30,6 +31,9 @@ from phalanx.types import AppStatus, Role, Standing
 log = logging.getLogger("phalanx.app")
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+READ_PATIENCE_SECONDS = 30.0
+"""How long a node that starts tries to read the plan of its ring."""
 
 STUCK_SECONDS = 10.0
 """A partition that should have ended and does not: after this long the node gives all others back, and
@@ -151,7 +155,18 @@ class RingApp(SharingApp):
         """Data lies by the number: where it is another one nothing is to begin at all."""
         bucket = parts.names.app_bucket(self.name)
         stream, subject = parts.names.bucket_stream(bucket), parts.names.key_subject(bucket, RING_PLAN_KEY)
-        record = await parts.bus.read(stream, subject, timeout=5.0)
+        deadline = system.now() + READ_PATIENCE_SECONDS
+        while True:
+            try:
+                record = await parts.bus.read(stream, subject, timeout=2.0)
+                break
+            except BusError as error:
+                # A bucket that has just been made has no leader yet.
+                if system.now() >= deadline:
+                    problem = f"the plan of ring {self.name!r} cannot be read: {error}"
+                    raise StartError(problem, "check the NATS servers; phalanx doctor says more") from error
+                log.info("app %s: %s; trying again", self.name, error)
+                await asyncio.sleep(0.2)
         if record is None or record.removed:
             return
         found = len(msgspec.json.decode(record.data, type=RingPlan).owners)

@@ -38,6 +38,7 @@ COMMANDS = {
     "failover": "failover:failover",
     "why": "why:why",
     "call": "call:call",
+    "ring": "ring:ring",
     "lock": "lock:lock",
     "audit": "audit:audit",
     "config": "check:config",

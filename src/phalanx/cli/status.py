@@ -123,10 +123,18 @@ def _app_rows(view: views.PlatformView) -> list[tuple[str | tuple[str, str], ...
                     each.health,
                     str(each.epoch or "-"),
                     _ago(each.since),
-                    "; ".join(part for part in (each.reason, each.hold) if part),
+                    "; ".join(part for part in (_share(each), each.reason, each.hold) if part),
                 )
             )
     return rows
+
+
+def _share(each: views.AppOnNode) -> str:
+    ring = each.ring
+    if ring is None:
+        return ""
+    moving = f", {ring.moving} moving" if ring.moving else ""
+    return f"{ring.owned} of {ring.partitions} partitions{moving}"
 
 
 def planned_text(planned: PlannedSwitchover) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from phalanx.client import NO_ANSWER, NodeView
-from phalanx.types import AppStatus, Health, PlannedSwitchover, ProgramStatus, Role
+from phalanx.types import AppStatus, Health, PlannedSwitchover, ProgramStatus, RingState, Role
 
 
 class AppOnNode(msgspec.Struct, frozen=True):
@@ -25,6 +25,7 @@ class AppOnNode(msgspec.Struct, frozen=True):
     priority: int = 0
     no_failover: bool = False
     hold: str = ""
+    ring: RingState | None = None
 
 
 class AppView(msgspec.Struct, frozen=True):
@@ -38,6 +39,7 @@ class AppView(msgspec.Struct, frozen=True):
     nodes: tuple[AppOnNode, ...]
     pause: str = ""
     planned: PlannedSwitchover | None = None
+    pattern: str = "active-passive"
 
     @property
     def actives(self) -> list[AppOnNode]:
@@ -132,6 +134,7 @@ def _app(name: str, nodes: Sequence[NodeView]) -> AppView:
         str(active[2].health if active is not None else Health.UNKNOWN),
         tuple(_on_node(node, app) for node, app in found),
         next((str(app.pause) for _, app in found if app.pause is not None), ""),
+        pattern=next((app.pattern for _, app in found), "active-passive"),
     )
 
 
@@ -149,6 +152,7 @@ def _on_node(node: str, app: AppStatus) -> AppOnNode:
         app.standing.priority,
         app.standing.no_failover,
         app.hold,
+        app.ring,
     )
 
 
@@ -165,12 +169,23 @@ def verdict(view: PlatformView) -> list[str]:
             if not node.connected:
                 reasons.append(f"node {node.node}: not connected to NATS")
     for app in view.apps:
-        if len(app.actives) > 1:
+        if app.pattern == "ring":
+            reasons += _of_ring(app)
+        elif len(app.actives) > 1:
             reasons.append(f"app {app.name}: several nodes say they are active: {_named(app.actives)}")
         elif app.active is None:
             reasons.append(f"app {app.name}: no node is active")
         elif app.health == Health.UNHEALTHY:
             reasons.append(f"app {app.name}: unhealthy on {app.active}")
+    return reasons
+
+
+def _of_ring(app: AppView) -> list[str]:
+    states = [node.ring for node in app.nodes if node.ring is not None]
+    count, owned = max((s.partitions for s in states), default=0), sum(s.owned for s in states)
+    reasons = [f"app {app.name}: unhealthy on {n.node}" for n in app.nodes if n.health == Health.UNHEALTHY]
+    if owned < count or not count:
+        reasons.append(f"app {app.name}: {owned} of {count} partitions are served by a node that answers")
     return reasons
 
 

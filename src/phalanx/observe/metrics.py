@@ -144,6 +144,15 @@ class Metrics:
         yield from self._simple("phalanx_app_role", "gauge", about, roles)
         for name, about, value in _APP_GAUGES:
             yield from self._simple(name, "gauge", about, [(label, value(app)) for label, app in apps])
+        rings = [(label, app.ring) for label, app in apps if app.ring is not None]
+        about = "Partitions of the ring here: planned, owned (and served), moving (their hooks run or wait)."
+        of_rings = [
+            (f"{label},{_labels(state=state)}", value)
+            for label, ring in rings
+            for state, value in (("planned", ring.planned), ("owned", ring.owned), ("moving", ring.moving))
+        ]
+        if of_rings:
+            yield from self._simple("phalanx_ring_partitions", "gauge", about, of_rings)
         with_database = [(label, app.database) for label, app in apps if app.database is not None]
         for name, about, value_of in _DATABASE_GAUGES if with_database else ():
             values = [(label, value_of(database)) for label, database in with_database]
