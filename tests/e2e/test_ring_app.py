@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any as Value
 
 import msgspec
 import pytest
+from tests.e2e.cli import Cli
 from tests.waiting import until
 
 from phalanx import (
     Any,
     CallContext,
     ConfigError,
+    FunctionCheck,
     Key,
     Leader,
     Node,
@@ -23,6 +26,7 @@ from phalanx import (
     Platform,
     Ring,
     RingApp,
+    Role,
     UnknownMethod,
     WrongRoute,
     partition_of,
@@ -94,11 +98,19 @@ def platform_of(url: str, tmp_path: Path, node: str, **options: Value) -> Platfo
 
 @asynccontextmanager
 async def ring_node(
-    url: str, tmp_path: Path, node: str, shares: Shares, partitions: int = 16, **options: Value
+    url: str,
+    tmp_path: Path,
+    node: str,
+    shares: Shares,
+    partitions: int = 16,
+    app_options: dict[str, Value] | None = None,
+    **options: Value,
 ) -> AsyncIterator[RingApp]:
     """One node with the ring "sessions", in this process."""
     platform = platform_of(url, tmp_path, node)
-    app = platform.app("sessions", Ring(partitions=partitions, settle="100ms", **options))
+    app = platform.app(
+        "sessions", Ring(partitions=partitions, settle="100ms", **options), **(app_options or {})
+    )
     shares.declare(app, node)
     async with platform:
         yield app
@@ -111,10 +123,10 @@ async def test_g6_two_nodes_share_a_ring_and_one_that_stops_gives_all_back(
     shares, url = Shares(), nats_server.url()
     async with ring_node(url, tmp_path, "n1", shares) as one:
         await until(lambda: shares.counts() == {"n1": 16})
-        assert one.partitions == tuple(range(16))
+        await until(lambda: one.partitions == tuple(range(16)))
         async with ring_node(url, tmp_path, "n2", shares) as two:
             await until(lambda: shares.counts() == {"n1": 8, "n2": 8})
-            assert set(one.partitions) | set(two.partitions) == set(range(16))
+            await until(lambda: {*one.partitions, *two.partitions} == set(range(16)))
             key = next(str(n) for n in range(100) if two.partition_of(str(n)) in two.partitions)
             await until(lambda: one.owner_of(key) == "n2")
         await until(lambda: shares.counts() == {"n1": 16})
@@ -217,3 +229,75 @@ async def test_call_by_another_route_than_the_apps_is_refused_with_the_right_one
             await sessions.call("nonsense", to=Key("a"), timeout=20)
         with pytest.raises(ConfigError, match="text or bytes"):
             Key(7)  # type: ignore[arg-type]
+
+
+async def test_operator_sees_a_ring_and_is_refused_what_it_cannot_do(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """ring show, status, health, why and call --to key: know it; nothing of it can be handed over."""
+    shares, url = Shares(), nats_server.url()
+    cli = Cli(url, tmp_path, "test")
+    wiki = platform_of(url, tmp_path, "n0")
+    wiki.app("wiki")
+    async with wiki, ring_node(url, tmp_path, "n1", shares), ring_node(url, tmp_path, "n2", shares, weight=3):
+        await until(lambda: shares.counts() == {"n1": 4, "n2": 12})
+        await until(lambda: wiki.apps["wiki"].is_active)
+        found = await cli.json("ring", "show", "sessions")
+        nodes = {each["node"]: each for each in found["nodes"]}
+        assert [nodes[n]["owned"] for n in ("n1", "n2")] == [4, 12]
+        assert [nodes[n]["share"] for n in ("n1", "n2")] == [4.0, 12.0]
+        assert (found["moving"], found["unowned"], found["warnings"]) == (0, 0, [])
+        shown, _ = await cli.call("ring", "show", "sessions", "--key", "customer-42")
+        assert f"partition {partition_of('customer-42', 16)}" in shown
+        status = await cli.json("status")
+        rows = {
+            each["node"]: each["ring"]["owned"]
+            for app in status["apps"]
+            for each in app["nodes"]
+            if each["ring"]
+        }
+        assert rows == {"n1": 4, "n2": 12}
+        assert "12 of 16 partitions" in (await cli.call("status"))[0]
+        assert (await cli.json("health"))["reasons"] == []
+        assert "n2 owns 12" in (await cli.call("why", "sessions"))[0]
+        answer, _ = await cli.call("call", "sessions", "where", '"a"', "--to", "key:a")
+        assert json.loads(answer)["node"] == shares.owners[partition_of("a", 16)]
+        for command in (["stepdown"], ["switchover"], ["failover", "--yes"]):
+            assert "it is a ring" in await cli.refused(*command, "sessions")
+        assert "no ring" in await cli.refused("ring", "show", "wiki")
+        assert "no such app" in await cli.refused("ring", "show", "nobody")
+
+
+async def test_paused_ring_changes_no_hands(nats_server: NatsServer, tmp_path: Path) -> None:
+    """A node that comes is given nothing until the pause is over."""
+    shares, url = Shares(), nats_server.url()
+    async with ring_node(url, tmp_path, "n1", shares) as one, Platform.client("test", url) as client:
+        await until(lambda: shares.counts() == {"n1": 16})
+        await client.pause("sessions")
+        await until(lambda: one.is_paused)
+        async with ring_node(url, tmp_path, "n2", shares) as two:
+            await until(lambda: two.is_paused and two.role is Role.STANDBY)
+            await asyncio.sleep(1.0)  # ten times what it takes without the pause: nothing is to happen
+            assert shares.counts() == {"n1": 16}
+            await client.resume("sessions")
+            await until(lambda: shares.counts() == {"n1": 8, "n2": 8})
+        assert shares.clashes == []
+
+
+async def test_node_whose_checks_fail_gives_its_partitions_away_and_gets_them_back(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """Ill it is planned out at once; well again it is planned in."""
+    shares, url, well = Shares(), nats_server.url(), [True]
+    checks = [FunctionCheck(lambda: well[0], name="well", interval="50ms", failures=1)]
+    async with (
+        ring_node(url, tmp_path, "n1", shares),
+        ring_node(url, tmp_path, "n2", shares, app_options={"checks": checks}) as two,
+    ):
+        await until(lambda: shares.counts() == {"n1": 8, "n2": 8})
+        well[0] = False
+        await until(lambda: shares.counts() == {"n1": 16})
+        assert "unhealthy" in two.status().reason
+        well[0] = True
+        await until(lambda: shares.counts() == {"n1": 8, "n2": 8})
+        assert shares.clashes == []

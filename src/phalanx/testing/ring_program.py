@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from typing import Any
 
 import msgspec
 
@@ -29,7 +30,7 @@ class RingSettings(msgspec.Struct, kw_only=True):
     partitions: int = 64
     own_seconds: float = 0.0
     settle: float = 0.2
-    fence: dict[str, str] = {}
+    fence: dict[str, Any] = {}
     log_level: str = "info"
 
 
@@ -47,7 +48,7 @@ def build(settings: RingSettings) -> Platform:
     platform = Platform(
         settings.platform,
         timings={"ttl": settings.ttl},
-        fence=Fence(**settings.fence) if settings.fence else None,  # type: ignore[arg-type]
+        fence=Fence(**settings.fence) if settings.fence else None,
         logging=Logging(level=settings.log_level),  # type: ignore[arg-type]
     )
     app = platform.app(RING, Ring(partitions=settings.partitions, settle=settings.settle))
