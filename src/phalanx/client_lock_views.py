@@ -12,6 +12,7 @@ from phalanx.client_caller import caller, record
 from phalanx.client_state import ended_sessions
 from phalanx.coord.codec import check_key
 from phalanx.coord.lock_body import Kind, decode_state, encode_state
+from phalanx.coord.lock_key import RELEASED_KEPT_SECONDS
 from phalanx.coord.lock_status import LockStatus, shown
 from phalanx.decide.lock import Entry, LockState, taken_away
 from phalanx.errors import ConfigError, WrongRevision
@@ -97,9 +98,16 @@ class LockViews:
                 self._client.bus, self._client.names, await self._client.session_streams()
             )
             is_over = await self._is_over(app or "", [found], kind, over)
-            wanted = taken_away(state, chosen[0].token, caller(), is_over)
+            # This very holder, whatever happens meanwhile: it may release it, and somebody else have it.
+            token = chosen[0].token
+            wanted = taken_away(state, token, caller(), is_over)
             try:
-                await self._client.bus.write(found.subject, encode_state(kind, wanted), expect=found.revision)
+                await self._client.bus.write(
+                    found.subject,
+                    encode_state(kind, wanted),
+                    expect=found.revision,
+                    ttl_seconds=RELEASED_KEPT_SECONDS if wanted.is_idle else None,
+                )
             except WrongRevision:
                 continue  # it has changed hands, or somebody came to wait
             return await self._told(name, app or "", kind, chosen[0], wanted)

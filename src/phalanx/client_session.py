@@ -99,8 +99,11 @@ class ClientSession:
                 ttls = [member.ttl_seconds for member in self._state.members.values() if member.ttl_seconds]
                 if streams is None or not ttls:
                     raise StartError("the platform has no node that says how long sessions last", "start one")
+                # Of a node that is gone the key may tell of an earlier TTL. So this session gives up by the
+                # shortest of them, and ends those of others by the longest: never one that still holds.
                 self._timing = Timing.of(min(ttls))
-                self.register = Register(self._bus, self._names, streams, self._timing, self.id)
+                judging = Timing.of(max(ttls))
+                self.register = Register(self._bus, self._names, streams, judging, self.id)
                 self._tasks.append(asyncio.create_task(self.register.run(), name="session register"))
                 await self.register.ready.wait()
         except TimeoutError:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+import re
 from enum import StrEnum
 
 import msgspec
 
 from phalanx.decide.lock import Entry, LockState, as_stored
 from phalanx.ports import Record
-from phalanx.types import SessionId
+from phalanx.types import SessionId, is_dns_label
 
 log = logging.getLogger("phalanx.locks")
+
+_NONCE = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Kind(StrEnum):
@@ -64,17 +67,36 @@ def decode_state(kind: Kind, record: Record) -> LockState:
     if record.removed or not record.data:
         return LockState()
     try:
-        if kind is Kind.SEMAPHORE:
-            many = _holders_of(record.data)
-            return as_stored(LockState(many.permits, many.holders, many.queue, many.by), record.revision)
-        one = _holder_of(record.data)
-    except msgspec.DecodeError as error:
+        state = _semaphore_of(record.data) if kind is Kind.SEMAPHORE else _lock_of(record.data)
+        for each in (*state.holders, *state.queue):
+            _check_session(each.session)
+    except (msgspec.DecodeError, ValueError) as error:
         log.error("%s holds no %s (%s); it counts as free", record.subject, kind, error)
         return LockState()
+    return as_stored(state, record.revision)
+
+
+def _semaphore_of(data: bytes) -> LockState:
+    many = _holders_of(data)
+    return LockState(many.permits, many.holders, many.queue, many.by)
+
+
+def _lock_of(data: bytes) -> LockState:
+    one = _holder_of(data)
     if one.session is None:
         return LockState(1, (), one.queue, one.by)
     held = Entry(one.session, one.nonce, one.epoch, one.token, one.since)
-    return as_stored(LockState(1, (held,), one.queue, one.by), record.revision)
+    return LockState(1, (held,), one.queue, one.by)
+
+
+def _check_session(session: SessionId) -> None:
+    """Raise ValueError for what no session is called.
+
+    Programs outside of the nodes may write these keys, and a session that a key names gets tombstones if
+    nobody renews it: a name with a dot too many would put them on somebody else's session.
+    """
+    if not is_dns_label(session.node) or _NONCE.fullmatch(session.nonce) is None:
+        raise ValueError(f"{str(session)!r} is no session")
 
 
 __all__ = ["Holder", "Holders", "Kind", "decode_state", "encode_state"]

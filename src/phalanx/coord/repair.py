@@ -78,7 +78,9 @@ class Repair:
 
     def _is_my_turn(self) -> bool:
         """Only one node begins, so that others do not make streams in vain. No safety rests on it."""
-        live = sorted(self._register.live())
+        # Of the nodes only: clients have sessions too, and repair nothing.
+        nodes = {member.session for member in self._state.members.values()}
+        live = sorted(nodes.intersection(self._register.live()))
         return bool(live) and self._register.me == live[0]
 
     async def _check(self, streams: StreamList) -> None:
