@@ -27,6 +27,7 @@ from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.client_caller import caller, record
 from phalanx.client_db import DatabaseClient
+from phalanx.client_events import EventOperations
 from phalanx.client_lock_views import LockViews
 from phalanx.client_locks import ClientLocks, ClientSessions, SyncLock, held_by_thread
 from phalanx.client_operator import OperatorClient
@@ -191,6 +192,11 @@ class PlatformClient:
         if app is not None and (not is_dns_label(app) or app in RESERVED_APPS):
             raise ConfigError("events", app, "no name of an app", "use 1-63 of a-z, 0-9 and inner hyphens")
         return Events.over(lambda: self.bus, self.names, app)
+
+    @property
+    def event_operations(self) -> EventOperations:
+        """The durable consumers of its events."""
+        return EventOperations(self)
 
     @property
     def dead_letters(self) -> DeadLetters:

@@ -251,6 +251,10 @@ class Names:
         """The inverse of :meth:`event_subject`."""
         return subject.split(".", 3)[3]
 
+    def event_watch(self, app: str | None, pattern: str = ">") -> str:
+        """Where the stream republishes events, once they are stored: ``…watch.events.user.created``."""
+        return f"{self.platform}.{app or '_'}.watch.events.{pattern}"
+
     def event_fence_subject(self, app: str) -> str:
         """Where each new leader of *app* leaves its mark among the app's events, before it is active."""
         return f"{self.platform}.{app}.fence.events"

@@ -77,7 +77,17 @@ async def door() -> AsyncIterator[Door]:
                 republish={"src": f"$KV.prod_{bucket}.>", "dest": f"prod.{watch}.watch.kv.>"},
             )
         await api(node, "STREAM.CREATE.prod_audit", name="prod_audit", subjects=["prod._.audit.>"])
+        for app, where in (("_wiki", "wiki"), ("_shop", "shop"), ("", "_")):
+            await api(
+                node,
+                f"STREAM.CREATE.prod{app}_events",
+                name=f"prod{app}_events",
+                subjects=[f"prod.{where}.events.>", f"prod.{where}.fence.events"],
+                allow_direct=True,
+                republish={"src": f"prod.{where}.events.>", "dest": f"prod.{where}.watch.events.>"},
+            )
         for app in ("wiki", "shop"):
+            await node.request(f"prod.{app}.events.user.created", b"of " + app.encode())
             await node.request(f"$KV.prod_{app}.election.leader", b"n1")
             await node.request(f"$KV.prod_{app}.kv.secret", b"of " + app.encode())
         yield door
@@ -137,6 +147,40 @@ async def test_app_user_reads_writes_and_watches_its_own(door: Door) -> None:
     assert door.refused == []
 
 
+async def test_app_user_publishes_reads_and_hears_its_own_and_the_platforms_events(door: Door) -> None:
+    """A message is stored once and heard once, by whoever may: its app, and all apps for the platform's."""
+    wiki, shop, node = [await door.login(user) for user in ("prod-app-wiki", "prod-app-shop", "prod-node")]
+    own = await wiki.subscribe("prod.wiki.watch.events.>")
+    platform = await shop.subscribe("prod._.watch.events.>")
+    for client in (wiki, shop):
+        await subscribed(client)
+    stored = await wiki.request("prod.wiki.events.user.created", b"mine", headers={"Nats-Msg-Id": "1"})
+    again = await wiki.request("prod.wiki.events.user.created", b"mine", headers={"Nats-Msg-Id": "1"})
+    assert json.loads(stored.data)["seq"] == json.loads(again.data)["seq"] == 2
+    assert json.loads(again.data)["duplicate"]
+    assert (await own.next_msg(2)).data == b"mine"
+    await wiki.request("prod._.events.weather", b"fine")
+    assert (await platform.next_msg(2)).data == b"fine"
+    for each in (own, platform):
+        assert [message.data async for message in _rest(each)] == []
+    one = await wiki.request(f"{DOMAIN}.DIRECT.GET.prod_wiki_events.prod.wiki.events.user.created")
+    assert one.data == b"mine"
+    assert (await api(node, "STREAM.INFO.prod_wiki_events"))["state"]["messages"] == 2
+    assert (await api(node, "STREAM.INFO.prod_events"))["state"]["messages"] == 1
+    assert await snapshot(wiki, "prod_wiki_events", DOMAIN) == {b"mine"}
+    assert await snapshot(shop, "prod_events", DOMAIN) == {b"fine"}
+    assert door.refused == []
+
+
+async def _rest(subscription: Any) -> AsyncIterator[Any]:
+    """What comes within a tenth of a second."""
+    while True:
+        try:
+            yield await subscription.next_msg(0.1)
+        except NatsError:
+            return
+
+
 async def snapshot(client: Client, stream: str, prefix: str = "$JS.API") -> set[bytes]:
     """All last values, by one direct get with many answers, as ports.Bus.snapshot does it."""
     inbox = client.new_inbox()
@@ -168,11 +212,27 @@ async def test_g5_foreign_reads_are_refused_by_the_server(door: Door) -> None:
         ("$JS.API.CONSUMER.CREATE.KV_prod_shop", consumer),
         ("$JS.API.CONSUMER.CREATE.KV_prod_shop.c", consumer),
         ("$JS.API.CONSUMER.LIST.KV_prod_shop", b""),
+        ("$JS.API.DIRECT.GET.prod_shop_events.prod.shop.events.user.created", b""),
+        ("$JS.API.DIRECT.GET.prod_shop_events", b'{"multi_last": [">"]}'),
+        ("$JS.API.STREAM.MSG.GET.prod_shop_events", b'{"seq": 1}'),
+        ("$JS.API.STREAM.INFO.prod_shop_events", b""),
+        ("$JS.API.CONSUMER.CREATE.prod_shop_events", consumer),
+        ("$JS.API.CONSUMER.CREATE.prod_wiki_events.c", consumer),
+        ("$JS.API.CONSUMER.MSG.NEXT.prod_shop_events.mailer", b""),
+        ("$JS.API.DIRECT.GET.prod_dead", b'{"multi_last": [">"]}'),
         ("prod._.api.shop.any.query", b""),
     ):
         assert await door.is_refused(wiki, subject, data), subject
     node = await door.login("prod-node")
-    for subject in ("prod.shop.watch.kv.>", "prod.>", "$KV.prod_shop.>", "_R_.>", ">"):
+    for subject in (
+        "prod.shop.watch.kv.>",
+        "prod.shop.events.>",
+        "prod.shop.watch.>",
+        "prod.>",
+        "$KV.prod_shop.>",
+        "_R_.>",
+        ">",
+    ):
         door.refused.clear()
         heard = await wiki.subscribe(subject)
         await subscribed(wiki)
@@ -193,6 +253,11 @@ async def test_g5_foreign_writes_are_refused_by_the_server(door: Door) -> None:
         ("$KV.prod_shop.election.leader", b"evil"),
         ("$KV.prod_platform.member.n1", b"evil"),
         ("prod.wiki.wal.x", b"evil"),
+        ("prod.shop.events.user.created", b"evil"),
+        ("prod.wiki.fence.events", b"evil"),
+        ("prod.wiki.dead.mailer.user.created", b"evil"),
+        ("$JS.ACK.prod_shop_events.mailer.1.1.1.0.0", b"+ACK"),
+        ("$JS.ACK.prod_wiki_events.mailer.1.1.1.0.0", b"+ACK"),
         ("prod.wiki.watch.kv.kv.a", b"evil"),
         ("prod._.audit.a.b", b"evil"),
         ("prod._.control.app.wiki.stepdown", b""),

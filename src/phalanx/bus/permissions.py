@@ -4,9 +4,10 @@
     What nodes and their keepers log in with. May do anything in that account: they create streams,
     elect, steer and fence for every app. All streams and buckets live there.
 ``<platform>-app-<app>``, each in an account of its own
-    For programs outside the nodes that work with one app's KV, locks and API. (What runs *inside* a
-    node uses the node's connection.) May write ``kv.``, ``lock.`` and ``semaphore.`` keys of the app's
-    bucket, never ``election.`` keys: who leads is the nodes' business. May read the whole bucket.
+    For programs outside the nodes that work with one app's KV, locks, events and API, and with the platform's
+    events. (What runs *inside* a node uses the node's connection.) May write ``kv.``, ``lock.`` and
+    ``semaphore.`` keys of the app's bucket, never ``election.`` keys: who leads is the nodes' business. May
+    read the whole bucket.
 ``<platform>-operator``, in an account of its own
     For people at the command line, and for ``Platform.client``: reads everything, asks nodes to act, writes
     what an operator decides (pauses, planned switchovers, fence notes, restores, locks that are taken away).
@@ -169,16 +170,19 @@ def _app_guest(names: Names, app: str, calls: Sequence[str]) -> _Guest:
             names.key_subject(bucket, "semaphore.>"),
             *_single_reads(stream),
             *(names.call_subjects(each) for each in called),
+            *(names.event_subject(each, ">") for each in (app, None)),
+            *(read for each in (app, None) for read in _single_reads(names.events_stream(each))),
         ),
         gathers=(
             *(names.many_subject(names.call_subjects(each)) for each in called),
             *_batch_reads(stream),
+            *(read for each in (app, None) for read in _batch_reads(names.events_stream(each))),
             *_discovery(called),
         ),
         streams=(
             f"{names.watch_prefix(app)}.>",
             f"{names.platform}.{app}.watch.wal.>",
-            f"{names.platform}.{app}.events.>",
+            *(names.event_watch(each) for each in (app, None)),
             # Who leads the apps that it calls, so that calls find the next leader at once.
             *(names.leader_watch_subject(each) for each in called if each != app),
             *(names.partition_watch_subject(each) for each in called if each != app),
@@ -220,6 +224,7 @@ def _operator_guest(names: Names, apps: Sequence[str]) -> _Guest:
             ),
             *(names.object_entries(bucket) for bucket in objects),
             *(names.call_subjects(app) for app in apps),
+            *(names.event_subject(app, ">") for app in (*apps, None)),
             names.audit_subjects,
         ),
         gathers=(
@@ -231,6 +236,8 @@ def _operator_guest(names: Names, apps: Sequence[str]) -> _Guest:
             "INFO",
             *(f"STREAM.{what}" for what in ("NAMES", "INFO.*", "MSG.GET.*")),
             *("DIRECT.GET.*", "DIRECT.GET.*.>"),
+            *(f"CONSUMER.LIST.{names.events_stream(app)}" for app in (*apps, None)),
+            f"STREAM.MSG.DELETE.{names.dead_stream}",
             *(f"STREAM.PURGE.{names.object_stream(bucket)}" for bucket in objects),
         ),
     )

@@ -144,6 +144,7 @@ def events_config(
         "allow_direct": True,
         "allow_msg_ttl": True,
         "duplicate_window": round(min(EVENTS_DUPLICATE_SECONDS, max_age_seconds) * 1_000_000_000),
+        "republish": {"src": names.event_subject(app, ">"), "dest": names.event_watch(app)},
     }
 
 

@@ -39,6 +39,7 @@ COMMANDS = {
     "why": "why:why",
     "call": "call:call",
     "ring": "ring:ring",
+    "events": "events:events",
     "lock": "lock:lock",
     "audit": "audit:audit",
     "config": "check:config",

@@ -8,12 +8,14 @@ and headers, and why and when it was given up in headers of ours.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import msgspec
 
 from phalanx import system
 from phalanx.errors import ConfigError
-from phalanx.messaging.event import MESSAGE_ID, ONLY_FOR, key_of
+from phalanx.messaging.content import shape_of
+from phalanx.messaging.event import MESSAGE_ID, ONLY_FOR, decoded, key_of
 from phalanx.messaging.event_publishing import store_once
 from phalanx.names import Names
 from phalanx.ports import Bus, Record
@@ -46,6 +48,10 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     time: float
     data: bytes
     headers: dict[str, str]
+
+    def content(self) -> Any:
+        """What the event says, of no declared type. Raises ContentError where it is of no known format."""
+        return decoded(self.data, self.headers, shape_of(Any))
 
 
 async def bury(

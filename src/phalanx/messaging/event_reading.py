@@ -1,8 +1,8 @@
 """Events as they come, or from some time on, for one reader that nobody keeps account of.
 
-It reads the stream by direct get (ADR-31) and hears of new events by a core subscription, which only wakes
-it: so there is no consumer on the server, whoever may read the stream may subscribe, and what is on its way
-is bounded by the page that the reader has asked for.
+It reads the stream by direct get (ADR-31) and hears of new events by what the stream republishes, which only
+wakes it. So there is no consumer on the server, whoever may read the stream may subscribe, and what is on its
+way is bounded by the page that the reader has asked for.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ POLL_SECONDS = 2.0
 """Between looks that nothing asked for: the message that would have may be lost."""
 
 AFTER_WAKE_SECONDS = (0.0, 0.002, 0.005, 0.02, 0.05, 0.1, 0.2, 0.5)
-"""An event is heard of before each server of the stream has stored it."""
+"""Another server of the stream may answer than the one that stored it first."""
 
 RETRY_SECONDS = (0.05, 1.0)
 CHECK_SECONDS = 1.0
@@ -57,6 +57,7 @@ class EventReader(Generic[T]):
         self._bus, self._names = bus, names
         self._stream = names.events_stream(app)
         self._subjects = names.event_subject(app, check_subject(pattern, pattern=True))
+        self._watched = names.event_watch(app, pattern)
         self._what = f"subscription of {pattern}"
         try:
             self._shape = shape_of(kind)
@@ -74,7 +75,7 @@ class EventReader(Generic[T]):
         BusError."""
         if not self._opened:
             self._opened = True
-            self._subscription = await self._bus.subscribe(self._subjects, self._on_message)
+            self._subscription = await self._bus.subscribe(self._watched, self._on_message)
             if self._position is None and self._since is None:
                 self._position = (await self._state())[1]
         return self
