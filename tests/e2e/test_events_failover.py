@@ -152,7 +152,7 @@ async def test_delivery_that_somebody_swallowed_comes_again_before_what_is_behin
 
 
 async def test_events_go_on_through_the_loss_of_any_server(nats_cluster: NatsCluster, tmp_path: Path) -> None:
-    """Each server of a cluster is killed once: publishing goes on, and each event is handled once, in order."""
+    """Each server of a cluster is killed once: publishing goes on, each event is handled, in order."""
     platform = Platform(
         "test",
         node="n1",
