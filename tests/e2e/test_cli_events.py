@@ -53,8 +53,11 @@ class Called:
 
 
 @pytest.fixture
-def phalanx(capsys: pytest.CaptureFixture[str], server: NatsServer) -> Called:
+def phalanx(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], server: NatsServer
+) -> Called:
     """The command line with the operator's login."""
+    monkeypatch.setenv("PHALANX_NATS", "")  # a command leaves its options there; not so to other tests
     return Called(capsys, url_of(server, "test-operator"))
 
 
