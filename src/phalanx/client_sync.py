@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any as Value
 from typing import Generic, Self, TypeVar
 
+from phalanx.errors import CallError
 from phalanx.messaging.api import Api, check_arguments
 from phalanx.messaging.content import JSON
 from phalanx.messaging.event import Event
@@ -103,6 +104,22 @@ class SyncApi:
             headers=headers,
         )
         return self._items(items)
+
+    def broadcast(
+        self,
+        method: str,
+        request: object = None,
+        *,
+        returns: type[T] = _WHATEVER,
+        timeout: float = 5.0,
+        content_type: str = JSON,
+        headers: Mapping[str, str] | None = None,
+    ) -> dict[str, T | CallError]:
+        """See :meth:`phalanx.Api.broadcast`."""
+        work = self._api.broadcast(
+            method, request, returns=returns, timeout=timeout, content_type=content_type, headers=headers
+        )
+        return self._thread.run(work)
 
     def _items(self, items: AsyncGenerator[T]) -> Generator[T]:
         async def next_item() -> T:

@@ -14,7 +14,7 @@ from phalanx.app.contexts import AppContext, HealthChange, LeaderChange
 from phalanx.app.declared import DeclaredApp
 from phalanx.app.journal import AppJournal
 from phalanx.app.news import News
-from phalanx.app.parts import NodeParts
+from phalanx.app.parts import NodeParts, instances_of
 from phalanx.app.pausing import Pausing
 from phalanx.app.reigns import Reigns
 from phalanx.app.restarts import AppRestarts
@@ -312,6 +312,7 @@ class App(DeclaredApp):
                 self._candidacy.barred = str(error)
                 self._on_hook_failed(str(error))
         self._calls = CallServer(self.name, self.node, self.handlers, parts.bus, parts.names, self._kv)
+        self._calls.instances = instances_of(parts, self.name)
         await self._calls.open()
         await self._open_events(parts)
         self._candidacy.is_started = True

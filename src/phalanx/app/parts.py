@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from phalanx.coord.fencer import Fencer
@@ -10,7 +10,7 @@ from phalanx.coord.hold import Holds
 from phalanx.names import Names
 from phalanx.observe.journal import Journal
 from phalanx.ports import Bus
-from phalanx.types import Pause, Resource
+from phalanx.types import Member, Pause, Resource
 
 
 class NodeParts(Protocol):
@@ -31,6 +31,7 @@ class NodeParts(Protocol):
     @property
     def pauses(self) -> Mapping[str, Pause]: ...
 
+    def live_members(self) -> dict[str, Member]: ...
     async def register(self, resource: Resource) -> None: ...
     def unregister(self, resource_id: str) -> None: ...
     def on_stuck(self, app: str, reason: str) -> None: ...
@@ -39,4 +40,14 @@ class NodeParts(Protocol):
     def section_has_ended(self) -> None: ...
 
 
-__all__ = ["NodeParts"]
+def instances_of(parts: NodeParts, app: str) -> Callable[[], tuple[str, ...]]:
+    """Tells which nodes run *app*, and live, as this one knows them."""
+
+    def instances() -> tuple[str, ...]:
+        members = parts.live_members()
+        return tuple(sorted({parts.node, *(node for node, each in members.items() if app in each.apps)}))
+
+    return instances
+
+
+__all__ = ["NodeParts", "instances_of"]

@@ -12,7 +12,7 @@ from phalanx.app.contexts import AppContext, HealthChange
 from phalanx.app.declared import Declared
 from phalanx.app.journal import AppJournal
 from phalanx.app.news import News
-from phalanx.app.parts import NodeParts
+from phalanx.app.parts import NodeParts, instances_of
 from phalanx.app.pausing import Pausing
 from phalanx.app.role import AppRole
 from phalanx.config import AppConfig
@@ -144,6 +144,7 @@ class SharingApp(Declared):
                 self._barred = str(error)
                 self._on_hook_failed(str(error))
         self._calls = self._make_calls(parts)
+        self._calls.instances = instances_of(parts, self.name)
         await self._calls.open()
         self._is_started = True
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any as Value
 from typing import TypeVar
 
-from phalanx.errors import ConfigError
+from phalanx.errors import CallError, ConfigError
 from phalanx.messaging.call_wire import MAX_WINDOW
 from phalanx.messaging.calling import Caller
 from phalanx.messaging.content import CONTENT_TYPES, JSON
@@ -148,6 +148,36 @@ class Api:
         async with contextlib.aclosing(items):
             async for item in items:
                 yield item
+
+    async def broadcast(
+        self,
+        method: str,
+        request: object = None,
+        *,
+        returns: type[T] = _WHATEVER,
+        timeout: float = 5.0,
+        content_type: str = JSON,
+        headers: Mapping[str, str] | None = None,
+    ) -> dict[str, T | CallError]:
+        """Call *method* on all nodes that run the app; the answer, or the error, of each, by node.
+
+        It ends when all have answered: those that an instance knows of, and that are alive. One that has not
+        within *timeout* seconds is there with CallTimeout (``deadline``). Standbys refuse methods that are
+        not ``anywhere`` (``wrong-route``). Nothing is tried again; middleware does not run.
+
+        Raises NoInstance if none is there, UnknownApp, and ConfigError and CallError for what cannot be sent.
+        If this is cancelled, so are the handlers.
+        """
+        check_arguments(method, Default, timeout, content_type)
+        return await self._caller().broadcast(
+            self.app,
+            method,
+            request,
+            returns=returns,
+            timeout=timeout,
+            content_type=content_type,
+            headers=headers,
+        )
 
     async def call(
         self,

@@ -88,7 +88,8 @@ class Leading(msgspec.Struct, frozen=True, omit_defaults=True):
     """The answer to ``who``: the leader as an instance knows it (empty: nobody), and what may be repeated.
 
     ``pattern``: that of the app. A pool has no leader, and any instance may be called. Nor has a ring:
-    it has ``partitions``, and a call goes to the owner of its key's.
+    it has ``partitions``, and a call goes to the owner of its key's. ``nodes``: those that run it, and whose
+    sessions live, as the instance knows them.
     """
 
     node: str = ""
@@ -96,6 +97,7 @@ class Leading(msgspec.Struct, frozen=True, omit_defaults=True):
     idempotent: tuple[str, ...] = ()
     pattern: str = "active-passive"
     partitions: int = 0
+    nodes: tuple[str, ...] = ()
 
 
 class CallHeader:

@@ -38,6 +38,7 @@ from phalanx.errors import (
 from phalanx.messaging import call_wire as wire
 from phalanx.messaging.content import JSON, ContentError, encode, shape_of
 from phalanx.messaging.context import callers_deadline
+from phalanx.messaging.gathering import Gathering
 from phalanx.messaging.leading import MOVED_SECONDS, Followed, InFlight, LeaderView
 from phalanx.messaging.ring_view import RingView
 from phalanx.messaging.routes import Any, Default, Key, Leader, Node, Route
@@ -193,6 +194,60 @@ class Caller:
                 yield self._decoded(call, item, returns)
         finally:
             await incoming.close()
+
+    async def broadcast(
+        self,
+        app: str,
+        method: str,
+        request: object,
+        *,
+        returns: Value,
+        timeout: float,
+        content_type: str,
+        headers: Mapping[str, str] | None,
+    ) -> dict[str, Value]:
+        """See :meth:`Api.broadcast`."""
+        call = self._new(app, method, request, timeout, None, content_type, headers)
+        call.headers[wire.CALL] = wire.call_header(call.id, call.deadline - system.now(), None, self._name)
+        inject(call.headers)
+        view = self._views.get(app) or await self._view(app)
+        self._check_open(call, view)
+        gathering = Gathering(self._bus(), view)
+        try:
+            subject = self._names.many_subject(self._names.call_all_subject(app, method))
+            await gathering.send(subject, call.data, call.headers)
+            expected = await gathering.wait(call.deadline)
+        except asyncio.CancelledError:
+            self._cancel(call)
+            raise
+        except BusError as error:
+            raise call.failed(NoInstance, "no-instance", str(error)) from error
+        finally:
+            await gathering.close()
+        if gathering.is_ended:
+            self._cancel(call)
+            call.may_have_begun = True
+            self._check_open(call, view)
+        if not gathering.answers:
+            await self._check_known(call, view)
+        if not gathering.answers and not expected:
+            raise call.failed(NoInstance, "no-instance", "no instance was there")
+        call.may_have_begun = True
+        silent = call.failed(CallTimeout, "deadline", "no answer before the deadline")
+        answers = gathering.answers
+        return {
+            node: self._one_of_many(call, answers[node], returns) if node in answers else silent
+            for node in sorted({*expected, *answers})
+        }
+
+    def _one_of_many(self, call: _Call, answer: Message, returns: Value) -> Value | CallError:
+        problem = wire.problem_of(answer.data, answer.headers)
+        if problem is not None:
+            return wire.error_of(problem, call.app, call.method, wire.answered_by(answer.headers)[0])
+        try:
+            return self._decoded(call, answer, returns)
+        except CallError as error:
+            return error
 
     def _new(
         self,

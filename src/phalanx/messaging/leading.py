@@ -125,6 +125,8 @@ class LeaderView:
         """Whether an instance has ever said who leads: then there is such an app."""
         self.is_pool = False
         """Whether it has said that nobody leads, as any instance may be called."""
+        self.nodes: frozenset[str] = frozenset()
+        """Those that run it, as an instance knew them when it was asked last."""
         self.partitions = 0
         """Into how many a ring is cut; 0: it is none, or nobody has said so yet."""
         self.in_flight: set[UnderWay] = set()
@@ -211,6 +213,7 @@ class LeaderView:
         self.idempotent = frozenset(leading.idempotent)
         self.is_pool = leading.pattern == "pool"
         self.partitions = leading.partitions
+        self.nodes = frozenset(leading.nodes)
         self.learn(leading.node, leading.epoch)
         if leading.node and leading.epoch == self.epoch:
             self.node = leading.node

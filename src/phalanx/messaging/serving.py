@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from phalanx import system
 from phalanx.aio import Deadlines
 from phalanx.errors import CallError, Fenced, HookFailed, NotActive, PhalanxError, SessionLost
@@ -130,6 +132,8 @@ class CallServer:
         self._over = 0
         """No call begins here for a reign up to this one."""
         self._leading = wire.Leading(idempotent=handlers.idempotent)
+        self.instances: Callable[[], tuple[str, ...]] = lambda: (node,)
+        """The nodes that run the app, as this one knows them."""
         self._held: deque[_Call] = deque()
         self._running: dict[asyncio.Task[None], _Call] = {}
         self._deadlines: Deadlines[_Call] = Deadlines(_Call.expire)
@@ -258,7 +262,8 @@ class CallServer:
         self._consider(_Call(message, to_leader=False, node_route=False))
 
     def _on_who(self, message: Message) -> None:
-        self._send(message, encode(self._leading, wire.JSON), {})
+        leading = msgspec.structs.replace(self._leading, nodes=self.instances())
+        self._send(message, encode(leading, wire.JSON), {})
 
     def _on_cancel(self, message: Message) -> None:
         call = self._by_id.get(message.data.decode(errors="replace"))
