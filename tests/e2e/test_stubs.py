@@ -157,6 +157,7 @@ async def test_options_of_one_call_go_before_those_of_the_method_and_of_the_stub
         hurried = with_options(orders, timeout=15, headers={"C": "d"})
         await with_options(hurried, idempotent=False, to=phalanx.Leader).close()
         await hurried.place(Order("a"))
+        await with_options(orders, to=phalanx.Leader).where("n2")
         await orders.place(Order("a"))
     assert seen == [
         ("place", "node n1", 20, None, {"A": "b"}),
@@ -164,6 +165,7 @@ async def test_options_of_one_call_go_before_those_of_the_method_and_of_the_stub
         ("where", "node n1", 20, None, {"A": "b"}),
         ("close-all", "leader", 15, False, {"C": "d"}),
         ("place", "node n1", 15, None, {"C": "d"}),
+        ("where", "leader", 20, None, {"A": "b"}),
         ("place", "node n1", 20, None, {"A": "b"}),
     ]
 

@@ -136,6 +136,7 @@ def test_trace_of_a_failover_has_its_steps(monkeypatch: pytest.MonkeyPatch) -> N
         "active",
         "first-healthy",
     ]
+    assert (inside[1].start_time, inside[1].end_time) == (100_000_000_000, 100_100_000_000)
     assert [event.name for event in crash.events] == ["fenced", "session over, seen", "database-promoted"]
     attributes = crash.attributes or {}
     assert (attributes["phalanx.failover.id"], attributes["phalanx.previous"]) == ("wiki/7", "n1")
