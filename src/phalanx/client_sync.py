@@ -78,7 +78,9 @@ class SyncApi:
     ) -> T:
         """See :meth:`phalanx.Api.stub`; the methods of *interface* are not async: each waits."""
         defaults = CallOptions(to, timeout, idempotent, content_type, headers)
-        return make_stub(self.app, self.call, check_arguments, interface, defaults, is_async=False)
+        return make_stub(
+            self.app, self.call, self.stream, check_arguments, interface, defaults, is_async=False
+        )
 
     def stream(
         self,

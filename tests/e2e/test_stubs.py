@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 import pytest
+from tests.waiting import until
 
 import phalanx
 from phalanx import (
@@ -60,12 +62,17 @@ class Orders(Protocol):
     @method(anywhere=True, to=lambda node: Node(node))
     async def where(self, node: str) -> str: ...
 
+    def watch(self, item: str, *, most: int = ...) -> AsyncIterator[Receipt]:
+        """A stream of answers."""
+        ...
+
 
 class OrdersSync(Protocol):
     """The same for clients without an event loop."""
 
     def place(self, order: Order) -> Receipt: ...
     def search(self, item: str, *, limit: int = ...) -> list[str]: ...
+    def watch(self, item: str, *, most: int = ...) -> Iterator[Receipt]: ...
 
 
 class Shop:
@@ -73,6 +80,7 @@ class Shop:
 
     def __init__(self) -> None:
         self.closed = False
+        self.watches = 0
 
     async def place(self, order: Order) -> Receipt:
         assert isinstance(order, Order)
@@ -88,6 +96,14 @@ class Shop:
 
     async def where(self, node: str) -> str:
         return f"{node} {current_call().node}"
+
+    async def watch(self, item: str, *, most: int = 1_000_000) -> AsyncIterator[Receipt]:
+        self.watches += 1
+        try:
+            for number in range(most):
+                yield Receipt(item, number)
+        finally:
+            self.watches -= 1
 
 
 def declared(nats: NatsServer, folder: Path, shop: Orders) -> Platform:
@@ -137,6 +153,23 @@ async def test_one_protocol_types_both_sides(nats_server: NatsServer, tmp_path: 
         assert await platform.api("orders").call("search", {"item": "x"}, timeout=20) == ["x0", "x1"]
 
 
+async def test_stream_of_a_stub(nats_server: NatsServer, tmp_path: Path) -> None:
+    """Its items come one after the other; whoever stops early ends the generator on the other side."""
+    shop = Shop()
+    async with (
+        running(declared(nats_server, tmp_path, shop)),
+        Platform.client("test", nats_server.urls) as client,
+    ):
+        orders = client.api("orders").stub(Orders, timeout=20)
+        assert [each.total async for each in orders.watch("a", most=3)] == [0, 1, 2]
+        async with contextlib.aclosing(with_options(orders, timeout=30).watch("a")) as items:  # type: ignore[type-var]
+            assert await anext(items) == Receipt("a", 0)
+            assert shop.watches == 1
+        await until(lambda: shop.watches == 0)
+        with pytest.raises(TypeError):
+            orders.watch()  # type: ignore[call-arg]
+
+
 async def test_options_of_one_call_go_before_those_of_the_method_and_of_the_stub(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:
@@ -181,10 +214,11 @@ async def test_synchronous_stub(nats_server: NatsServer, tmp_path: Path) -> None
             with pytest.raises(CallError, match="1 or more"):
                 orders.place(Order("apple", 0))
             found = with_options(orders, timeout=30).search("a", limit=1)
+            found += [each.item for each in orders.watch("b", most=2)]
             return orders.place(Order("apple", 3)), found
 
     async with running(declared(nats_server, tmp_path, Shop())):
-        assert await asyncio.to_thread(work) == (Receipt("apple", 3), ["a0"])
+        assert await asyncio.to_thread(work) == (Receipt("apple", 3), ["a0", "b", "b"])
 
 
 class NoAnnotation(Protocol):
@@ -248,6 +282,18 @@ class NotAsync(Protocol):
     def place(self) -> None: ...
 
 
+class AsyncStream(Protocol):
+    async def watch(self) -> AsyncIterator[int]: ...
+
+
+class StreamOfWhat(Protocol):
+    def watch(self) -> AsyncIterator: ...  # type: ignore[type-arg]
+
+
+class SyncStream(Protocol):
+    def watch(self) -> Iterator[int]: ...
+
+
 class WrongName(Protocol):
     @method("a.b")
     async def place(self) -> None: ...
@@ -275,6 +321,9 @@ class WrongTimeout(Protocol):
         (OneName, r"OneName = 'place': .* have one name; .*@method"),
         (Nothing, r"has no methods"),
         (NotAsync, r"NotAsync.place = 'place': not async; declare async def place"),
+        (AsyncStream, r"AsyncStream.watch = .*declare it without async"),
+        (StreamOfWhat, r"StreamOfWhat.watch = .*say it: AsyncIterator\[Order\]"),
+        (SyncStream, r"SyncStream.watch = .*let it give an AsyncIterator"),
         (WrongName, r"method = 'a.b': no name of a method"),
         (WrongTimeout, r"WrongTimeout.place.timeout = 0: out of range"),
         ({}, r"interface = {}: not a class"),
@@ -308,12 +357,17 @@ class Other:
     """Takes other arguments than Orders says."""
 
     place = close = where = Shop.place
+    watch = Shop.watch
 
     async def search(self, item: str, *, limit: int) -> None: ...
 
 
 class NotAsyncShop(Shop):
     def place(self, order: Order) -> Receipt: ...  # type: ignore[override,empty-body]
+
+
+class NoGenerator(Shop):
+    async def watch(self, item: str, *, most: int = 1) -> AsyncIterator[Receipt]: ...  # type: ignore[override]
 
 
 class Marked:
@@ -353,6 +407,7 @@ def test_wrong_implementation_is_refused_when_it_is_declared() -> None:
         (Shop, Orders, r"handle_all\(Shop\(\)\)"),
         (object(), Orders, "has no place; implement async def place"),
         (Other(), Orders, "search takes other arguments than Orders.search"),
+        (NoGenerator(), Orders, "watch is no async generator: it has to yield"),
         (NotAsyncShop(), Orders, "place is not async"),
         (Shop(), OrdersSync, "place is not async"),
         (Shop(), None, r"mark them with @method\(\)"),

@@ -72,7 +72,9 @@ class Api:
         raises ConfigError for a method that could not be called.
         """
         defaults = CallOptions(to, timeout, idempotent, content_type, headers)
-        return make_stub(self.app, self.call, check_arguments, interface, defaults, is_async=True)
+        return make_stub(
+            self.app, self.call, self.stream, check_arguments, interface, defaults, is_async=True
+        )
 
     async def _call_inside(self, returns: Value, call: OutgoingCall) -> Value:
         """The call, made through the middleware."""

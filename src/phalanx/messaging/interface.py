@@ -2,6 +2,7 @@
 
 Read once, and checked as a whole: whoever makes a stub or serves an implementation learns then what could not
 be called. A single parameter is the request; several ones, and keyword-only ones, form a mapping by name.
+What gives an AsyncIterator (an Iterator, for synchronous clients) is a stream of answers.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import typing
+from collections import abc
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -23,6 +25,9 @@ from phalanx.messaging.routes import Route
 F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS = "__phalanx_method__"
+
+_ASYNC_STREAMS = (abc.AsyncIterator, abc.AsyncGenerator, abc.AsyncIterable)
+_STREAMS = (abc.Iterator, abc.Generator, abc.Iterable)
 
 _MISSING = inspect.Parameter.empty
 
@@ -66,7 +71,8 @@ class Method:
     """One method. ``attribute``: as the code calls it; ``name``: on the wire.
 
     ``request``: the type of the request, ``takes_request``: whether there is one; ``returns``: that of the
-    answer. ``optional``: parameters of a mapping that may be left out; what they are then says the app.
+    answer, or of each item if it ``is_stream``. ``is_async``: callers need an event loop. ``optional``:
+    parameters of a mapping that may be left out; what they are then says the app.
     """
 
     def __init__(
@@ -74,7 +80,6 @@ class Method:
     ) -> None:
         self.key, self.attribute, self.options = key, attribute, options
         self.name = options.name or attribute
-        self.is_async = inspect.iscoroutinefunction(function)
         self.doc = function.__doc__
         hints = _hints(key, function)
         signature = inspect.signature(function)
@@ -95,7 +100,7 @@ class Method:
             raise ConfigError(
                 key, None, "says not what it returns", "annotate it: -> Receipt, -> None, or -> typing.Any"
             )
-        self.returns = hints["return"]
+        self.returns, self.is_stream, self.is_async = _answer(key, function, hints["return"])
         self.request = self._request_type(hints)
         _check_sendable(f"{key}.return", self.returns)
 
@@ -192,6 +197,23 @@ def _hints(key: str, function: Callable[..., Any]) -> dict[str, Any]:
     except (NameError, TypeError) as error:
         remedy = "declare its types at the module's top, and import them outside of `if TYPE_CHECKING`"
         raise ConfigError(key, function, f"its types cannot be found ({error})", remedy) from None
+
+
+def _answer(key: str, function: Callable[..., Any], returns: Any) -> tuple[Any, bool, bool]:
+    """The type of the answer, or of an item; whether it is a stream; whether callers need an event loop."""
+    origin = typing.get_origin(returns) or returns
+    is_async_stream = origin in _ASYNC_STREAMS
+    if inspect.iscoroutinefunction(function):
+        if is_async_stream:
+            remedy = f"declare it without async, or let it yield: def {function.__name__}(…) -> {returns}"
+            raise ConfigError(key, returns, "a coroutine that gives a stream", remedy)
+        return returns, False, True
+    if not (is_async_stream or origin in _STREAMS):
+        return returns, False, False
+    items = typing.get_args(returns)
+    if not items:
+        raise ConfigError(key, returns, "says not of what", f"say it: {origin.__name__}[Order]")
+    return items[0], True, is_async_stream
 
 
 def _check_parameter(key: str, parameter: inspect.Parameter, hints: Mapping[str, Any]) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -11,8 +12,6 @@ import msgspec
 from phalanx.errors import ConfigError
 from phalanx.messaging.handlers import Handlers
 from phalanx.messaging.interface import Method, declared_by, interface_of
-
-Function = Callable[..., Awaitable[Any]]
 
 
 def handle_all(handlers: Handlers, app: str, implementation: object, interface: type | None) -> None:
@@ -42,14 +41,16 @@ def handle_all(handlers: Handlers, app: str, implementation: object, interface: 
         )
 
 
-def _function(key: str, method: Method, implementation: object) -> Function:
+def _function(key: str, method: Method, implementation: object) -> Callable[[Any], Any]:
     """What answers *method*. Raises ConfigError for an implementation that takes other arguments."""
     function: Any = getattr(implementation, method.attribute, None)
     remedy = f"implement async def {method.attribute}{method.signature}"
     if function is None:
         raise ConfigError(key, implementation, f"has no {method.attribute}", remedy)
-    if not (method.is_async and inspect.iscoroutinefunction(function)):
-        raise ConfigError(key, implementation, f"{method.attribute} is not async", remedy)
+    is_right = inspect.isasyncgenfunction if method.is_stream else inspect.iscoroutinefunction
+    if not (method.is_async and is_right(function)):
+        problem = "is no async generator: it has to yield" if method.is_stream else "is not async"
+        raise ConfigError(key, implementation, f"{method.attribute} {problem}", remedy)
     required = [name for name in method.names if name not in method.optional]
     for given in (required, method.names):
         try:
@@ -58,31 +59,37 @@ def _function(key: str, method: Method, implementation: object) -> Function:
         except TypeError as error:
             problem = f"{method.attribute} takes other arguments than {method.key} ({error})"
             raise ConfigError(key, implementation, problem, remedy) from None
-    if method.is_mapping:
-        return _by_name(function, method)
-    return _with_request(function) if method.takes_request else _alone(function)
+    begin = _beginning(function, method)
+    return _streaming(begin) if method.is_stream else _answering(begin)
 
 
-def _by_name(function: Function, method: Method) -> Function:
+def _beginning(function: Callable[..., Any], method: Method) -> Callable[[Any], Any]:
+    """Begins *function* with the parts of a request."""
+    if not method.takes_request:
+        return lambda request: function()
+    if not method.is_mapping:
+        return function
     names = method.names
 
-    async def handle(request: msgspec.Struct) -> Any:
+    def begin(request: msgspec.Struct) -> Any:
         values = zip(names, msgspec.structs.astuple(request), strict=True)
-        return await function(**{name: value for name, value in values if value is not msgspec.UNSET})
+        return function(**{name: value for name, value in values if value is not msgspec.UNSET})
 
-    return handle
+    return begin
 
 
-def _with_request(function: Function) -> Function:
+def _answering(begin: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
     async def handle(request: Any) -> Any:
-        return await function(request)
+        return await begin(request)
 
     return handle
 
 
-def _alone(function: Function) -> Function:
-    async def handle() -> Any:
-        return await function()
+def _streaming(begin: Callable[[Any], AsyncGenerator[Any]]) -> Callable[[Any], AsyncGenerator[Any]]:
+    async def handle(request: Any) -> AsyncGenerator[Any]:
+        async with contextlib.aclosing(begin(request)) as items:
+            async for item in items:
+                yield item
 
     return handle
 

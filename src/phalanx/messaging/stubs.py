@@ -17,7 +17,7 @@ from phalanx.messaging.routes import Default, Route
 S = TypeVar("S")
 
 Call = Callable[..., Value]
-"""``Api.call`` or ``SyncApi.call``."""
+"""``Api.call`` or ``Api.stream``, or those of ``SyncApi``."""
 
 Check = Callable[[str, Route, float, str], None]
 
@@ -52,44 +52,49 @@ class CallOptions(msgspec.Struct, frozen=True):
 
 _all = msgspec.structs.astuple
 
+_NOTHING = CallOptions()
+
 
 class Stub:
     """What stubs have in common. Their methods have no state: a stub may be used by many at a time."""
 
-    __slots__ = ("_app", "_call", "_check", "_defaults", "_overrides")
+    __slots__ = ("_app", "_call", "_check", "_defaults", "_overrides", "_stream")
 
     _interface: ClassVar[type]
 
     def __init__(
-        self, app: str, call: Call, check: Check, defaults: CallOptions, overrides: CallOptions | None = None
+        self,
+        app: str,
+        call: Call,
+        stream: Call,
+        check: Check,
+        defaults: CallOptions,
+        overrides: CallOptions = _NOTHING,
     ) -> None:
-        self._app, self._call, self._check = app, call, check
+        self._app, self._call, self._stream, self._check = app, call, stream, check
         self._defaults, self._overrides = defaults, overrides
 
     def _make(self, method: Method, args: tuple[Value, ...], kwargs: dict[str, Value]) -> Value:
-        """The call of *method*: what is to be awaited, or, of a synchronous client, the answer."""
+        """The call of *method*: what is to be awaited or iterated; of a synchronous client the answer."""
         options, defaults, now = method.options, self._defaults, self._overrides
-        to = _first(now and now.to, options.to, defaults.to, Default)
-        idempotent = options.idempotent if options.idempotent is not None else defaults.idempotent
-        if now is not None and now.idempotent is not None:
-            idempotent = now.idempotent
-        return self._call(
-            method.name,
-            method.request_of(args, kwargs),
-            returns=method.returns,
-            to=to(*args, **kwargs) if callable(to) else to,
-            timeout=_first(now and now.timeout, options.timeout, defaults.timeout, 5.0),
-            idempotent=idempotent,
-            content_type=_first(now and now.content_type, defaults.content_type, JSON),
-            headers=_first(now and now.headers, defaults.headers),
-        )
+        to = _first(now.to, options.to, defaults.to, Default)
+        said = {
+            "returns": method.returns,
+            "to": to(*args, **kwargs) if callable(to) else to,
+            "timeout": _first(now.timeout, options.timeout, defaults.timeout, 5.0),
+            "content_type": _first(now.content_type, defaults.content_type, JSON),
+            "headers": _first(now.headers, defaults.headers),
+        }
+        request = method.request_of(args, kwargs)
+        if method.is_stream:
+            return self._stream(method.name, request, **said)
+        idempotent = _first(now.idempotent, options.idempotent, defaults.idempotent)
+        return self._call(method.name, request, idempotent=idempotent, **said)
 
     def _with(self, overrides: CallOptions) -> Stub:
         overrides.check("with_options", self._check)
-        now = self._overrides
-        return type(self)(
-            self._app, self._call, self._check, self._defaults, overrides.over(now) if now else overrides
-        )
+        now = overrides.over(self._overrides)
+        return type(self)(self._app, self._call, self._stream, self._check, self._defaults, now)
 
     def __repr__(self) -> str:
         return f"<stub of {self._interface.__qualname__}, app {self._app}>"
@@ -122,27 +127,40 @@ def with_options(
 
 
 def make_stub(
-    app: str, call: Call, check: Check, interface: type[S], defaults: CallOptions, *, is_async: bool
+    app: str,
+    call: Call,
+    stream: Call,
+    check: Check,
+    interface: type[S],
+    defaults: CallOptions,
+    *,
+    is_async: bool,
 ) -> S:
     """A stub of *interface*, all of whose methods are async, or none. Raises ConfigError."""
     methods = interface_of(interface)
     for each in methods:
         if each.is_async != is_async:
             problem = "not async" if is_async else "async, and this client waits for each answer"
-            remedy = f"declare {'async def' if is_async else 'def'} {each.attribute}(…)"
+            remedy = _remedy(each, is_async=is_async)
             raise ConfigError(each.key, each.attribute, problem, remedy)
         CallOptions(each.options.to, each.options.timeout).check(each.key, check)
         check(each.name, Default, 1.0, JSON)
     defaults.check("stub", check)
-    return cast(S, _class_of(interface, methods)(app, call, check, defaults))
+    return cast(S, _class_of(interface, methods)(app, call, stream, check, defaults))
 
 
 @functools.lru_cache(maxsize=256)
 def _class_of(interface: type, methods: Interface) -> type[Stub]:
     made: dict[str, Value] = {"__slots__": (), "_interface": interface, "__doc__": interface.__doc__}
     for each in methods:
-        made[each.attribute] = _async_call(each) if each.is_async else _sync_call(each)
+        made[each.attribute] = _async_call(each) if each.is_async and not each.is_stream else _sync_call(each)
     return type(f"{interface.__name__}Stub", (Stub,), made)
+
+
+def _remedy(method: Method, *, is_async: bool) -> str:
+    if method.is_stream:
+        return f"let it give {'an AsyncIterator' if is_async else 'an Iterator'}[…]"
+    return f"declare {'async def' if is_async else 'def'} {method.attribute}(…)"
 
 
 def _async_call(method: Method) -> Callable[..., Value]:
