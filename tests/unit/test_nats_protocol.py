@@ -29,6 +29,8 @@ STREAM = (
 class _Client:
     """Takes what a parser finds."""
 
+    is_connected = True
+
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
@@ -109,6 +111,17 @@ async def test_what_had_come_of_a_message_is_forgotten_at_a_reset() -> None:
     parser = MessageParser(client)
     await parser.parse(b"MSG a 1 10\r\nhal")
     parser.reset()
+    await parser.parse(b"MSG b 1 2\r\nok\r\n")
+    assert client.seen == [(1, b"b", b"", b"ok", b"")]
+
+
+async def test_what_is_read_of_a_connection_that_was_given_up_is_dropped() -> None:
+    """Half a message of it would swallow the first ones of the next connection, or be mixed with them."""
+    client = _Client()
+    parser = MessageParser(client)
+    client.is_connected = False
+    await parser.parse(b"MSG a 1 1000\r\nhal")
+    client.is_connected = True
     await parser.parse(b"MSG b 1 2\r\nok\r\n")
     assert client.seen == [(1, b"b", b"", b"ok", b"")]
 

@@ -76,6 +76,14 @@ class NatsClient(Client):
         untyped: Any = super()
         await untyped._send_ping(future)
 
+    async def _process_pong(self) -> None:
+        if self._pongs and self._pongs[0].done():
+            # Whoever waited for it has given up: nats-py would raise, and read nothing any more.
+            self._pongs.pop(0)
+            self._pings_outstanding = 0
+            return
+        await super()._process_pong()
+
     # --- taking
 
     async def subscribe_directly(self, subject: str, queue: str, direct: Direct) -> Subscription:
@@ -84,6 +92,20 @@ class NatsClient(Client):
         subscription: Any = await untyped.subscribe(subject, queue=queue)
         self._parser.direct[subscription._id] = direct
         return cast("Subscription", subscription)
+
+    async def drain_subscription(self, subscription: Subscription) -> None:
+        """Have the server send nothing more for it, and return when all that it has sent is taken.
+
+        It is to be ended then, also if this fails or is cancelled: else the next connection brings it back.
+        Raises nats-py's errors.
+        """
+        untyped: Any = self
+        inner: Any = subscription
+        await untyped._send_unsubscribe(inner._id)
+        answered: asyncio.Future[Any] = self.loop.create_future()
+        await self._send_ping(answered)
+        await answered
+        await inner._pending_queue.join()
 
     def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
         self._parser.direct.pop(sid, None)

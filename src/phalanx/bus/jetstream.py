@@ -108,8 +108,8 @@ def message_of(msg: Msg) -> Message:
 def status_of(msg: Msg) -> str | None:
     """The status line of a message without content (``204 EOB``), None for any other."""
     headers = msg.headers
-    if headers is None or "Status" not in headers:
-        return None
+    if headers is None or "Status" not in headers or "Nats-Sequence" in headers:
+        return None  # what is stored may have a header of that name too
     return f"{headers['Status']} {headers.get('Description', '')}".strip()
 
 

@@ -139,6 +139,8 @@ class MessageParser(Parser):
 
     async def parse(self, data: bytes = b"") -> None:
         """Take what was read. Raises ProtocolError."""
+        if not self.client.is_connected:
+            return  # read of a connection that was given up just now: the next one must not begin with it
         if self._begun:
             self._begun += data
             if len(self._begun) < self._wanted:
@@ -153,7 +155,7 @@ class MessageParser(Parser):
                 break
             if data.startswith(_MESSAGES, start):
                 try:
-                    words = data[start:line_end].split()
+                    words = data[start:line_end].split(b" ")  # a subject may hold other white space
                     number, size = int(words[2]), int(words[-1])
                     head = int(words[-2]) if words[0] == b"HMSG" else 0
                     with_reply = _WITH_REPLY[words[0]]
@@ -174,12 +176,17 @@ class MessageParser(Parser):
                 else:
                     try:
                         await self.client._process_msg(number, words[1], reply, content, block)
-                    except UnicodeDecodeError:
-                        # Anybody can send on such a subject; nats-py would read nothing any more.
-                        log.error("a message on %r was dropped: its subject is not UTF-8", words[1])
+                    except Exception:
+                        # Anybody can send what nats-py does not expect: a subject that is not UTF-8,
+                        # headers that are none. It would read nothing any more.
+                        log.exception("a message on %r was dropped", words[1])
             else:
                 after = line_end + 2
-                await super().parse(data[start:after])
+                try:
+                    await super().parse(data[start:after])
+                except (AttributeError, LookupError, ValueError) as error:
+                    # nats-py would read nothing any more, and not say so.
+                    raise ProtocolError(f"nats: malformed line: {error}") from error
                 if self.buf and self._resets == resets:
                     raise ProtocolError("nats: unknown protocol")
             if self._resets != resets:

@@ -67,12 +67,14 @@ class BusSubscription:
 
     async def drain(self, timeout: float) -> None:
         """See ports.Subscription."""
-        inner = self._inner
-        if inner is not None and self._client is not None and self._client.is_connected:
-            with contextlib.suppress(NatsError, TimeoutError):
-                async with asyncio.timeout(timeout):
-                    await inner.drain()
-        await self.unsubscribe()
+        inner, client = self._inner, self._client
+        try:
+            if inner is not None and client is not None and client.is_connected:
+                with contextlib.suppress(NatsError, TimeoutError):
+                    async with asyncio.timeout(timeout):
+                        await client.drain_subscription(inner)
+        finally:
+            await self.unsubscribe()
 
     async def unsubscribe(self) -> None:
         """End it; twice is harmless."""
