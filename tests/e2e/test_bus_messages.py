@@ -6,7 +6,6 @@ import asyncio
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, closing
-from typing import Any
 
 import pytest
 from tests.waiting import until
