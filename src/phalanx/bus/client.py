@@ -77,9 +77,11 @@ class NatsClient(Client):
         await untyped._send_ping(future)
 
     async def _process_pong(self) -> None:
-        if self._pongs and self._pongs[0].done():
+        untyped: Any = self
+        waiting: list[asyncio.Future[Any]] = untyped._pongs
+        if waiting and waiting[0].done():
             # Whoever waited for it has given up: nats-py would raise, and read nothing any more.
-            self._pongs.pop(0)
+            waiting.pop(0)
             self._pings_outstanding = 0
             return
         await super()._process_pong()
