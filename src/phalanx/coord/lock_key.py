@@ -49,6 +49,9 @@ REFUSED_SECONDS = 0.01
 REFRESH_SECONDS = 5.0
 """Who waits reads the key again after so long: the message that it is its turn may have been lost."""
 
+REFUSED_KEPT_SECONDS = 5.0
+"""What NATS refuses for another reason (a missing right) is not tried again before."""
+
 UNWATCHED_SECONDS = 0.02
 """Who holds a lock for less is spared the watch."""
 
@@ -133,12 +136,12 @@ class Claim:
         self.settled, self.lost = asyncio.Event(), asyncio.Event()
         self.lost_reason = ""
         self.error: Exception | None = None
-        self.was_handed = False
-        """Granted by another's write, which did not look at our epoch."""
+        self.is_confirmed = False
+        """Whether the write that granted it was fenced by its own epoch."""
 
-    def grant(self, token: int, *, handed: bool) -> None:
-        """It holds a permit from now on."""
-        self.token, self.was_handed = token, handed
+    def grant(self, token: int, under: Fence | None) -> None:
+        """It holds a permit from now on, by a write that was fenced so."""
+        self.token, self.is_confirmed = token, under == self.fence
         self.settled.set()
 
     def fail(self, error: Exception) -> None:
@@ -263,26 +266,26 @@ class LockKey:
     def _mine(self) -> list[Entry]:
         return [each for each in (*self.state.holders, *self.state.queue) if self.is_mine(each)]
 
-    def look(self, *, handed: bool = True) -> None:
-        """Tell every claim how it stands."""
+    def look(self, under: Fence | None = None) -> None:
+        """Tell every claim how it stands. *under*: the fence of the write by which this came about."""
         session = self._parts.session
         over = (
             "" if session.is_valid else f"session {session.id} is over: {session.lost_reason or 'it ran out'}"
         )
         for claim in list(self.claims.values()):
             if claim.waits:
-                self._look_at_waiting(claim, over, handed)
+                self._look_at_waiting(claim, over, under)
             elif claim.is_held:
                 self._look_at_held(claim, over)
 
-    def _look_at_waiting(self, claim: Claim, over: str, handed: bool) -> None:
+    def _look_at_waiting(self, claim: Claim, over: str, under: Fence | None) -> None:
         session = self._parts.session
         if over:
             claim.fail(SessionLost(str(session.id), session.lost_reason or "it ran out"))
         elif claim.fence is not None and self.leader_revision > claim.fence.revision:
             claim.fail(Fenced(self._parts.app or "", claim.entry.epoch))
         elif (held := self.state.holder(claim.entry.nonce)) is not None:
-            claim.grant(held.token, handed=handed)
+            claim.grant(held.token, under)
             self._arm("watch", UNWATCHED_SECONDS, self._watch)
             self._arm_clock()
 
@@ -304,14 +307,14 @@ class LockKey:
 
     # --- what is learnt
 
-    def _learn(self, revision: int, state: LockState, *, handed: bool = True) -> None:
+    def _learn(self, revision: int, state: LockState, under: Fence | None = None) -> None:
         if revision != self._doubt:
             self._doubt = None  # whatever is still on its way will be refused
         self.revision, self.state = revision, state
         self._overdue = False
         self._disarm("others")
         self._note()
-        self.look(handed=handed)
+        self.look(under)
         self._moved.set()
 
     def _note(self) -> None:
@@ -486,6 +489,7 @@ class LockKey:
             self._moved.set()
             if any(claim.waits for claim in self.claims.values()):
                 self._watch()
+                self._arm_clock()
             self.kick()
 
     def _stands(self, claim: Claim) -> bool:
@@ -498,9 +502,10 @@ class LockKey:
                 claim.fail(error)
 
     def _refused(self, error: BusError) -> None:
-        """NATS refuses to do it: no use in trying again."""
+        """NATS refuses to do it: no use in trying again soon."""
         log.error("%s %s: %s", self.kind, self.name, error)
         self._doubt = None
+        self._arm("retry", REFUSED_KEPT_SECONDS, self.kick)
         for claim in list(self.claims.values()):
             if claim.waits:
                 claim.fail(error)
@@ -535,7 +540,7 @@ class LockKey:
             raise
         else:
             if revision > self.revision:
-                self._learn(revision, as_stored(wanted, revision), handed=False)
+                self._learn(revision, as_stored(wanted, revision), fence)
 
     async def _check_fence(self, fence: Fence | None) -> None:
         if fence is None or await self.read_leader() == fence.revision:
@@ -545,8 +550,9 @@ class LockKey:
                 claim.fail(Fenced(self._parts.app or "", claim.entry.epoch))
 
     async def confirm(self, claim: Claim) -> None:
-        """Of a claim under an epoch that was handed the permit: that its epoch lasts still. Raises Fenced."""
-        if claim.fence is None or not claim.was_handed:
+        """Of a claim under an epoch that was granted by a write without its fence: that the epoch lasts still.
+        Raises Fenced, BusError."""
+        if claim.fence is None or claim.is_confirmed:
             return
         if await self.read_leader() != claim.fence.revision:
             raise Fenced(self._parts.app or "", claim.entry.epoch)
@@ -601,7 +607,7 @@ class LockKey:
 
     def _on_clock(self) -> None:
         self.look()
-        if any(claim.is_held for claim in self.claims.values()):
+        if any(claim.is_held or claim.waits for claim in self.claims.values()):
             self._arm_clock()
 
     def _watch(self) -> None:
