@@ -823,3 +823,55 @@ async def test_other_permits_are_refused_while_it_is_used(a: Node, b: Node) -> N
             a.locks.semaphore("s", permits=permits)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ConfigError, match="semaphore"):
         a.locks.semaphore("a b", permits=1)
+
+
+class DeafToLeader:
+    """The real bus, over which no change of the leader key comes by itself."""
+
+    def __init__(self, bus: NatsBus) -> None:
+        self._bus = bus
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bus, name)
+
+    async def subscribe(self, subject: str, on_message: Any, *, queue: str = "") -> Any:
+        deaf = subject.endswith(LEADER_KEY)
+        return await self._bus.subscribe(subject, (lambda message: None) if deaf else on_message, queue=queue)
+
+    async def snapshot(self, stream: str, subjects: str, **options: Any) -> Any:
+        return [] if subjects == LEADER else await self._bus.snapshot(stream, subjects, **options)
+
+
+async def test_lock_handed_to_an_old_epoch_is_not_taken(a: Node, b: Node) -> None:
+    """Who is handed a lock by a write without its fence looks whether its epoch lasts: else Fenced, and free."""
+    deaf: Any = DeafToLeader(a.bus)
+    locks = Locks(deaf, NAMES, "wiki", a.session, a.register)
+    fence = await lead(a)
+    held = await locks.acquire("x")
+    waiting = asyncio.create_task(locks.under(fence, fence.revision).acquire("x", timeout=60))
+    await in_line(a, "x", 1)
+    await lead(b)
+    await held.release()
+    with pytest.raises(Fenced):
+        await asyncio.wait_for(waiting, 30)
+    async with b.locks.lock("x", timeout=20):
+        pass
+    await locks.close()
+
+
+async def test_refused_by_nats_is_said_and_not_repeated_at_once(a: Node) -> None:
+    """A right that is missing: the caller is told, and NATS is not asked again and again."""
+
+    class Refuses(DeafToLeader):
+        tries = 0
+
+        async def write(self, subject: str, data: bytes = b"", **options: Any) -> int:
+            Refuses.tries += 1
+            raise BusError(f"write {subject}", "not allowed", 10000)
+
+    refuses: Any = Refuses(a.bus)
+    locks = Locks(refuses, NAMES, "wiki", a.session, a.register)
+    with pytest.raises(BusError, match="not allowed"):
+        await locks.acquire("x", timeout=30)
+    await locks.close()
+    assert Refuses.tries == 1

@@ -10,14 +10,12 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
-from typing import Protocol
-
-import msgspec
 
 from phalanx import system
-from phalanx.aio import Background, wait_at_most
-from phalanx.coord.lock_body import Kind, decode_state, encode_state
-from phalanx.coord.watch import Watch
+from phalanx.aio import wait_at_most
+from phalanx.coord.lock_body import Kind, encode_state
+from phalanx.coord.lock_claim import Claim, Parts
+from phalanx.coord.lock_view import KeyView
 from phalanx.decide.lock import Entry, LockState, as_stored, is_free, next_state, without_over
 from phalanx.errors import (
     BusError,
@@ -29,9 +27,7 @@ from phalanx.errors import (
     SessionLost,
     WrongRevision,
 )
-from phalanx.names import LEADER_KEY, Names
-from phalanx.ports import Bus, Fence, Record
-from phalanx.types import SessionId
+from phalanx.ports import Fence
 
 log = logging.getLogger("phalanx.locks")
 
@@ -39,15 +35,8 @@ RETRY_SECONDS = 0.1
 OTHERS_SECONDS = (0.1, 0.3)
 """What another node has to do about the key is done by this one if it is not done after so long."""
 
-STALE_SECONDS = 0.2
-"""An answer older than what was seen may be that of a server which does not know yet that it leads no more:
-it is asked for again after this."""
-
 REFUSED_SECONDS = 0.01
 """A write may be refused only because another one is being replicated."""
-
-REFRESH_SECONDS = 5.0
-"""Who waits reads the key again after so long: the message that it is its turn may have been lost."""
 
 REFUSED_KEPT_SECONDS = 5.0
 """What NATS refuses for another reason (a missing right) is not tried again before."""
@@ -68,153 +57,22 @@ MOST_QUEUED = 128
 _RELEASED_HEADERS = {"Nats-Rollup": "sub"}
 
 
-class HoldingSession(Protocol):
-    """What locks need of :class:`phalanx.coord.session.Session`."""
-
-    @property
-    def id(self) -> SessionId: ...
-    @property
-    def is_valid(self) -> bool: ...
-    @property
-    def valid_until(self) -> float: ...
-    @property
-    def lost_reason(self) -> str: ...
-    def on_change(self, callback: Callable[[], None]) -> None: ...
-    def off_change(self, callback: Callable[[], None]) -> None: ...
-
-
-class Sessions(Protocol):
-    """What locks need of :class:`phalanx.coord.register.Register`."""
-
-    def is_over(self, session: SessionId) -> bool: ...
-    def note(self, session: SessionId) -> None: ...
-    def unnote(self, session: SessionId) -> None: ...
-    def on_over(self, callback: Callable[[SessionId], None]) -> None: ...
-    def off_over(self, callback: Callable[[SessionId], None]) -> None: ...
-
-
-class Parts(msgspec.Struct, frozen=True):
-    """What all locks of one app (None: of the platform itself) on one node share.
-
-    ``mark``: how the nonces of claims begin that are made through it, so that it knows its own.
-    """
-
-    bus: Bus
-    names: Names
-    app: str | None
-    session: HoldingSession
-    register: Sessions
-    settling: Background
-    mark: str = ""
-
-    @property
-    def bucket(self) -> str:
-        """The app's bucket."""
-        return self.names.app_bucket(self.app) if self.app is not None else self.names.platform_bucket
-
-    @property
-    def stream(self) -> str:
-        """The stream behind it."""
-        return self.names.bucket_stream(self.bucket)
-
-    def subject(self, key: str) -> str:
-        """Where a key of the bucket is stored."""
-        return self.names.key_subject(self.bucket, key)
-
-
-class Claim:
-    """One wish to hold a permit, from when it is made until it was given up or lost.
-
-    ``settled`` is set when it is granted, or has failed with ``error``; ``lost`` when what was granted is
-    gone. *only_now*: it fails where it would have to wait.
-    """
-
-    def __init__(self, entry: Entry, fence: Fence | None, *, only_now: bool) -> None:
-        self.entry, self.fence, self.only_now = entry, fence, only_now
-        self.token = 0
-        self.made_at = system.now()
-        self.settled, self.lost = asyncio.Event(), asyncio.Event()
-        self.lost_reason = ""
-        self.error: Exception | None = None
-        self.is_confirmed = False
-        """Whether the write that granted it was fenced by its own epoch."""
-
-    def grant(self, token: int, under: Fence | None) -> None:
-        """It holds a permit from now on, by a write that was fenced so."""
-        self.token, self.is_confirmed = token, under == self.fence
-        self.settled.set()
-
-    def fail(self, error: Exception) -> None:
-        """It will not be granted."""
-        self.error = error
-        self.settled.set()
-
-    @property
-    def waits(self) -> bool:
-        """Whether it is neither granted nor refused yet."""
-        return not self.settled.is_set()
-
-    @property
-    def is_held(self) -> bool:
-        """Whether it was granted and not lost since, as far as is known."""
-        return bool(self.token) and not self.lost.is_set()
-
-
-class LockKey:
-    """The key ``<kind>.<name>`` as this node knows it, and this node's claims to it.
-
-    What is known may lag: who holds it is decided by compare-and-set alone.
-    """
+class LockKey(KeyView):
+    """This node's claims to one key, and what has to be done about it."""
 
     def __init__(
         self, parts: Parts, kind: Kind, name: str, permits: int, on_unused: Callable[[LockKey], None]
     ) -> None:
-        self._parts, self.kind, self.name, self.permits = parts, kind, name, permits
-        self._on_unused = on_unused
-        self.subject = parts.subject(parts.names.lock_key(kind, name))
-        self.revision = 0
-        self.state = LockState()
-        self.leader_revision = 0
+        super().__init__(parts, kind, name)
+        self.permits, self._on_unused = permits, on_unused
         self.claims: dict[str, Claim] = {}
         self.problem: BusError | None = None
         """Why the latest attempt to write came to nothing, where NATS did not answer."""
         self._used_at = system.now()
-        self._read_at = float("-inf")
-        """When the stream's leader was asked last, of what it has answered."""
         self._doubt: int | None = None
         """The revision that a write of ours, whose outcome is not known, expected."""
-        self._busy = self._listening = self._overdue = self._closed = False
+        self._busy = self._overdue = False
         self._moved = asyncio.Event()
-        self._noted: set[SessionId] = set()
-        self._watches: dict[str, Watch] = {}
-        self._starting: set[asyncio.Task[None]] = set()
-        self._timers: dict[str, asyncio.TimerHandle] = {}
-
-    # --- what is so
-
-    def is_over(self, entry: Entry) -> bool:
-        """Whether its session is over for good, or its epoch is."""
-        return self._parts.register.is_over(entry.session) or 0 < entry.epoch < self.leader_revision
-
-    def is_mine(self, entry: Entry) -> bool:
-        """Whether a claim of this very object stands there."""
-        return entry.session == self._parts.session.id and entry.nonce.startswith(self._parts.mark)
-
-    def holder_text(self) -> str:
-        """Who holds it, for people."""
-        if not self.state.holders:
-            return "nobody"
-        return ", ".join(
-            f"{each.session}"
-            + (f" in epoch {each.epoch}" if each.epoch else "")
-            + (" (this node)" if each.session == self._parts.session.id else "")
-            for each in self.state.holders
-        )
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether the state has been read by every watch that was asked for."""
-        return bool(self._watches) and not self._starting
 
     @property
     def is_idle(self) -> bool:
@@ -259,12 +117,11 @@ class LockKey:
         self._used_at = system.now()
         if not self.claims:
             self._unlisten()
+            self._disarm("watch")
+            self._disarm("clock")
             self._arm("unused", IDLE_SECONDS, self._on_idle)
         if kick:
             self.kick()
-
-    def _mine(self) -> list[Entry]:
-        return [each for each in (*self.state.holders, *self.state.queue) if self.is_mine(each)]
 
     def look(self, under: Fence | None = None) -> None:
         """Tell every claim how it stands. *under*: the fence of the write by which this came about."""
@@ -305,58 +162,22 @@ class LockKey:
         claim.lost.set()
         log.error("%s %s (token %d) is lost: %s", self.kind, self.name, claim.token, reason)
 
-    # --- what is learnt
-
-    def _learn(self, revision: int, state: LockState, under: Fence | None = None) -> None:
-        if revision != self._doubt:
+    def _on_learnt(self, under: Fence | None) -> None:
+        if self.revision != self._doubt:
             self._doubt = None  # whatever is still on its way will be refused
-        self.revision, self.state = revision, state
         self._overdue = False
         self._disarm("others")
-        self._note()
         self.look(under)
         self._moved.set()
 
-    def _note(self) -> None:
-        """The register judges whoever is named in the key, even if no session stream holds it."""
-        if self.state.is_idle and not self._noted:
-            return
-        named: set[SessionId] = set()
-        if self._listening:
-            named = {each.session for each in (*self.state.holders, *self.state.queue)}
-            named.discard(self._parts.session.id)
-        for session in named - self._noted:
-            self._parts.register.note(session)
-        for session in self._noted - named:
-            self._parts.register.unnote(session)
-        self._noted = named
+    @property
+    def _is_awaited(self) -> bool:
+        return any(claim.waits for claim in self.claims.values())
 
-    async def read(self) -> None:
-        """Learn the key from the stream's leader. Raises BusError."""
-        asked_at = system.now()
-        record = await self._parts.bus.read(self._parts.stream, self.subject)
-        if (record.revision if record else 0) < self.revision:
-            await asyncio.sleep(STALE_SECONDS)
-            record = await self._parts.bus.read(self._parts.stream, self.subject)
-        # None: never written, or gone with its TTL. Also a bucket that lost its data: so the leader's
-        # word counts, whatever was known before.
-        self._read_at = asked_at
-        if record is None:
-            self._learn(0, LockState())
-        else:
-            state = decode_state(self.kind, record)
-            if any(each.epoch for each in (*state.holders, *state.queue)):
-                await self.read_leader()
-            self._learn(record.revision, state)
+    def _watch(self) -> None:
+        self.watch(leader=any(claim.fence is not None for claim in self.claims.values()))
 
-    async def read_leader(self) -> int:
-        """Learn the app's leader key from the stream's leader: its revision is the epoch. Raises BusError."""
-        record = await self._parts.bus.read(self._parts.stream, self._parts.subject(LEADER_KEY))
-        revision = record.revision if record else 0
-        self.leader_revision = max(self.leader_revision, revision)
-        return revision
-
-    # --- bringing the key in line
+    # --- what is due
 
     def kick(self) -> None:
         """Have what is due done in the background."""
@@ -453,9 +274,7 @@ class LockKey:
     def _mine_in(self, state: LockState) -> list[Entry]:
         return [each for each in (*state.holders, *state.queue) if self.is_mine(each)]
 
-    def _on_overdue(self) -> None:
-        self._overdue = True
-        self.kick()
+    # --- bringing the key in line
 
     async def _advance(self, mine: Claim | None, *, once: bool = False) -> None:
         """Bring the key in line. For *mine* only until it stands in the key, or failed; *once*: one
@@ -487,7 +306,7 @@ class LockKey:
         finally:
             self._busy = False
             self._moved.set()
-            if any(claim.waits for claim in self.claims.values()):
+            if self._is_awaited:
                 self._watch()
                 self._arm_clock()
             self.kick()
@@ -550,54 +369,20 @@ class LockKey:
                 claim.fail(Fenced(self._parts.app or "", claim.entry.epoch))
 
     async def confirm(self, claim: Claim) -> None:
-        """Of a claim under an epoch that was granted by a write without its fence: that the epoch lasts still.
-        Raises Fenced, BusError."""
+        """Of a claim that was granted by a write without its fence: that its epoch lasts still.
+
+        Raises Fenced, BusError.
+        """
         if claim.fence is None or claim.is_confirmed:
             return
         if await self.read_leader() != claim.fence.revision:
             raise Fenced(self._parts.app or "", claim.entry.epoch)
 
-    # --- watching
+    # --- time
 
-    def _listen(self) -> None:
-        """Begin to listen to what ends sessions."""
-        if not self._listening:
-            self._listening = True
-            self._parts.register.on_over(self._on_over)
-            self._parts.session.on_change(self._on_session)
-            self._note()
-
-    def _unlisten(self) -> None:
-        if self._listening:
-            self._listening = False
-            self._parts.register.off_over(self._on_over)
-            self._parts.session.off_change(self._on_session)
-            self._disarm("watch")
-            self._disarm("clock")
-            self._note()
-
-    def _on_idle(self) -> None:
-        if self.claims:
-            return
-        left = self._used_at + IDLE_SECONDS - system.now()
-        if left > 0 or not self.is_idle:
-            self._arm("unused", max(0.1, left), self._on_idle)
-        else:
-            self._on_unused(self)
-
-    def _arm(self, what: str, seconds: float, call: Callable[[], None]) -> None:
-        if what not in self._timers and not self._closed:
-            loop = asyncio.get_running_loop()
-            self._timers[what] = loop.call_later(seconds, self._fire, what, call)
-
-    def _fire(self, what: str, call: Callable[[], None]) -> None:
-        del self._timers[what]
-        call()
-
-    def _disarm(self, what: str) -> None:
-        timer = self._timers.pop(what, None)
-        if timer is not None:
-            timer.cancel()
+    def _on_overdue(self) -> None:
+        self._overdue = True
+        self.kick()
 
     def _arm_clock(self) -> None:
         """Look when the session runs out: nobody else may be there to say so."""
@@ -610,41 +395,14 @@ class LockKey:
         if any(claim.is_held or claim.waits for claim in self.claims.values()):
             self._arm_clock()
 
-    def _watch(self) -> None:
-        """Have changes brought here from now on; those of the leader key, too, where a claim needs that."""
-        if self._closed:
+    def _on_idle(self) -> None:
+        if self.claims:
             return
-        self._start(self._parts.names.lock_key(self.kind, self.name), self._on_record)
-        entries = (*self.state.holders, *self.state.queue)
-        if any(each.epoch for each in entries) or any(c.fence is not None for c in self.claims.values()):
-            self._start(LEADER_KEY, self._on_leader)
-        self._arm("refresh", REFRESH_SECONDS, self._refresh)
-
-    def _refresh(self) -> None:
-        """A message that was lost must not keep the whole queue waiting."""
-        if any(claim.waits for claim in self.claims.values()):
-            for watch in self._watches.values():
-                watch.refresh()
-            self._arm("refresh", REFRESH_SECONDS, self._refresh)
-
-    def _start(self, key: str, on_record: Callable[[Record], None]) -> None:
-        if key in self._watches:
-            return
-        self._watches[key] = watch = Watch(
-            self._parts.bus,
-            self._parts.stream,
-            self._parts.subject(key),
-            watch_prefix=f"{self._parts.names.watch_prefix(self._parts.app)}.{key}",
-            on_record=on_record,
-        )
-        task = asyncio.create_task(watch.start(), name=f"watch {key}")
-        self._starting.add(task)
-        task.add_done_callback(self._started)
-
-    def _started(self, task: asyncio.Task[None]) -> None:
-        self._starting.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("%s %s: watching it failed: %s", self.kind, self.name, error)
+        left = self._used_at + IDLE_SECONDS - system.now()
+        if left > 0 or not self.is_idle:
+            self._arm("unused", max(0.1, left), self._on_idle)
+        else:
+            self._on_unused(self)
 
     async def close(self) -> None:
         """No longer listen, no longer watch. Whoever holds it, or waits, is told: nobody looks after it
@@ -660,38 +418,7 @@ class LockKey:
         self._unlisten()
         for what in list(self._timers):
             self._disarm(what)
-        for task in self._starting:
-            task.cancel()
-        await asyncio.gather(*self._starting, return_exceptions=True)
-        for watch in self._watches.values():
-            await watch.close()
-        self._watches.clear()
-
-    def _on_record(self, record: Record) -> None:
-        if record.removed and record.revision == self.revision:
-            self._learn(self.revision, LockState())  # it vanished without a marker
-        elif record.revision > self.revision:
-            state = decode_state(self.kind, record)
-            self._learn(record.revision, state)
-            if any(each.epoch for each in (*state.holders, *state.queue)):
-                self._watch()
-        else:
-            return
-        self.kick()
-
-    def _on_leader(self, record: Record) -> None:
-        if record.revision > self.leader_revision:
-            self.leader_revision = record.revision
-            self.look()
-            self.kick()
-
-    def _on_over(self, session: SessionId) -> None:
-        if session in self._noted:
-            self.kick()
-
-    def _on_session(self) -> None:
-        self.look()
-        self.kick()
+        await self._unwatch()
 
 
 def _other_permits(name: str, wanted: int, there: int, holders: str) -> ConfigError:
@@ -703,4 +430,4 @@ def _other_permits(name: str, wanted: int, there: int, holders: str) -> ConfigEr
     )
 
 
-__all__ = ["Claim", "HoldingSession", "LockKey", "Parts", "Sessions"]
+__all__ = ["LockKey"]

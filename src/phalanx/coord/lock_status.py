@@ -10,7 +10,7 @@ from collections.abc import Callable
 import msgspec
 
 from phalanx.coord.lock_body import Kind, decode_state
-from phalanx.coord.lock_key import Parts
+from phalanx.coord.lock_claim import Parts
 from phalanx.decide.lock import Entry, LockState, without_over
 from phalanx.names import LEADER_KEY
 from phalanx.ports import Record

@@ -30,7 +30,8 @@ from phalanx import system
 from phalanx.aio import Background, wait_at_most
 from phalanx.coord.codec import check_key
 from phalanx.coord.lock_body import Kind
-from phalanx.coord.lock_key import Claim, HoldingSession, LockKey, Parts, Sessions
+from phalanx.coord.lock_claim import Claim, HoldingSession, Parts, Sessions
+from phalanx.coord.lock_key import LockKey
 from phalanx.coord.lock_status import LockHolder, LockStatus, LockWaiter, all_statuses, status_of
 from phalanx.decide.lock import Entry
 from phalanx.errors import ConfigError, LockLost, LockTimeout
