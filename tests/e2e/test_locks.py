@@ -843,7 +843,7 @@ class DeafToLeader:
 
 
 async def test_lock_handed_to_an_old_epoch_is_not_taken(a: Node, b: Node) -> None:
-    """Who is handed a lock by a write without its fence looks whether its epoch lasts; if not: Fenced, free."""
+    """Who is handed a lock by a write without its fence looks whether its epoch lasts: else Fenced."""
     deaf: Any = DeafToLeader(a.bus)
     locks = Locks(deaf, NAMES, "wiki", a.session, a.register)
     fence = await lead(a)
