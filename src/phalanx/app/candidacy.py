@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from phalanx import system
+from phalanx.app.contest import Contest
 from phalanx.app.declared import DeclaredApp
 from phalanx.app.role import AppRole
-from phalanx.coord.election import Election
 from phalanx.decide.activation import STEP_ASIDE_SECONDS, Failures
 from phalanx.observe.health import HealthMonitor
 from phalanx.types import Health, Role
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 class Candidacy:
     """This node's offer to lead the app. Whatever may change it ends in :meth:`offer`.
 
-    ``election`` is that of the present session, ``database`` the app's one on this node; None while there is
+    ``contest`` is that of the present session, ``database`` the app's one on this node; None while there is
     none. ``is_started``: ``on_start`` has run, ``on_stop`` has not.
     """
 
     def __init__(self, app: DeclaredApp, health: HealthMonitor, role: AppRole) -> None:
         self._app, self._health, self._role = app, health, role
-        self.election: Election | None = None
+        self.contest: Contest | None = None
         self.database: AppDatabase | None = None
         self.is_started = False
         self.barred = ""
@@ -43,7 +43,7 @@ class Candidacy:
         """Why it cannot lead now; empty if it can. *acts_on_it*: it becomes the role or the offer."""
         if self.barred or self.leaving:
             return self.barred or self.leaving
-        if self.election is None:
+        if self.contest is None:
             return "the node has no session"
         if self.database is not None and (reason := self.database.ineligible_because(acts_on_it=acts_on_it)):
             return reason
@@ -59,13 +59,13 @@ class Candidacy:
 
     def offer(self) -> None:
         """Tell the other nodes what is so now."""
-        if self.election is not None:
+        if self.contest is not None:
             reason = self.ineligible_because()
-            self.election.set_candidacy(not reason, reason, self.failures.not_before)
+            self.contest.set_candidacy(not reason, reason, self.failures.not_before)
 
     def others_can(self) -> bool:
         """Whether another node is an eligible candidate."""
-        return self.election is not None and self.election.successor() is not None
+        return self.contest is not None and self.contest.successor() is not None
 
     # --- the role
 

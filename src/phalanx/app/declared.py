@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from phalanx.config import ActivePassive, AppConfig, Events
+from phalanx.config import AppConfig, Events
 from phalanx.decide.backoff import Backoff
 from phalanx.errors import AddressError, BackendError
 from phalanx.hooks import Hooks
@@ -131,7 +131,7 @@ class Declared:
 
 
 class DeclaredApp(Declared):
-    """An active-passive app as it was declared."""
+    """An app with active sections, as it was declared: active-passive, or a pool."""
 
     def __init__(
         self,
@@ -143,12 +143,6 @@ class DeclaredApp(Declared):
         super().__init__(config, backend, addresses, on_hook_run)
         self.event_handlers = EventHandlers(config.name)
         """The events that it handles."""
-
-    @property
-    def pattern(self) -> ActivePassive:
-        """What was declared of its election."""
-        assert isinstance(self.config.pattern, ActivePassive), "the platform makes no App of another pattern"
-        return self.config.pattern
 
     def on_active(self, function: F) -> F:
         """Runs when this node becomes active, with an :class:`ActiveContext`.
@@ -162,11 +156,6 @@ class DeclaredApp(Declared):
     def on_passive(self, function: F) -> F:
         """Runs at a graceful end of the active section, after ``on_active`` has ended."""
         self.hooks.add("on_passive", function)
-        return function
-
-    def on_leader_change(self, function: F) -> F:
-        """Runs on every node when the leader changes, with a :class:`LeaderChange`."""
-        self.hooks.add("on_leader_change", function)
         return function
 
     def on_event(

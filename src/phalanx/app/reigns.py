@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 from phalanx import system
 from phalanx.app.candidacy import Candidacy
+from phalanx.app.contest import Contest, SectionTerm
 from phalanx.app.contexts import ActiveContext
 from phalanx.app.declared import DeclaredApp
 from phalanx.app.journal import AppJournal
 from phalanx.app.pausing import Pausing
-from phalanx.app.term import Term
-from phalanx.coord.election import Election, Reign
+from phalanx.coord.election import Reign
 from phalanx.coord.kv import AppKV
 from phalanx.decide.pause import Cause, ends_section
 from phalanx.decide.restart import FailOver
@@ -45,7 +45,7 @@ class Reigns:
     ) -> None:
         self._app, self._health, self._candidacy = app, health, candidacy
         self._pausing, self._policy, self._journal = pausing, policy, journal
-        self._term: Term | None = None
+        self._term: SectionTerm | None = None
         self.section: Section | None = None
         self.context: ActiveContext | None = None
         self.succession: Succession | None = None
@@ -63,7 +63,7 @@ class Reigns:
 
     # --- one reign
 
-    async def run(self, term: Term, reign: Reign) -> None:
+    async def run(self, term: SectionTerm, reign: Reign) -> None:
         """From the section's first step to the release of the leader key."""
         self._ended.clear()
         self._idle.clear()
@@ -83,7 +83,7 @@ class Reigns:
             if self._when_idle is not None:
                 self._when_idle()
 
-    async def _run_section(self, term: Term, reign: Reign) -> Section:
+    async def _run_section(self, term: SectionTerm, reign: Reign) -> Section:
         context, resources = self._contexts(term, reign)
         adopted = [resource for resource in term.adopted if resource.epoch == resources.epoch]
         if adopted:
@@ -120,7 +120,7 @@ class Reigns:
             watch_stuck.cancel()
         return section
 
-    def _contexts(self, term: Term, reign: Reign) -> tuple[ActiveContext, SectionContext]:
+    def _contexts(self, term: SectionTerm, reign: Reign) -> tuple[ActiveContext, SectionContext]:
         """What the hooks get, and what the backend, the database and the addresses get."""
         name, parts, session, database = self._app.name, term.parts, term.session, term.database
         epoch = int(reign.epoch)
@@ -147,22 +147,22 @@ class Reigns:
         )
         return context, resources
 
-    async def _fence_previous(self, term: Term, reign: Reign) -> None:
+    async def _fence_previous(self, term: SectionTerm, reign: Reign) -> None:
         fencer = term.parts.fencer
         if fencer is not None:
             await fencer.fence(self._app.name, int(reign.epoch), reign.unfenced)
         reign.unfenced = ()
 
-    async def _watch_stuck(self, term: Term, section: Section) -> None:
+    async def _watch_stuck(self, term: SectionTerm, section: Section) -> None:
         await section.stuck.wait()
         term.parts.on_stuck(self._app.name, section.reign.reason)
 
-    async def _after_section(self, term: Term, section: Section, lasted: float) -> None:
+    async def _after_section(self, term: SectionTerm, section: Section, lasted: float) -> None:
         """The section has ended: count failures, say who is next, give the key back."""
-        now, election, candidacy = system.now(), term.election, self._candidacy
+        now, contest, candidacy = system.now(), term.contest, self._candidacy
         reason, epoch = section.reign.reason, int(section.reign.epoch)
         if term.keeps_key:
-            election.keep_key(section.reign)
+            contest.keep_key(section.reign)
             action = "left-running" if section.is_left else "ended-in-pause"
             self._journal.report(action, reason, lasted, epoch=epoch)
             candidacy.set_passive(reason)
@@ -183,8 +183,8 @@ class Reigns:
         elif section.active_since is not None:
             candidacy.failures = candidacy.failures.was_active(section.steady_seconds)
         candidacy.offer()
-        successor = self._target if self._target is not None else election.successor()
-        await election.release(section.reign, reason, successor)
+        successor = self._target if self._target is not None else contest.successor()
+        await contest.release(section.reign, reason, successor)
         self._journal.report(
             "released", f"{reason}; next: {successor or SUCCESSOR_NONE}", lasted, epoch=epoch
         )
@@ -222,7 +222,7 @@ class Reigns:
         """Ask the active section to end gracefully, naming a successor. Nothing to do if there is none."""
         if self._term is not None and self.section is not None:
             if not self.section.reign.ending.is_set():
-                self._target = self._term.election.successor()
+                self._target = self._term.contest.successor()
                 self._report_hand_over("handing-over", reason, self._target)
             self.section.reign.end(reason)
 
@@ -275,8 +275,8 @@ class Reigns:
     def check_successor(self, node: str | None) -> str | None:
         """Who would follow this node, *node* if given; None: nobody could. Raises NotActive, and ConfigError
         for a node that is no candidate."""
-        election, _ = self._present
-        return election.check_successor(node) if node is not None else election.successor()
+        contest, _ = self._present
+        return contest.check_successor(node) if node is not None else contest.successor()
 
     async def step_down(self, reason: str, to: str | None) -> str | None:
         """End the section gracefully; see ``App.step_down``."""
@@ -299,10 +299,10 @@ class Reigns:
         return successor
 
     @property
-    def _present(self) -> tuple[Election, Section]:
+    def _present(self) -> tuple[Contest, Section]:
         if self._term is None or self.section is None:
             raise NotActive(self._app.name)
-        return self._term.election, self.section
+        return self._term.contest, self.section
 
     def _step_aside(self, to: str | None) -> str | None:
         self._pausing.check()
