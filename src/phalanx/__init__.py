@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         HealthChange,
         LeaderChange,
         PartitionContext,
+        PoolApp,
         RingApp,
     )
     from phalanx.config import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
         Limits,
         Logging,
         NatsOptions,
+        Pool,
         Process,
         Restart,
         Ring,
@@ -114,6 +116,7 @@ _WHERE = {
         "HealthChange",
         "LeaderChange",
         "PartitionContext",
+        "PoolApp",
         "RingApp",
     ),
     "phalanx.config": (
@@ -130,6 +133,7 @@ _WHERE = {
         "Limits",
         "Logging",
         "NatsOptions",
+        "Pool",
         "Process",
         "Restart",
         "Ring",
@@ -206,6 +210,8 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "Platform",
     "App",
     "ActivePassive",
+    "Pool",
+    "PoolApp",
     "Ring",
     "RingApp",
     "Process",

@@ -32,6 +32,7 @@ from phalanx.client_lock_views import LockViews
 from phalanx.client_locks import ClientLocks, ClientSessions, SyncLock, held_by_thread
 from phalanx.client_operator import OperatorClient
 from phalanx.client_pause import PauseClient, PauseDone
+from phalanx.client_pool import Scaled, check_led, check_replicas, pool_in, scale
 from phalanx.client_request import ask_active
 from phalanx.client_state import PlatformBucket, decoded, live_members
 from phalanx.client_sync import LoopThread, SyncApi, SyncEvents
@@ -359,7 +360,9 @@ class PlatformClient:
         await self.check_app(app)
         await self.check_elected(app)
         await self.check_not_paused(app)
-        active = active_of(await self.nodes(), app, Role.ACTIVE, Role.ACTIVATING)
+        views = await self.nodes()
+        check_led(views, app)
+        active = active_of(views, app, Role.ACTIVE, Role.ACTIVATING)
         if active is None:
             raise StepDownFailed(app, "no node is active for it", "see: phalanx status")
         before, began = active[1], system.now()
@@ -376,6 +379,17 @@ class PlatformClient:
             return await self._taken_over(done, before, began, deadline, changed)
         finally:
             await subscription.unsubscribe()
+
+    async def scale(self, app: str, replicas: int | None = None, *, reset: bool = False) -> Scaled:
+        """Have *replicas* nodes be active for the pool *app* (0 to 1024; None: all), whatever they declare.
+
+        The word stays until the next one, or until it is taken back (*reset*). It counts at once; what has to
+        end ends gracefully. Raises ConfigError for an app that is no pool.
+        """
+        check_replicas(replicas)
+        await self.check_app(app)
+        declared = pool_in(await self.nodes(), app).declared
+        return await scale(self.bus, self.names, app, replicas, by=caller(), declared=declared, reset=reset)
 
     async def check_app(self, app: str) -> None:
         """Raises ConfigError for an app that the platform does not have."""

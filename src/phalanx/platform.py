@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from phalanx import preflight, system
-from phalanx.app import App, NodeApp, RingApp
+from phalanx.app import App, NodeApp, PoolApp, RingApp
 from phalanx.backends import Holder, make_backend
 from phalanx.config import (
     ActivePassive,
@@ -28,6 +28,7 @@ from phalanx.config import (
     Logging,
     NatsOptions,
     PlatformConfig,
+    Pool,
     Process,
     Restart,
     Ring,
@@ -55,6 +56,7 @@ from phalanx.types import Member, NodeStatus, Role
 
 if TYPE_CHECKING:
     from phalanx.client import PlatformClient
+    from phalanx.client_pool import Scaled
 
 log = logging.getLogger("phalanx")
 
@@ -171,10 +173,23 @@ class Platform:
         kv_history: int | None = None,
         retry: Backoff | None = None,
     ) -> RingApp: ...
+    @overload
     def app(
         self,
         name: str,
-        pattern: ActivePassive | Ring | None = None,
+        pattern: Pool,
+        *,
+        backend: Backend | None = None,
+        checks: Sequence[Check] | None = None,
+        hook_timeouts: HookTimeouts | None = None,
+        restart: Restart | None = None,
+        kv_history: int | None = None,
+        retry: Backoff | None = None,
+    ) -> PoolApp: ...
+    def app(
+        self,
+        name: str,
+        pattern: ActivePassive | Pool | Ring | None = None,
         *,
         backend: Backend | None = None,
         checks: Sequence[Check] | None = None,
@@ -185,10 +200,11 @@ class Platform:
         restart: Restart | None = None,
         kv_history: int | None = None,
         retry: Backoff | None = None,
-    ) -> App | RingApp:
+    ) -> App | PoolApp | RingApp:
         """Declare an app. Raises ConfigError when it is wrong, or exists, or the platform runs already.
 
-        The pattern decides what is returned: ActivePassive (the default) an App, Ring a RingApp.
+        The pattern decides what is returned: ActivePassive (the default) an App, Pool a PoolApp, Ring a
+        RingApp.
         """
         return self._add(
             build_app(
@@ -206,7 +222,7 @@ class Platform:
             )
         )
 
-    def _add(self, config: AppConfig) -> App | RingApp:
+    def _add(self, config: AppConfig) -> App | PoolApp | RingApp:
         if config.name in self._apps:
             raise ConfigError("apps", config.name, "this app is declared already", "choose another name")
         if self._node is not None:
@@ -218,12 +234,14 @@ class Platform:
         app = self._apps[config.name] = self._made(config)
         return app
 
-    def _made(self, config: AppConfig) -> App | RingApp:
+    def _made(self, config: AppConfig) -> App | PoolApp | RingApp:
         if isinstance(config.pattern, Ring):
             return RingApp(config)
         backend = None
         if config.backend is not None:
             backend = make_backend(config.backend, self.config.name, self.config.node, self._holder)
+        if isinstance(config.pattern, Pool):
+            return PoolApp(config, backend)
         addresses = make_addresses(config.name, config.vip, self.config.timings.ttl) if config.vip else None
         return App(config, backend, addresses)
 
@@ -262,6 +280,24 @@ class Platform:
     def semaphore(self, name: str, *, permits: int) -> Semaphore:
         """A semaphore of the platform: at most *permits* are held at a time. Raises ConfigError."""
         return Semaphore(lambda: self.locks, name, permits)
+
+    # --- pools
+
+    async def scale(self, app: str, replicas: int | None = None, *, reset: bool = False) -> Scaled:
+        """Have *replicas* nodes be active for the pool *app*; see :meth:`PlatformClient.scale`.
+
+        Raises ConfigError for an app that is no pool declared here, StartError while this node does not run.
+        """
+        from phalanx.client_pool import scale  # nothing that every node needs
+
+        found = self._apps.get(app)
+        if not isinstance(found, PoolApp):
+            problem = "it is no pool" if found is not None else "it is not declared here"
+            raise ConfigError("app", app, problem, "name a Pool(...) of this node, or use Platform.client()")
+        node, declared = self._live, found.pattern.replicas
+        return await scale(
+            node.bus, node.names, app, replicas, by=self.config.node, declared=declared, reset=reset
+        )
 
     # --- running in one's own loop
 

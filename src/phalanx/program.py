@@ -87,6 +87,11 @@ class Program:
         """Why it is being restarted, until it is ready again: a restart that was interrupted goes on."""
         self._ask = asyncio.Event()
 
+    @property
+    def is_restarting(self) -> bool:
+        """Whether it is being started again in place, and not ready yet."""
+        return bool(self._because)
+
     def status(self) -> ProgramStatus | None:
         """What it does now; None while there is none."""
         if self.running is None:

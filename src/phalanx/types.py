@@ -272,6 +272,18 @@ class RingState(msgspec.Struct, frozen=True):
     moving: int = 0
 
 
+class PoolState(msgspec.Struct, frozen=True):
+    """A pool on one node. ``replicas``: how many instances are wanted, None: all; ``declared``: by this node.
+    ``scaled_by``: who has said otherwise; empty: nobody. ``seat``: that of this node, None: it has none.
+    ``ready``: its instance is active and works, so that calls come to it."""
+
+    replicas: int | None = None
+    declared: int | None = None
+    scaled_by: str = ""
+    seat: int | None = None
+    ready: bool = False
+
+
 class AppStatus(msgspec.Struct, frozen=True):
     """One app on one node. ``since`` is Unix seconds: when the role was taken up. ``database``: its database
     there, None for an app without one. ``program``: what its backend runs there now, None if nothing.
@@ -297,9 +309,11 @@ class AppStatus(msgspec.Struct, frozen=True):
     hold: str = ""
     """Of an active app that holds: whether it goes on without NATS, or would. Empty for others."""
     pattern: str = "active-passive"
-    """That of its declaration: ``active-passive``, ``ring``."""
+    """That of its declaration: ``active-passive``, ``ring``, ``pool``."""
     ring: RingState | None = None
     """What the node has of a ring; None for other apps."""
+    pool: PoolState | None = None
+    """What the node is in a pool; None for other apps."""
 
 
 class NodeStatus(msgspec.Struct, frozen=True):

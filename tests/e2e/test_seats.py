@@ -26,16 +26,12 @@ APP = "workers"
 BUCKET = NAMES.app_bucket(APP)
 
 
-class PoolHeartbeat(TimedHeartbeat):
-    """One of a node that was not restarted in a pause."""
-
-    is_taken_up = False
-
-
 class Node:
     """One node, and what all of them together see: who is active, and the most that ever were."""
 
-    def __init__(self, bus: NatsBus, session: PoolHeartbeat, active: set[SessionId], most: list[int]) -> None:
+    def __init__(
+        self, bus: NatsBus, session: TimedHeartbeat, active: set[SessionId], most: list[int]
+    ) -> None:
         self.bus, self.session, self.active, self.most = bus, session, active, most
         self.seats: Seats
         self.reign: Reign | None = None
@@ -81,7 +77,7 @@ class Pool:
         """One that takes part."""
         async with connected(name, (self._url,)) as bus:
             await create_stream(bus, bucket_config(NAMES, BUCKET, APP, history=1, replicas=1))
-            session = PoolHeartbeat(bus, name)
+            session = TimedHeartbeat(bus, name)
             async with registered(bus, session) as register:
                 made = Node(bus, session, self.active, self.most)
                 made.seats = Seats(

@@ -19,7 +19,7 @@ def test_status_that_is_asked_for_while_a_replica_catches_up(monkeypatch: pytest
     monkeypatch.setattr(AppDatabase, "brief", lambda _: None)
     election: Any = type("Election", (), {"named": "", "leader": None})()
     candidacy = vars(app)["_candidacy"]
-    candidacy.database, candidacy.election = database, election
+    candidacy.database, candidacy.contest = database, election
 
     assert database.ineligible_because() == "its replica is behind"
     reasons.pop(0)

@@ -97,6 +97,10 @@ class SectionTerm:
         """
         raise NotImplementedError
 
+    async def close(self) -> None:
+        """The session is over for the app: nothing of it is used any more."""
+        await self.locks.close()
+
     @property
     def adopted(self) -> list[Resource]:
         """What an earlier life of the node has left of it. Its reign goes on, or the session is given up."""

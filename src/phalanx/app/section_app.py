@@ -298,7 +298,7 @@ class SectionApp(DeclaredApp, Generic[TermT]):
             self._highest_epoch = term.contest.highest
             if self._calls is not None:
                 self._calls.on_leader(None, self._highest_epoch)
-            await term.locks.close()
+            await term.close()
             self._term = candidacy.contest = None
             if candidacy.is_started:
                 candidacy.set_passive()

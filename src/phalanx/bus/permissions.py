@@ -10,8 +10,9 @@
     read the whole bucket.
 ``<platform>-operator``, in an account of its own
     For people at the command line, and for ``Platform.client``: reads everything, asks nodes to act, writes
-    what an operator decides (pauses, planned switchovers, fence notes, restores, locks that are taken away).
-    It cannot write what nodes decide: leader keys, candidacies, sessions, logs; nor make or delete streams.
+    what an operator decides (pauses, planned switchovers, fence notes, restores, the scale of pools, locks
+    that are taken away). It cannot write what nodes decide: leader keys, candidacies, sessions, logs; nor make
+    or delete streams.
 ``<platform>-viewer``, in an account of its own
     For dashboards: reads the platform's state and audit log.
 
@@ -38,12 +39,14 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from phalanx.errors import ConfigError
-from phalanx.names import RESERVED_APPS, Names
+from phalanx.names import POOL_SCALE_KEY, RESERVED_APPS, Names
 from phalanx.types import is_dns_label
 
 _WHOLE_API = "$JS.API.>"
 _RESTORE_KEY = "db.restore"
 """As in data.status, which the bus cannot import."""
+_WORDS = (_RESTORE_KEY, POOL_SCALE_KEY)
+"""What an operator may say in the bucket of an app."""
 
 _HEADER = """\
 # Accounts and permissions of the Phalanx platform {platform}, for nats-server 2.15.
@@ -215,7 +218,7 @@ def _operator_guest(names: Names, apps: Sequence[str]) -> _Guest:
         variable=OPERATOR_PASSWORD_VARIABLE,
         services=(
             *(names.key_subject(names.platform_bucket, key) for key in kept),
-            *(names.key_subject(names.app_bucket(app), _RESTORE_KEY) for app in apps),
+            *(names.key_subject(names.app_bucket(app), key) for app in apps for key in _WORDS),
             # To take them away by force.
             *(
                 names.key_subject(bucket, names.lock_key(kind, ">"))

@@ -13,7 +13,7 @@ from phalanx.config.checks import Check, CheckSettings, CommandCheck, FunctionCh
 from phalanx.config.databases import SQLite
 from phalanx.config.events import Events
 from phalanx.config.node import EmbeddedNats, Fence, HttpServer, Logging, NatsOptions, PlatformConfig, Timings
-from phalanx.config.patterns import Ring
+from phalanx.config.patterns import Pool, Ring
 from phalanx.config.redact import redacted
 from phalanx.config.secret import Secret, hide_secrets, restore_secrets, reveal_secrets
 from phalanx.config.toml import check_toml, load_toml
@@ -38,6 +38,7 @@ __all__ = [
     "Logging",
     "NatsOptions",
     "PlatformConfig",
+    "Pool",
     "Process",
     "Restart",
     "Ring",

@@ -16,7 +16,7 @@ from phalanx.config.checks import Check
 from phalanx.config.databases import SQLite
 from phalanx.config.declaration import Declaration
 from phalanx.config.events import Events
-from phalanx.config.patterns import Ring
+from phalanx.config.patterns import Pool, Ring
 from phalanx.config.rules import About
 from phalanx.config.vip import VirtualIP
 from phalanx.decide.backoff import Backoff
@@ -131,8 +131,8 @@ class AppConfig(Declaration, frozen=True, kw_only=True):
         str, About("The app's name, unique in the platform.", texts.Label("an app", RESERVED_APPS))
     ]
     pattern: Annotated[
-        ActivePassive | Ring,
-        About("How its instances behave: `active-passive` or `ring`.", rules.Nested("a pattern")),
+        ActivePassive | Pool | Ring,
+        About("How its instances behave: `active-passive`, `pool` or `ring`.", rules.Nested("a pattern")),
     ]
     backend: Annotated[
         Backend | None,

@@ -11,7 +11,8 @@ from phalanx.config.rules import About
 
 MAX_PARTITIONS = 16_384
 MAX_WEIGHT = 1000
-"""As in decide.partition and decide.ring, which layer 0 cannot import; a test holds them equal."""
+MAX_REPLICAS = 1024
+"""As in decide.partition, decide.ring and decide.pool, which layer 0 cannot import; tests hold them equal."""
 
 
 class Ring(Declaration, frozen=True, kw_only=True, tag="ring", tag_field="type"):
@@ -48,3 +49,17 @@ class Ring(Declaration, frozen=True, kw_only=True, tag="ring", tag_field="type")
             rules.Duration(0, 60),
         ),
     ] = default(0.5)
+
+
+class Pool(Declaration, frozen=True, kw_only=True, tag="pool", tag_field="type"):
+    """Several active instances, one on a node, that all do the same."""
+
+    replicas: Annotated[
+        int | None,
+        About(
+            "How many nodes are active at a time, at most; the others stand by. `phalanx scale` goes first.",
+            rules.Whole(0, MAX_REPLICAS, optional=True),
+            default="all nodes",
+            trade_off="With one node fewer than there are, the death of one costs no capacity.",
+        ),
+    ] = None

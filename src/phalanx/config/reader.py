@@ -19,7 +19,7 @@ from phalanx.config.databases import SQLite
 from phalanx.config.declaration import unknown_key
 from phalanx.config.events import Events
 from phalanx.config.nats_urls import LOGIN_FIELDS, parse_urls
-from phalanx.config.patterns import Ring
+from phalanx.config.patterns import Pool, Ring
 from phalanx.config.relations import check_relations, relations
 from phalanx.config.rules import About, Nested, kind_of
 from phalanx.config.secret import Secret
@@ -232,7 +232,7 @@ class Reader:
         return None if value is None else self._tagged(value, key, kinds)
 
     def _pattern(self, value: object, key: str) -> Any:
-        kinds = (apps.ActivePassive, Ring)
+        kinds = (apps.ActivePassive, Pool, Ring)
         if isinstance(value, str):
             value = {"type": value}
         elif isinstance(value, type) and value in kinds:

@@ -101,6 +101,8 @@ _VIP = (
     'Python `vip=` takes `VirtualIP("10.0.0.9/24", ...)`, the address alone, or a list of either.'
 )
 
+_POOL = "See pool.md. An app of this pattern has no database and no virtual address."
+
 _RING = "See ring.md. An app of this pattern has no backend, no database and no virtual address."
 
 _NATS = (
@@ -133,6 +135,7 @@ def _sections() -> Iterator[str]:
     yield from _section("Logging", "[logging]", node.Logging)
     yield from _section("App", "[apps.NAME]", apps.AppConfig)
     yield from _section("Pattern: active-passive", "pattern", apps.ActivePassive)
+    yield from _section("Pattern: pool", "pattern", patterns.Pool, _POOL)
     yield from _section("Pattern: ring", "pattern", patterns.Ring, _RING)
     yield from _section("Backend: process", "[apps.NAME.backend]", backends.Process)
     yield from _section("Limits", "[apps.NAME.backend.limits]", backends.Limits)

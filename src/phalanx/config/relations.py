@@ -13,6 +13,7 @@ from phalanx.config.database_relations import database_relations
 from phalanx.config.databases import SQLite
 from phalanx.config.docker import Mount, PublishedPort
 from phalanx.config.node import EmbeddedNats, HttpServer, NatsOptions, PlatformConfig, Timings
+from phalanx.config.patterns import Pool
 from phalanx.config.rules import seconds_text
 from phalanx.config.texts import split_address
 from phalanx.decide.backoff import Backoff
@@ -60,6 +61,9 @@ def _pattern(config: AppConfig, key: str) -> Iterator[ConfigError]:
     """What only an app with one active instance can have."""
     if isinstance(config.pattern, ActivePassive):
         return
+    if isinstance(config.pattern, Pool):
+        yield from _pool(config, key)
+        return
     what = {
         "backend": config.backend,
         "database": config.database,
@@ -72,6 +76,18 @@ def _pattern(config: AppConfig, key: str) -> Iterator[ConfigError]:
             problem = f"a {kind} has no one active instance that could have it"
             remedy = f"leave {name} out and do it in the hooks, or declare ActivePassive()"
             yield ConfigError(f"{key}.{name}", f"({type(value).__name__})", problem, remedy)
+
+
+def _pool(config: AppConfig, key: str) -> Iterator[ConfigError]:
+    """What only one instance at a time can have."""
+    if config.database is not None:
+        problem = "a pool has several active instances, and a database has one writer"
+        remedy = "put it into an ActivePassive() app and call that from the pool, or use the app's kv"
+        yield ConfigError(f"{key}.database", "(SQLite)", problem, remedy)
+    if config.vip:
+        problem = "a pool has several active instances, and an address is on one host"
+        remedy = "use a load balancer that asks /apps/NAME/active (docs/pool.md), or call it with to=Any"
+        yield ConfigError(f"{key}.vip", [vip.address for vip in config.vip], problem, remedy)
 
 
 # --- timings

@@ -1,7 +1,7 @@
 """The seats of one pool on this node: watches them, takes one, gives it back.
 
 It decides nothing: :mod:`phalanx.decide.pool` says which seat, :mod:`phalanx.decide.ring_ownership` how it is
-owned. To its app it is what an election is to an active-passive one: :class:`phalanx.app.parts.Contest`.
+owned. To its app it is what an election is to an active-passive one: ``phalanx.app.contest.Contest``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import Protocol
 
 import msgspec
 
@@ -18,13 +17,12 @@ from phalanx.aio import Background, wait_at_most
 from phalanx.coord.complaints import Complaints
 from phalanx.coord.election import Reign
 from phalanx.coord.owned_keys import OwnedKeys, holder_in
-from phalanx.coord.register import Register
-from phalanx.coord.ring import RingSession
+from phalanx.coord.ring import Judges, RingSession
 from phalanx.coord.watch import Watch
 from phalanx.decide.election import begins_anew
 from phalanx.decide.pool import MAX_SEATS, Leave, PoolScale, SeatView, Take, Wait, next_seat, ranked
 from phalanx.decide.ring_ownership import Begin, End, Ownership, Read, Write
-from phalanx.errors import BusError, ConfigError
+from phalanx.errors import BusError, ConfigError, WrongRevision
 from phalanx.names import POOL_KEYS, POOL_SCALE_KEY, Names
 from phalanx.ports import Bus, Connection, Fence, Record
 from phalanx.types import Candidate, Epoch, SessionId, Succession
@@ -41,19 +39,12 @@ _scale_of = msgspec.json.Decoder(PoolScale).decode
 _encode = msgspec.json.Encoder().encode
 
 
-class PoolSession(RingSession, Protocol):
-    """What a pool needs of the node's session (:class:`phalanx.coord.session.Session`)."""
-
-    @property
-    def is_taken_up(self) -> bool: ...
-
-
 class Seats:
     """The seats of one app. One reign at a time: ``next_reign()``, work, ``release(reign)``.
 
     *replicas*: how many the node declares, None: all. *highest*: the highest epoch that this node has seen in
     earlier terms; *adopted*: that of what an earlier life of it has left running (0: nothing). *on_change*:
-    told of whatever a status shows.
+    told of whatever a status shows; *on_acquired* of each seat that this node has taken, and how that came.
     """
 
     def __init__(
@@ -61,20 +52,22 @@ class Seats:
         bus: Bus,
         names: Names,
         app: str,
-        session: PoolSession,
-        register: Register,
+        session: RingSession,
+        register: Judges,
         *,
         replicas: int | None,
         highest: int = 0,
         adopted: int = 0,
         paused: Callable[[], bool] = lambda: False,
         on_change: Callable[[], None] = lambda: None,
-        on_acquired: Callable[[Succession], None] = lambda succession: None,
+        why_over: Callable[[SessionId], str] = lambda session: "",
+        on_acquired: Callable[[int, Succession], None] = lambda seat, succession: None,
     ) -> None:
         self._bus, self._names, self._app = bus, names, app
         self._session, self._register = session, register
         self._declared, self._highest, self._adopted = replicas, highest, adopted
         self._paused, self._on_change, self._on_acquired = paused, on_change, on_acquired
+        self._why_over = why_over
         self._bucket = names.app_bucket(app)
         self._own = Ownership(session.id, MAX_SEATS, register.is_over)
         self._seen: set[int] = set()
@@ -149,6 +142,15 @@ class Seats:
     def has_key(self) -> bool:
         """Whether a seat names this session: then a reign runs, or is about to."""
         return any(self._own.holder(seat)[1] == self._session.id for seat in self._seen - self._releasing)
+
+    def holders(self) -> set[SessionId]:
+        """The sessions that are named by any seat."""
+        return set(self._own.holders())
+
+    def rank(self) -> int:
+        """How many nodes see to it before this one that a dead one is fenced."""
+        me, fit = self._session.id.node, [n for n, offer in self.candidates.items() if self._is_fit(offer)]
+        return sum(1 for node in fit if node < me)
 
     def set_candidacy(self, eligible: bool, reason: str = "", not_before: float = float("-inf")) -> None:
         """Whether this node may be active, and from when on (``system.now()``'s clock)."""
@@ -322,7 +324,7 @@ class Seats:
             return
         self._target = seat
         self._reign = reign = Reign(Epoch(epoch), Fence(self._subject(seat), epoch))
-        self._on_acquired(self._succession(seat, epoch, now))
+        self._on_acquired(seat, self._succession(seat, epoch, now))
         self._reigns.put_nowait(reign)
 
     def _end(self, reason: str, *, hard: bool) -> None:
@@ -333,7 +335,7 @@ class Seats:
         before_epoch, before = self._before.get(seat, (0, None))
         how = reason = ""
         if before is not None:
-            how, reason = "session-over", self._register.why_over(before)
+            how, reason = "session-over", self._why_over(before)
         elif before_epoch:
             how = "released"
         vacant = max(0.0, now - self._free_since)
@@ -434,13 +436,25 @@ class Seats:
             self._told = None
 
 
-async def read_scale(bus: Bus, names: Names, app: str) -> tuple[int, PoolScale | None]:
-    """Revision and content of what an operator has said of the pool *app* (0: nothing). Raises BusError."""
+async def write_scale(bus: Bus, names: Names, app: str, scale: PoolScale | None) -> PoolScale | None:
+    """Leave word how many instances the pool *app* shall have; None: what is declared counts again.
+
+    Returns what was said before, None: nothing. Raises BusError.
+    """
     bucket = names.app_bucket(app)
-    record = await bus.read(names.bucket_stream(bucket), names.key_subject(bucket, POOL_SCALE_KEY))
-    if record is None:
-        return 0, None
-    return record.revision, None if record.removed else _scale_of(record.data)
+    stream, subject = names.bucket_stream(bucket), names.key_subject(bucket, POOL_SCALE_KEY)
+    while True:
+        there = await bus.read(stream, subject)
+        before = None if there is None or there.removed else _scale_of(there.data)
+        if scale is None and before is None:
+            return None
+        data = _encode(scale) if scale is not None else b""
+        headers = {} if scale is not None else {"KV-Operation": "DEL"}
+        try:
+            await bus.write(subject, data, expect=there.revision if there is not None else 0, headers=headers)
+        except WrongRevision:
+            continue  # somebody else had a word at the same moment
+        return before
 
 
-__all__ = ["PoolSession", "Seats", "read_scale"]
+__all__ = ["Seats", "write_scale"]

@@ -374,7 +374,8 @@ class Node:
         self._background.spawn(use(), "use streams")
 
     def _active_apps(self) -> list[str]:
-        return [app.name for app in self.apps.values() if app.is_active]
+        # Of others several nodes are active: each would move the leader off its own host, to the next one's.
+        return [app.name for app in self.apps.values() if app.is_active and isinstance(app, App)]
 
     async def _start_http(self, stack: contextlib.AsyncExitStack) -> None:
         if not self.config.http.enabled:
