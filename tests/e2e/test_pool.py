@@ -336,7 +336,7 @@ async def test_in_a_pause_nothing_of_a_pool_changes_hands(nats_server: NatsServe
     with pool(tmp_path, nats_server, "1", count=2) as s:
         [active] = await s.settled(1)
         async with s.client() as client:
-            await client.pause(APP, "maintenance")
+            await client.pause(APP, reason="maintenance")
             await client.scale(APP, 2)
             s.make_ill(active)
             await s.nodes.wait_until(
