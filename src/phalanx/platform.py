@@ -182,6 +182,7 @@ class Platform:
         backend: Backend | None = None,
         checks: Sequence[Check] | None = None,
         hook_timeouts: HookTimeouts | None = None,
+        events: Events | Mapping[str, Any] | bool | None = None,
         restart: Restart | None = None,
         kv_history: int | None = None,
         retry: Backoff | None = None,

@@ -33,6 +33,7 @@ from phalanx.data.wal_files import LogState
 from phalanx.decide.election import LeaderBody
 from phalanx.decide.hold import MemberList
 from phalanx.decide.ring_ownership import PartitionBody
+from phalanx.decide.pool import PoolScale
 from phalanx.decide.ring_plan import RingMember, RingPlan
 from phalanx.decide.session import SessionBody, StreamList
 from phalanx.messaging.event_fence import FenceBody
@@ -74,6 +75,7 @@ VALUES: dict[str, Any] = {
     "FenceNote": FenceNote,
     "AppRegistration": membership.AppRegistration,
     "leader": LeaderBody,
+    "PoolScale": PoolScale,
     "RingMember": RingMember,
     "RingPlan": RingPlan,
     "PartitionBody": PartitionBody,

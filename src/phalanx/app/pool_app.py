@@ -12,7 +12,7 @@ from phalanx.config import AppConfig, Pool
 from phalanx.coord.kv import AppKV
 from phalanx.coord.register import Register
 from phalanx.coord.session import Session
-from phalanx.errors import BusError
+from phalanx.errors import BusError, ConfigError
 from phalanx.messaging.pool_serving import PoolCallServer
 from phalanx.messaging.serving import CallServer
 from phalanx.ports import Backend, SectionCalls
@@ -94,6 +94,14 @@ class PoolApp(SectionApp[PoolTerm]):
         )
 
     # --- life on a node
+
+    async def check(self) -> None:
+        """See :meth:`Declared.check`. Raises ConfigError for handlers of events that one node must have."""
+        if self.event_handlers.in_section:
+            problem = "a pool has several active instances, and these events are handled by one"
+            remedy = "declare them anywhere=True, or in an ActivePassive() app"
+            raise ConfigError(f"apps.{self.name}.on_event", "(in the active section)", problem, remedy)
+        await super().check()
 
     def _make_calls(self, parts: NodeParts, kv: AppKV) -> CallServer:
         self._instance_calls = calls = PoolCallServer(

@@ -33,7 +33,8 @@ class PoolTerm(SectionTerm):
         on_change: Callable[[], None],
         on_acquired: Callable[[int, Succession], None],
     ) -> None:
-        super().__init__(app, parts, session, register, None, calls)
+        # Its events are not sealed under an epoch: each instance would shut the others out.
+        super().__init__(app, parts, session, register, None, calls, None)
         self.register = FencingRegister(
             app.name,
             parts,

@@ -11,8 +11,8 @@
 ``<platform>-operator``, in an account of its own
     For people at the command line, and for ``Platform.client``: reads everything, asks nodes to act, writes
     what an operator decides (pauses, planned switchovers, fence notes, restores, the scale of pools, locks
-    that are taken away). It cannot write what nodes decide: leader keys, candidacies, sessions, logs; nor make
-    or delete streams.
+    that are taken away). It cannot write what nodes decide: leader keys, candidacies, sessions, logs; nor
+    make or delete streams.
 ``<platform>-viewer``, in an account of its own
     For dashboards: reads the platform's state and audit log.
 
