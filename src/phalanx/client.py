@@ -32,7 +32,7 @@ from phalanx.client_lock_views import LockViews
 from phalanx.client_locks import ClientLocks, ClientSessions, SyncLock, held_by_thread
 from phalanx.client_operator import OperatorClient
 from phalanx.client_pause import PauseClient, PauseDone
-from phalanx.client_pool import Scaled, check_led, check_replicas, pool_in, scale
+from phalanx.client_pool import Scaled, check_replicas, pool_in, scale
 from phalanx.client_request import ask_active
 from phalanx.client_state import PlatformBucket, decoded, live_members
 from phalanx.client_sync import LoopThread, SyncApi, SyncEvents
@@ -360,9 +360,7 @@ class PlatformClient:
         await self.check_app(app)
         await self.check_elected(app)
         await self.check_not_paused(app)
-        views = await self.nodes()
-        check_led(views, app)
-        active = active_of(views, app, Role.ACTIVE, Role.ACTIVATING)
+        active = active_of(await self.nodes(), app, Role.ACTIVE, Role.ACTIVATING)
         if active is None:
             raise StepDownFailed(app, "no node is active for it", "see: phalanx status")
         before, began = active[1], system.now()

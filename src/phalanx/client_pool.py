@@ -79,15 +79,4 @@ def pool_in(views: Iterable[NodeView], app: str) -> PoolState:
     raise ConfigError("app", app, "no node that has it answers", "see: phalanx status")
 
 
-def check_led(views: Iterable[NodeView], app: str) -> None:
-    """Raises ConfigError for an app that nobody leads, so that there is nothing to hand over."""
-    pattern = next((status.pattern for _, status in statuses_of(views, app)), "active-passive")
-    if pattern == "active-passive":
-        return
-    remedy = f"see: phalanx app show {app}; to empty a node stop it"
-    if pattern == "pool":
-        remedy = f"phalanx scale {app} N says how many are active; to move an instance stop its node"
-    raise ConfigError("app", app, f"it is a {pattern}, which nobody leads and nobody takes over", remedy)
-
-
-__all__ = ["Scaled", "check_led", "check_replicas", "pool_in", "scale", "statuses_of"]
+__all__ = ["Scaled", "check_replicas", "pool_in", "scale", "statuses_of"]

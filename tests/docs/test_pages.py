@@ -32,8 +32,8 @@ from phalanx.data import (
 from phalanx.data.wal_files import LogState
 from phalanx.decide.election import LeaderBody
 from phalanx.decide.hold import MemberList
-from phalanx.decide.ring_ownership import PartitionBody
 from phalanx.decide.pool import PoolScale
+from phalanx.decide.ring_ownership import PartitionBody
 from phalanx.decide.ring_plan import RingMember, RingPlan
 from phalanx.decide.session import SessionBody, StreamList
 from phalanx.messaging.event_fence import FenceBody
