@@ -40,6 +40,8 @@ COMMANDS = {
     "call": "call:call",
     "ring": "ring:ring",
     "events": "events:events",
+    "app": "app:app",
+    "scale": "scale:scale",
     "lock": "lock:lock",
     "audit": "audit:audit",
     "config": "check:config",
