@@ -9,6 +9,7 @@ from benchmarks import (
     backend_unit,
     backends,
     calls,
+    events,
     failover,
     footprint,
     hosts,
@@ -103,6 +104,25 @@ BENCHMARKS = (
         bar=1.25,
         bar_of="ratio",
         measure=locks.cycle,
+        runs=10,
+    ),
+    Benchmark(
+        name="events.publish",
+        work="64 publishers, small event with an id, one server; the bar is for the ratio to raw nats-py",
+        unit="µs",
+        bar=1.25,
+        bar_of="ratio",
+        measure=events.publish,
+        runs=10,
+    ),
+    Benchmark(
+        name="events.consume",
+        work="4,096 events of 500 keys handled by a durable consumer, one server; the bar is for the ratio "
+        "to raw nats-py's pull consumer",
+        unit="µs",
+        bar=1.25,
+        bar_of="ratio",
+        measure=events.consume,
         runs=10,
     ),
     Benchmark(

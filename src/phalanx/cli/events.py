@@ -276,6 +276,7 @@ def show(
     /,
     *,
     where: Where = _WHERE,
+    json: Annotated[bool, Parameter(help="As JSON, which it is in any case.")] = False,
 ) -> int:
     """Show one dead letter with its data and headers, as JSON."""
     platform, nats = where.find()
@@ -293,38 +294,46 @@ async def _get(client: PlatformClient, number: int) -> DeadLetter:
 def retry(
     *numbers: Annotated[int, Parameter(help="As `events dead list` shows them.")],
     where: Where = _WHERE,
+    json: Annotated[bool, Parameter(help="As JSON, one object a line.")] = False,
 ) -> int:
     """Publish events again, for the handler alone that gave them up, and delete their dead letters."""
     _given(numbers)
     platform, nats = where.find()
-    asyncio.run(_retry(PlatformClient(platform, nats, timeout=where.timeout), numbers))
+    asyncio.run(_retry(PlatformClient(platform, nats, timeout=where.timeout), numbers, json))
     return exits.OK
 
 
-async def _retry(client: PlatformClient, numbers: tuple[int, ...]) -> None:
+async def _retry(client: PlatformClient, numbers: tuple[int, ...], json: bool) -> None:
     async with client:
         for number in numbers:
             sequence = await client.dead_letters.retry(number)
-            output.say(f"{number}: published again, sequence {sequence}")
+            if json:
+                output.emit({"number": number, "sequence": sequence})
+            else:
+                output.say(f"{number}: published again, sequence {sequence}")
 
 
 @dead.command
 def delete(
     *numbers: Annotated[int, Parameter(help="As `events dead list` shows them.")],
     where: Where = _WHERE,
+    json: Annotated[bool, Parameter(help="As JSON, one object a line.")] = False,
 ) -> int:
     """Delete dead letters for good."""
     _given(numbers)
     platform, nats = where.find()
-    asyncio.run(_delete(PlatformClient(platform, nats, timeout=where.timeout), numbers))
+    asyncio.run(_delete(PlatformClient(platform, nats, timeout=where.timeout), numbers, json))
     return exits.OK
 
 
-async def _delete(client: PlatformClient, numbers: tuple[int, ...]) -> None:
+async def _delete(client: PlatformClient, numbers: tuple[int, ...], json: bool) -> None:
     async with client:
         for number in numbers:
             letter = await client.dead_letters.delete(number)
-            output.say(f"{number}: deleted ({letter.subject} of {letter.app}/{letter.durable})")
+            if json:
+                output.emit({"number": number, "deleted": _plain(letter)})
+            else:
+                output.say(f"{number}: deleted ({letter.subject} of {letter.app}/{letter.durable})")
 
 
 def _given(numbers: tuple[int, ...]) -> None:
