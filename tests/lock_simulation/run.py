@@ -49,12 +49,14 @@ class Node:
         while not world.is_over:
             timeout = rng.choice((0, 0.5, 3.0, 60.0))
             session, work = self.session, asyncio.create_task(world.take(self.locks, timeout))
-            if world.server.chance(0.1):
-                await asyncio.sleep(rng.uniform(0, 0.5))
-                work.cancel()
+            work.add_done_callback(_looked_at)
             try:
+                if world.server.chance(0.1):
+                    await asyncio.sleep(rng.uniform(0, 0.5))
+                    work.cancel()
                 held = await work
             except (PhalanxError, asyncio.CancelledError):
+                work.cancel()
                 await asyncio.sleep(rng.uniform(0.01, 0.2))
                 continue
             world.enter(session, held)
@@ -89,6 +91,12 @@ class Node:
         await asyncio.sleep(seconds + 0.01)
         self.begin()
         world.closing.append(asyncio.create_task(locks.close()))
+
+
+def _looked_at(work: asyncio.Task[Lock]) -> None:
+    """Its worker may have been ended meanwhile."""
+    if not work.cancelled():
+        work.exception()
 
 
 class World:
