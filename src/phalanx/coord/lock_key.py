@@ -174,6 +174,10 @@ class LockKey(KeyView):
     def _is_awaited(self) -> bool:
         return any(claim.waits for claim in self.claims.values())
 
+    @property
+    def _is_held(self) -> bool:
+        return any(claim.is_held for claim in self.claims.values())
+
     def _watch(self) -> None:
         self.watch(leader=any(claim.fence is not None for claim in self.claims.values()))
 
@@ -193,13 +197,16 @@ class LockKey(KeyView):
         left = without_over(self.state, self.is_over)
         free = self.permits - len(left.holders) - len(left.queue)
         new = {claim.entry.nonce for claim in self._new_claims()}
+        is_other = self._is_other(left)
         waiting = 0
         for claim in self.claims.values():
             if claim.is_held:
                 found.append(claim)
             elif claim.waits:
-                waiting += 1
                 is_new = claim.entry.nonce in new
+                if is_new and is_other:
+                    continue  # refused as soon as the key was read for it
+                waiting += 1
                 if waiting <= MOST_QUEUED and not (is_new and claim.only_now and free <= 0):
                     found.append(claim)
                     free -= is_new
@@ -249,6 +256,8 @@ class LockKey(KeyView):
     @property
     def _has_to_read(self) -> bool:
         """Whether what is known does not do to decide about a claim."""
+        if self._is_unsure and self._parts.session.is_valid:
+            return True
         unread = [claim for claim in self._new_claims() if self._read_at < claim.made_at]
         if not unread:
             return False
@@ -288,6 +297,7 @@ class LockKey(KeyView):
                 try:
                     if self._has_to_read:
                         await self.read()
+                        self.problem = None
                     if (due := self._due()) is None:
                         return
                     await self._write(*due)
@@ -323,7 +333,7 @@ class LockKey(KeyView):
     def _refused(self, error: BusError) -> None:
         """NATS refuses to do it: no use in trying again soon."""
         log.error("%s %s: %s", self.kind, self.name, error)
-        self._doubt = None
+        self.problem = error
         self._arm("retry", REFUSED_KEPT_SECONDS, self.kick)
         for claim in list(self.claims.values()):
             if claim.waits:
@@ -354,8 +364,8 @@ class LockKey(KeyView):
                 raise
             self._doubt = before
             await asyncio.sleep(random.uniform(0, REFUSED_SECONDS))
-        except BusUnavailable:
-            self._doubt = before
+        except BusError:
+            self._doubt = before  # nothing was written; an earlier one may still be on its way
             raise
         else:
             if revision > self.revision:

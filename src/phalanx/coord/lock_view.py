@@ -13,7 +13,7 @@ from phalanx.coord.lock_claim import Parts
 from phalanx.coord.watch import Watch
 from phalanx.decide.lock import Entry, LockState
 from phalanx.names import LEADER_KEY
-from phalanx.ports import Fence, Record
+from phalanx.ports import Connection, Fence, Record
 from phalanx.types import SessionId
 
 log = logging.getLogger("phalanx.locks")
@@ -38,6 +38,9 @@ class KeyView(ABC):
         self._read_at = float("-inf")
         """When the stream's leader was asked last, of what it has answered."""
         self._listening = self._closed = False
+        self._is_unsure = False
+        """Whether it has to be read from the leader, whatever is known."""
+        self._end_connection_watch = parts.bus.on_connection(self._on_connection)
         self._noted: set[SessionId] = set()
         self._watches: dict[str, Watch] = {}
         self._starting: set[asyncio.Task[None]] = set()
@@ -61,6 +64,11 @@ class KeyView(ABC):
     @abstractmethod
     def _is_awaited(self) -> bool:
         """Whether somebody here waits for it to change."""
+
+    @property
+    @abstractmethod
+    def _is_held(self) -> bool:
+        """Whether somebody here holds it."""
 
     # --- what is so
 
@@ -121,7 +129,7 @@ class KeyView(ABC):
             record = await self._parts.bus.read(self._parts.stream, self.subject)
         # None: never written, or gone with its TTL. Also a bucket that lost its data: so the leader's
         # word counts, whatever was known before.
-        self._read_at = asked_at
+        self._read_at, self._is_unsure = asked_at, False
         if record is None:
             self._learn(0, LockState())
         else:
@@ -194,7 +202,15 @@ class KeyView(ABC):
             self.look()
             self.kick()
 
+    def _on_connection(self, event: Connection) -> None:
+        """What is held is read back, as a leader's key is: a server that has lost its last writes may have
+        given the same revision to somebody else, which no watch would show."""
+        if event is Connection.CONNECTED and self._is_held:
+            self._is_unsure = True
+            self.kick()
+
     async def _unwatch(self) -> None:
+        self._end_connection_watch()
         for task in self._starting:
             task.cancel()
         await asyncio.gather(*self._starting, return_exceptions=True)
