@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         LeaderChange,
         PartitionContext,
         PoolApp,
+        PrepareContext,
         RingApp,
     )
     from phalanx.config import (
@@ -117,6 +118,7 @@ _WHERE = {
         "LeaderChange",
         "PartitionContext",
         "PoolApp",
+        "PrepareContext",
         "RingApp",
     ),
     "phalanx.config": (
@@ -226,6 +228,7 @@ __all__ = [  # noqa: RUF022 - what a reader looks for first comes first
     "ActiveContext",
     "AppContext",
     "PartitionContext",
+    "PrepareContext",
     "LeaderChange",
     "HealthChange",
     "HttpCheck",

@@ -229,6 +229,10 @@ class Names:
         """Only the active node of *app* serves these, for example ``stepdown``."""
         return f"{self.platform}._.control.app.{app}.{action}"
 
+    def ring_prepare_subject(self, app: str, node: str) -> str:
+        """Where a node is asked to get ready for a partition of that ring."""
+        return f"{self.platform}._.control.ring.{app}.prepare.{node}"
+
     def database_subject(self, app: str, action: str, node: str | None = None) -> str:
         """Where all nodes with that app's database, or just *node*, answer, for example ``status``."""
         return f"{self.platform}._.control.db.{app}.{action}" + (f".{node}" if node else "")

@@ -24,6 +24,7 @@ from phalanx import (
     Node,
     PartitionContext,
     Platform,
+    PrepareContext,
     Ring,
     RingApp,
     Role,
@@ -301,3 +302,45 @@ async def test_node_whose_checks_fail_gives_its_partitions_away_and_gets_them_ba
         well[0] = True
         await until(lambda: shares.counts() == {"n1": 8, "n2": 8})
         assert shares.clashes == []
+
+
+async def test_next_owner_prepares_before_the_present_one_releases(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """Each partition that changes hands in order: prepare there, then release here, then own there; a prepare
+    that fails is reported and holds nothing up."""
+    shares, url, lines = Shares(), nats_server.url(), list[tuple[str, str, int]]()
+    platforms = {node: platform_of(url, tmp_path, node) for node in ("n1", "n2")}
+    for node, platform in platforms.items():
+        app = platform.app("sessions", Ring(partitions=8, settle="100ms"))
+
+        @app.on_prepare
+        async def prepare(partition: int, ctx: PrepareContext, node: str = node) -> None:
+            lines.append(("prepare", node, partition))
+            if partition % 2:
+                raise RuntimeError("cannot")
+
+        @app.on_own
+        async def own(partition: int, ctx: PartitionContext, node: str = node) -> None:
+            lines.append(("own", node, partition))
+            shares.owners[partition] = node
+
+        @app.on_release
+        async def release(partition: int, ctx: PartitionContext, node: str = node) -> None:
+            lines.append(("release", node, partition))
+            shares.owners.pop(partition, None)
+
+    async with platforms["n1"]:
+        await until(lambda: shares.counts() == {"n1": 8})
+        async with platforms["n2"]:
+            await until(lambda: shares.counts() == {"n1": 4, "n2": 4})
+            moved = [partition for partition, node in shares.owners.items() if node == "n2"]
+            lines_there = [line for line in lines if line[2] in moved]
+            for partition in moved:
+                mine = [line[:2] for line in lines_there if line[2] == partition]
+                assert mine == [("own", "n1"), ("prepare", "n2"), ("release", "n1"), ("own", "n2")]
+            lines.clear()
+        await until(lambda: shares.counts() == {"n1": 8})
+        for partition in moved:  # a node that stops is waited for, too
+            mine = [line[:2] for line in lines if line[2] == partition]
+            assert mine == [("prepare", "n1"), ("release", "n2"), ("own", "n1")]

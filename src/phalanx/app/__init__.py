@@ -12,6 +12,7 @@ from phalanx.app.contexts import ActiveContext, AppContext, HealthChange, Leader
 from phalanx.app.node_app import NodeApp
 from phalanx.app.owning import PartitionContext
 from phalanx.app.pool_app import PoolApp
+from phalanx.app.preparing import PrepareContext
 from phalanx.app.ring_app import RingApp
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "NodeApp",
     "PartitionContext",
     "PoolApp",
+    "PrepareContext",
     "RingApp",
 ]

@@ -67,6 +67,12 @@ class RingApp(SharingApp):
         when it has returned. Not run where there is no time: the session is over."""
         return self._add_hook("on_release", function)
 
+    def on_prepare(self, function: F) -> F:
+        """Runs on the next owner of a partition while the present one still serves it: ``async def
+        prepare(partition, ctx)``, with a :class:`PrepareContext`. Best effort, within its deadline: read what
+        ``on_own`` will need. Not run for what has lost its owner."""
+        return self._add_hook("on_prepare", function)
+
     def _add_hook(self, name: str, function: F) -> F:
         key = f"apps.{self.name}.{name}"
         if name in self._partition_hooks:
@@ -184,7 +190,6 @@ class RingApp(SharingApp):
             session,
             register,
             calls=self._calls_of,
-            prepare=self._prepare_next,
             paused=lambda: self.is_paused,
             on_failed=self._on_partition_failed,
             on_stuck=self._on_partition_stuck,
@@ -299,7 +304,7 @@ class RingApp(SharingApp):
         self.bar(reason)
         self._running_parts.on_stuck(self.name, reason)
 
-    # --- calls, and what goes before
+    # --- calls
 
     def _make_calls(self, parts: NodeParts) -> CallServer:
         partitions = self.pattern.partitions
@@ -310,9 +315,6 @@ class RingApp(SharingApp):
 
     def _calls_of(self, partition: int) -> SectionCalls | None:
         return self._ring_calls.of_partition(partition) if self._ring_calls is not None else None
-
-    async def _prepare_next(self, partition: int) -> None:
-        return
 
 
 def other_partitions(app: str, declared: int, found: int) -> ConfigError:

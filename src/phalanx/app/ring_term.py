@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from phalanx import system
-from phalanx.app.owning import PartitionContext, PartitionHooks
+from phalanx.app.owning import PartitionContext, PartitionHook, PartitionHooks
 from phalanx.app.parts import NodeParts
+from phalanx.app.preparing import Preparing
 from phalanx.app.presence import SharedPresence
 from phalanx.app.ring_fencing import FencingRegister
 from phalanx.config import Ring
@@ -31,6 +33,11 @@ GIVE_BACK_SECONDS = 3.0
 end of its session says so."""
 
 
+LOOK_SECONDS = 0.02
+PLAN_LOOKS = 50
+"""How often, and how many times, a node that gives everything back looks for a plan that says to whom."""
+
+
 class RingTerm:
     """One session's part in the ring. Call :meth:`run`, at the end :meth:`close`."""
 
@@ -43,7 +50,6 @@ class RingTerm:
         register: Register,
         *,
         calls: Callable[[int], SectionCalls | None],
-        prepare: Callable[[int], Awaitable[None]],
         paused: Callable[[], bool],
         on_failed: Callable[[int, HookFailed], None],
         on_stuck: Callable[[int], None],
@@ -63,6 +69,18 @@ class RingTerm:
             rank=self._rank,
         )
         timeouts = app.config.hook_timeouts
+        self._preparing: Preparing | None = None
+        if (on_prepare := app.partition_hook("on_prepare")) is not None:
+            self._preparing = Preparing(
+                app.name,
+                parts.node,
+                on_prepare,
+                parts.bus,
+                parts.names,
+                seconds=float(timeouts.on_prepare),
+                most_at_once=pattern.parallel,
+                on_failed=on_failed,
+            )
         self.ring = RingPartitions(
             parts.bus,
             parts.names,
@@ -81,7 +99,7 @@ class RingTerm:
             app.name,
             parts.node,
             self.ring,
-            on_own=app.partition_hook("on_own"),
+            on_own=self._own_hook(),
             on_release=app.partition_hook("on_release"),
             own_seconds=float(timeouts.on_own),
             release_seconds=float(timeouts.on_release),
@@ -89,12 +107,37 @@ class RingTerm:
             retry=app.config.retry,
             context=self._context,
             calls=calls,
-            prepare=prepare,
+            prepare=self._prepare_next,
             presence=SharedPresence(parts, app.name, "partitions"),
             on_failed=on_failed,
             on_stuck=on_stuck,
             on_change=on_change,
         )
+
+    def _own_hook(self) -> PartitionHook | None:
+        preparing, hook = self._preparing, self._app.partition_hook("on_own")
+        if preparing is None:
+            return hook
+
+        async def own(partition: int, context: PartitionContext) -> None:
+            await preparing.end(partition)
+            if hook is not None:
+                await hook(partition, context)
+
+        return own
+
+    async def _prepare_next(self, partition: int) -> None:
+        """Before *partition* is released: have its next owner get ready, if there is one."""
+        if self._preparing is None or not self.session.may_begin:
+            return
+        # A node that stops asks before the others have planned: the plan is looked at until it names one.
+        for _ in range(PLAN_LOOKS):
+            if self.ring.planned_owner(partition) != self._parts.node:
+                break
+            await asyncio.sleep(LOOK_SECONDS)
+        node = self.ring.planned_owner(partition)
+        if node is not None and node != self._parts.node:
+            await self._preparing.ask(partition, node)
 
     def _context(self, partition: int, fence: Fence) -> PartitionContext:
         name, parts, epoch = self._app.name, self._parts, fence.revision
@@ -139,11 +182,15 @@ class RingTerm:
 
     async def run(self) -> None:
         """Until cancelled. Raises ConfigError if the ring has another number of partitions."""
+        if self._preparing is not None:
+            await self._preparing.open()
         await self.ring.run()
 
     async def close(self) -> None:
         """Nothing of it is left afterwards."""
         await self.hooks.close()
+        if self._preparing is not None:
+            await self._preparing.close()
         await self.register.close()
         await self.locks.close()
 

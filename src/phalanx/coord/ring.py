@@ -144,6 +144,10 @@ class RingPartitions:
         """The epoch under which this node owns *partition*; 0 if it does not."""
         return self._own.epoch(partition) if self._session.is_valid else 0
 
+    def planned_owner(self, partition: int) -> str | None:
+        """The node that shall own *partition*; None: nobody, as far as is known here."""
+        return self._own.planned(partition)
+
     def owner(self, partition: int) -> tuple[int, SessionId | None]:
         """What the key of *partition* says, as far as is known here: its epoch, and whose it is."""
         return self._own.holder(partition)

@@ -115,6 +115,10 @@ class Ownership:
         found = self._partitions[partition]
         return 0 if found.ending else found.held
 
+    def planned(self, partition: int) -> str | None:
+        """Who shall own *partition*, by the plan."""
+        return self._planned[partition]
+
     def holder(self, partition: int) -> tuple[int, SessionId | None]:
         """What the key says: its revision (0: never written), and whose it is."""
         found = self._partitions[partition]
