@@ -92,6 +92,36 @@ async def test_both_sides_run_in_the_order_of_their_declaration(
             current_call()
 
 
+async def test_streams_and_broadcasts_go_through_middleware(nats_server: NatsServer, tmp_path: Path) -> None:
+    """Those of a caller as those of an app: around all of a stream, and around a call of all nodes."""
+    platform, app = declared(nats_server, tmp_path)
+    seen = list[str]()
+
+    @app.handle("count")
+    async def count(most: int) -> AsyncIterator[int]:
+        for number in range(most):
+            yield number
+
+    @app.middleware
+    async def around(call: CallContext, proceed: Proceed) -> Any:
+        assert call.headers["Tenant"] == "t1"
+        seen.append(f"{call.method} begins")
+        answer = await proceed()
+        seen.append(f"{call.method} ends")
+        return answer
+
+    async def tenant(call: OutgoingCall, proceed: Proceed) -> Any:
+        call.headers["Tenant"] = "t1"
+        return await proceed()
+
+    async with running(platform):
+        api = platform.api("orders").using(tenant)
+        assert [item async for item in api.stream("count", 3, returns=int, timeout=20)] == [0, 1, 2]
+        await until(lambda: seen == ["count begins", "count ends"])
+        assert await api.broadcast("echo", 7, timeout=20) == {"n1": 7}
+        assert seen[2:] == ["echo begins", "echo ends"]
+
+
 async def test_what_a_middleware_raises_is_what_the_caller_gets(
     nats_server: NatsServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

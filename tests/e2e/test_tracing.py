@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import subprocess
@@ -118,6 +119,43 @@ async def test_failover_is_traced_by_the_node_that_takes_over(
     assert "key taken" in {each.name for each in inside}
     assert {(event.attributes or {})["phalanx.node"] for event in span.events} >= {"n1", "n2"}
     assert spans.ended("activation orders")
+
+
+async def test_trace_goes_through_streams_and_broadcasts(
+    nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both sides have a span of each; a stream that is left early has not failed, and is nobody's parent."""
+    spans = Spans(monkeypatch)
+    platform, app = declared(nats_server, tmp_path)
+
+    @app.handle("count")
+    async def count() -> AsyncIterator[int]:
+        number = 0
+        while True:
+            yield number
+            number += 1
+
+    async with running(platform):
+        api = platform.api("orders")
+        with spans.tracer.start_as_current_span("request"):
+            async with contextlib.aclosing(api.stream("count", timeout=20)) as items:
+                async for _ in items:
+                    with spans.tracer.start_as_current_span("between"):
+                        break
+            await api.broadcast("echo", 7, timeout=20)
+        await until(lambda: len(spans.ended()) == 6)
+    request, between = spans.one("request"), spans.one("between")
+    assert request.context is not None
+    for name in ("orders/count", "orders/echo"):
+        client, server = (spans.one(name, kind) for kind in (SpanKind.CLIENT, SpanKind.SERVER))
+        assert client.context is not None
+        assert client.parent is not None
+        assert server.parent is not None
+        assert client.parent.span_id == request.context.span_id
+        assert server.parent.span_id == client.context.span_id
+        assert client.status.status_code is StatusCode.UNSET
+    assert between.parent is not None
+    assert between.parent.span_id == request.context.span_id
 
 
 async def test_trace_goes_through_an_event(

@@ -13,9 +13,10 @@ from phalanx.messaging.calling import Caller
 from phalanx.messaging.content import CONTENT_TYPES, JSON
 from phalanx.messaging.methods import check_method
 from phalanx.messaging.middleware import CallerMiddleware, OutgoingCall, checked, through
-from phalanx.messaging.routes import Default, Route
+from phalanx.messaging.routes import Any, Default, Route
 from phalanx.messaging.stubs import CallOptions, make_stub
 from phalanx.names import RESERVED_APPS
+from phalanx.observe.tracing import call_span, stream_span
 from phalanx.types import is_dns_label
 
 T = TypeVar("T")
@@ -146,10 +147,11 @@ class Api:
                 headers=call.headers,
             )
 
-        items = await through(self._middleware, call, proceed)
-        async with contextlib.aclosing(items):
-            async for item in items:
-                yield item
+        with stream_span(self.app, call.method, call.headers, to=str(call.to)):
+            items = await through(self._middleware, call, proceed)
+            async with contextlib.aclosing(items):
+                async for item in items:
+                    yield item
 
     async def broadcast(
         self,
@@ -165,21 +167,36 @@ class Api:
 
         It ends when all have answered: those that an instance knows of, and that are alive. One that has not
         within *timeout* seconds is there with CallTimeout (``deadline``). Standbys refuse methods that are
-        not ``anywhere`` (``wrong-route``). Nothing is tried again; middleware does not run.
+        not ``anywhere`` (``wrong-route``). Nothing is tried again.
 
         Raises NoInstance if none is there, UnknownApp, and ConfigError and CallError for what cannot be sent.
         If this is cancelled, so are the handlers.
         """
-        check_arguments(method, Default, timeout, content_type)
-        return await self._caller().broadcast(
+        call = OutgoingCall(
             self.app,
             method,
             request,
-            returns=returns,
+            to=Any,
             timeout=timeout,
+            idempotent=None,
             content_type=content_type,
             headers=headers,
         )
+
+        async def proceed() -> dict[str, T | CallError]:
+            check_arguments(call.method, Any, call.timeout, call.content_type)
+            with call_span(self.app, call.method, call.headers, to="all"):
+                return await self._caller().broadcast(
+                    self.app,
+                    call.method,
+                    call.request,
+                    returns=returns,
+                    timeout=call.timeout,
+                    content_type=call.content_type,
+                    headers=call.headers,
+                )
+
+        return await through(self._middleware, call, proceed)
 
     async def call(
         self,

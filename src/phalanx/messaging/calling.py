@@ -183,7 +183,6 @@ class Caller:
         until = callers_deadline()
         call = self._new(app, method, request, timeout, None, content_type, headers)
         call.headers[wire.STREAM] = str(window)
-        inject(call.headers)
         incoming = IncomingStream(self._bus(), self._names, app, method, call.id, window)
         call.ask = incoming.ask
         try:

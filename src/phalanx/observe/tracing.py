@@ -81,6 +81,15 @@ def call_span(
     return NO_SPAN if made is None else _client_span(made, app, method, headers, attributes)
 
 
+def stream_span(
+    app: str, method: str, headers: MutableMapping[str, str], **attributes: str
+) -> AbstractContextManager[Span | None]:
+    """Around the taking of a stream's items, in an async generator: what its user does belongs to no span of
+    ours, so this one is not current."""
+    made = tracer()
+    return NO_SPAN if made is None else _stream_span(made, app, method, headers, attributes)
+
+
 def handler_span(
     app: str, method: str, headers: Mapping[str, str], **attributes: str | int
 ) -> AbstractContextManager[Span | None]:
@@ -98,15 +107,39 @@ def _client_span(
     said = {**_of_call(app, method), **_ours(attributes)}
     with _current(made, f"{app}/{method}", SpanKind.CLIENT, said, None) as span:
         inject(headers)
-        try:
+        with _errors_of_caller(span):
             yield span
-        except CallError as error:
-            span.set_attribute("rpc.response.status_code", error.code)
-            _failed(span, error.code, error.message)
-            raise
-        except BaseException as error:
-            _failed(span, type(error).__qualname__, str(error))
-            raise
+
+
+@contextlib.contextmanager
+def _stream_span(
+    made: Tracer, app: str, method: str, headers: MutableMapping[str, str], attributes: Mapping[str, str]
+) -> Generator[Span]:
+    from opentelemetry import propagate, trace
+
+    said = {**_of_call(app, method), **_ours(attributes)}
+    span = made.start_span(f"{app}/{method}", kind=trace.SpanKind.CLIENT, attributes=said)
+    propagate.inject(headers, trace.set_span_in_context(span))
+    try:
+        with _errors_of_caller(span):
+            yield span
+    finally:
+        span.end()
+
+
+@contextlib.contextmanager
+def _errors_of_caller(span: Span) -> Generator[None]:
+    try:
+        yield
+    except CallError as error:
+        span.set_attribute("rpc.response.status_code", error.code)
+        _failed(span, error.code, error.message)
+        raise
+    except GeneratorExit:  # a stream that was left early, as it may be
+        raise
+    except BaseException as error:
+        _failed(span, type(error).__qualname__, str(error))
+        raise
 
 
 @contextlib.contextmanager
@@ -255,5 +288,6 @@ __all__ = [
     "handler_span",
     "inject",
     "producer_span",
+    "stream_span",
     "tracer",
 ]
