@@ -14,7 +14,7 @@ from nats.aio.subscription import Subscription
 from nats.errors import ConnectionClosedError, OutboundBufferLimitError
 from nats.errors import Error as NatsError
 
-from phalanx.bus.protocol import Direct, MessageParser, read_header_lines, write_message
+from phalanx.bus.protocol import Direct, MessageParser, read_header_lines, write_headers, write_message
 
 log = logging.getLogger("phalanx.nats")
 
@@ -31,6 +31,8 @@ class NatsClient(Client):
         self._ps = self._parser = MessageParser(self)
         self.loop = asyncio.get_running_loop()
         self._is_writing = False
+        self._headers, self._head = dict[str, str](), b""
+        """Those that were sent last, and their block: of answers they are often all alike."""
 
     # --- sending
 
@@ -40,7 +42,13 @@ class NatsClient(Client):
         """Publish: with all else that is sent at this moment, in order. Raises nats-py's errors."""
         if self._status != NatsClient.CONNECTED:
             raise ConnectionClosedError if self.is_closed else OutboundBufferLimitError
-        self._pending.append(write_message(subject, reply, data, headers, self._max_payload))
+        head = b""
+        if headers:
+            if headers != self._headers:
+                self._head = write_headers(headers)
+                self._headers = dict(headers)
+            head = self._head
+        self._pending.append(write_message(subject, reply, data, head, self._max_payload))
         if not self._is_writing:
             self._is_writing = True
             self.loop.call_soon(self._write_pending)

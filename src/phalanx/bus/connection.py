@@ -11,6 +11,7 @@ from types import CoroutineType
 from typing import Any
 
 from nats.aio.msg import Msg
+from nats.errors import ConnectionClosedError, OutboundBufferLimitError
 from nats.errors import Error as NatsError
 
 from phalanx.aio import wait_at_most
@@ -298,11 +299,10 @@ class NatsBus:
         self, subject: str, data: bytes, headers: Mapping[str, str] | None = None, reply: str = ""
     ) -> None:
         """See :meth:`phalanx.ports.Bus.send`."""
-        client = self._link.client
-        if not client.is_connected:
-            raise BusUnavailable(f"publish {subject}", "not connected to NATS")
         try:
-            client.send(subject, data, reply, headers)
+            self._link.client.send(subject, data, reply, headers)
+        except (ConnectionClosedError, OutboundBufferLimitError):
+            raise BusUnavailable(f"publish {subject}", "not connected to NATS") from None
         except NatsError as error:
             raise BusError(f"publish {subject}", plain(error)) from error
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError, ProtocolError
@@ -37,32 +38,27 @@ Direct = Callable[[Message], None]
 """Takes a message at once, as it is read. Must neither wait nor take long."""
 
 
-def write_message(
-    subject: str, reply: str, data: bytes, headers: Mapping[str, str] | None, most: int
-) -> bytes:
-    """The command that publishes it. *reply* is an inbox of the client's own making, which is not checked.
+def write_message(subject: str, reply: str, data: bytes, head: bytes, most: int) -> bytes:
+    """The command that publishes it. *head*: the block of its headers, empty if it has none. *reply* is an
+    inbox of the client's own making, which is not checked.
 
-    Raises BadSubjectError, BadHeaderError, and MaxPayloadError if headers and data are more than *most*
-    bytes, over which the server would end the connection.
-
-    As nats-py has it: a header's value is stripped, and a line break in it becomes a space.
+    Raises BadSubjectError, and MaxPayloadError if headers and data are more than *most* bytes, over which the
+    server would end the connection.
     """
     if not subject or _odd_in_subject(subject):
         raise BadSubjectError
-    size = len(data)
-    if not headers:
-        line, head = f"PUB {subject} {reply} {size}\r\n", b""
-    else:
-        head = write_headers(headers)
-        size += len(head)
-        line = f"HPUB {subject} {reply} {len(head)} {size}\r\n"
+    size = len(data) + len(head)
+    kind, sizes = ("HPUB", f"{len(head)} {size}") if head else ("PUB", str(size))
     if size > most:
         raise MaxPayloadError
-    return b"%b%b%b\r\n" % (line.encode(), head, data)
+    return b"%b%b%b\r\n" % (f"{kind} {subject} {reply} {sizes}\r\n".encode(), head, data)
 
 
 def write_headers(headers: Mapping[str, str]) -> bytes:
-    """The block of *headers*. Raises BadHeaderError for a name that cannot be one."""
+    """The block of *headers*. Raises BadHeaderError for a name that cannot be one.
+
+    As nats-py has it: a value is stripped, and a line break in it becomes a space.
+    """
     lines = _FIRST_LINE
     for name, value in headers.items():
         if name not in _good_names:
@@ -127,6 +123,8 @@ class MessageParser(Parser):
         self._wanted = 0
         """How long that is at least, when it is whole."""
         self._resets = 0
+        self._block, self._headers = b"", MappingProxyType[str, str]({})
+        """The headers that were read last: those of answers are often all alike."""
         untyped: Any = super()
         untyped.__init__(client)
 
@@ -172,7 +170,7 @@ class MessageParser(Parser):
                 block, content = data[body : body + head], data[body + head : body + size]
                 direct = self.direct.get(number)
                 if direct is not None:
-                    _take(direct, words[1], reply, content, block)
+                    self._take(direct, words[1], reply, content, block)
                 else:
                     try:
                         await self.client._process_msg(number, words[1], reply, content, block)
@@ -195,13 +193,14 @@ class MessageParser(Parser):
         if start < end:
             self._begun += data[start:]
 
-
-def _take(direct: Direct, subject: bytes, reply: bytes, data: bytes, block: bytes) -> None:
-    try:
-        headers = read_headers(block) if block else {}
-        direct(Message(subject.decode(), data, headers, reply.decode()))
-    except Exception:
-        log.exception("a message on %r could not be handled", subject)
+    def _take(self, direct: Direct, subject: bytes, reply: bytes, data: bytes, block: bytes) -> None:
+        try:
+            if block != self._block:
+                self._headers = MappingProxyType(read_headers(block) if block else {})
+                self._block = block
+            direct(Message(subject.decode(), data, self._headers, reply.decode()))
+        except Exception:
+            log.exception("a message on %r could not be handled", subject)
 
 
 __all__ = ["Direct", "MessageParser", "read_header_lines", "read_headers", "write_headers", "write_message"]

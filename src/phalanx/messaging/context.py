@@ -38,7 +38,6 @@ class CallContext:
         app: str,
         node: str,
         method: str,
-        *,
         call_id: str,
         caller: str,
         headers: Mapping[str, str],

@@ -395,13 +395,13 @@ class CallServer:
             self._app,
             self._node,
             handler.name,
-            call_id=call.call_id,
-            caller=call.caller,
-            headers=call.message.headers,
-            deadline=call.deadline,
-            epoch=epoch,
-            active=active,
-            kv=active.kv if active is not None else self._kv,
+            call.call_id,
+            call.caller,
+            call.message.headers,
+            call.deadline,
+            epoch,
+            active,
+            active.kv if active is not None else self._kv,
         )
         context.stream = call.stream
         CURRENT.set(context)
