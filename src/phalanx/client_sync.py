@@ -25,34 +25,61 @@ T = TypeVar("T")
 _WHATEVER: Value = Value
 
 
+_CLOSED = "the synchronous client was closed"
+
+_END_SECONDS = 5.0
+"""How long what is cancelled at the close may take to end."""
+
+
 class LoopThread:
     """An event loop in a thread of its own. End it with :meth:`close`."""
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
+        self._lock = threading.Lock()
+        self._is_closed = False
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
     def run(self, work: Coroutine[Value, Value, T]) -> T:
         """Run *work* there and wait for its end. If waiting is interrupted, *work* is cancelled.
 
-        Raises RuntimeError when called from that very thread, or after the close.
+        Raises RuntimeError when called from that very thread, after the close, and if it is closed meanwhile.
         """
-        if threading.current_thread() is self._thread or not self._thread.is_alive():
+        if threading.current_thread() is self._thread:
             work.close()
             raise RuntimeError("a synchronous client waits for its own thread; use it as async with there")
-        future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._lock:  # whatever is begun here is begun before the end: so it is ended by that
+            if self._is_closed:
+                work.close()
+                raise RuntimeError(_CLOSED)
+            future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
+        except concurrent.futures.CancelledError:
+            if self._is_closed:
+                raise RuntimeError(_CLOSED) from None
+            raise
         except BaseException:
             future.cancel()
             raise
 
     def close(self) -> None:
-        """End the thread; nothing runs there any more by then."""
+        """End the thread; what others have begun there is cancelled, and nothing runs there any more by then."""
+        with self._lock:
+            self._is_closed = True
+            ending = asyncio.run_coroutine_threadsafe(self._end_all(), self._loop)
+        ending.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    async def _end_all(self) -> None:
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=_END_SECONDS)
 
 
 class SyncApi:

@@ -117,7 +117,7 @@ class Control:
         await self._background.close()
 
     async def _on_status(self, message: Message) -> None:
-        if message.reply:
+        if self._node.names.takes_answers(message.reply):
             await self._answer(message, self._node.status())
 
     async def _carry_out(
@@ -161,7 +161,7 @@ class Control:
         return StepDownReply(self._node.node, successor=successor)
 
     async def _answer(self, message: Message, answer: msgspec.Struct) -> None:
-        if not message.reply:
+        if not self._node.names.takes_answers(message.reply):
             return
         try:
             await self._node.bus.publish(message.reply, msgspec.json.encode(answer))

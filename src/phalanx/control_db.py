@@ -113,7 +113,7 @@ class DatabaseControl:
         await self._answer(message, last)
 
     async def _answer(self, message: Message, answer: object) -> None:
-        if not message.reply:
+        if not self._names.takes_answers(message.reply):
             return
         try:
             await self._bus.publish(message.reply, msgspec.json.encode(answer))

@@ -34,6 +34,11 @@ class Names:
         self.audit_stream = f"{platform}_audit"
         self.audit_subjects = f"{platform}._.audit.>"
 
+    def takes_answers(self, reply: str) -> bool:
+        """Whether *reply*, which whoever asks has chosen, may be answered. Not so what the platform, KV or
+        JetStream's API listen to: a node may write there what who asks may not."""
+        return bool(reply) and not reply.startswith(("$", f"{self.platform}."))
+
     # --- KV buckets: a bucket B is the stream KV_B with subjects $KV.B.<key> (NATS ADR-8)
 
     def app_bucket(self, app: str) -> str:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from tests.e2e.test_calls import NAMES, barred_node, platform_of
-from tests.waiting import until
 
 from phalanx import CallError, NatsOptions, Platform, Role
 from phalanx.bus.connection import NatsBus
@@ -96,7 +95,11 @@ async def test_g5_answer_goes_to_no_subject_of_the_platform(nats_server: NatsSer
             assert await bus.read(stream, key) is not None
             leader = NAMES.call_leader_subject("orders", "echo")
             for reply in (key, f"$JS.API.STREAM.DELETE.{stream}"):
-                for subject in (leader, NAMES.call_who_subject("orders"), NAMES.call_leader_subject("orders", "no")):
+                for subject in (
+                    leader,
+                    NAMES.call_who_subject("orders"),
+                    NAMES.call_leader_subject("orders", "no"),
+                ):
                     bus.send(subject, b"7", reply=reply)
             assert (await bus.request(leader, b"8")).data == b"8"
             entry = await app.kv.get("mine", str)
@@ -147,6 +150,3 @@ async def test_client_thread_ends_what_runs_when_it_is_closed() -> None:
             await waiting
     with pytest.raises(RuntimeError):
         thread.run(for_ever())
-
-
-assert until

@@ -6,12 +6,15 @@ sends JSON and reads the headers of an answer, of which those of an error are th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import msgspec
 
 from phalanx import errors
 from phalanx.messaging.content import CONTENT_TYPES, JSON
+
+log = logging.getLogger("phalanx.calls")
 
 CONTENT_TYPE = "Content-Type"
 """``application/json`` (the default) or ``application/msgpack``; the answer comes in the same."""
@@ -139,19 +142,35 @@ _encode = msgspec.json.Encoder(enc_hook=str).encode
 _decode_problem = msgspec.json.Decoder(Problem).decode
 
 
-def refusal(problem: Problem) -> tuple[bytes, dict[str, str]]:
-    """Data and headers of the answer that says *problem*."""
-    message = problem.message
-    if not message.isascii():
-        # Half a surrogate pair, such as of a file's name, is in no UTF-8.
-        message = message.encode("utf-8", "replace").decode()
-        problem = msgspec.structs.replace(problem, message=message)
-    return _encode(problem), {
+_SHORT = 500
+"""Characters of an error's message in a header, and of one that is too large as it is."""
+
+
+def refusal(problem: Problem, most_bytes: int) -> tuple[bytes, dict[str, str]]:
+    """Data, *most_bytes* at most, and headers of the answer that says *problem*: what of it can be sent."""
+    code, message, path = _sendable(problem.code), _sendable(problem.message), _sendable(problem.path)
+    if (code, message, path) != (problem.code, problem.message, problem.path):
+        problem = msgspec.structs.replace(problem, code=code, message=message, path=path)
+    try:
+        data = _encode(problem)
+    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+        log.error("the details of error %s cannot be sent: %s", code, error)
+        data = _encode(msgspec.structs.replace(problem, details=None))
+    if len(data) > most_bytes:
+        log.error("an error has %d bytes, of which most are not sent: %s", len(data), code)
+        short = f"{message[:_SHORT]} (the rest fits into no message)"
+        data = _encode(Problem(code[:_SHORT], short, path[:_SHORT], problem.started))
+    return data, {
         CONTENT_TYPE: JSON,
-        ERROR: problem.code,
-        MICRO_ERROR: message,
-        MICRO_CODE: str(_NUMBERS.get(problem.code, 400)),
+        ERROR: code[:_SHORT],
+        MICRO_ERROR: message[:_SHORT],
+        MICRO_CODE: str(_NUMBERS.get(code, 400)),
     }
+
+
+def _sendable(text: str) -> str:
+    """*text* without halves of surrogate pairs, such as of a file's name, which are in no UTF-8."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def problem_of(data: bytes, headers: Mapping[str, str]) -> Problem | None:

@@ -48,7 +48,7 @@ class MicroService:
 
     def _answering(self, answer: Callable[[], dict[str, Any]]) -> Callable[[Message], Any]:
         async def on_message(message: Message) -> None:
-            if message.reply:
+            if self._names.takes_answers(message.reply):
                 await self._bus.publish(message.reply, _encode(answer()))
 
         return on_message

@@ -266,9 +266,16 @@ class CallServer:
         self._send(message, encode(leading, wire.JSON), {})
 
     def _on_cancel(self, message: Message) -> None:
-        call = self._by_id.get(message.data.decode(errors="replace"))
+        call_id = message.data.decode(errors="replace")
+        call = self._by_id.get(call_id)
         if call is not None:
             call.cancel()
+            return
+        for held in self._held:
+            if call_id and held.call_id == call_id:
+                self._held.remove(held)
+                self._refuse(held, "interrupted", "it was cancelled before it was begun")
+                return
 
     def _on_flow(self, message: Message) -> None:
         call_id, _, total = message.data[:100].decode(errors="replace").partition(";")
@@ -420,7 +427,7 @@ class CallServer:
             headers = {wire.CONTENT_TYPE: content_type} if content_type != wire.JSON else {}
         except BaseException as error:
             problem = self._problem(handler, call, error, epoch)
-            data, headers = wire.refusal(problem)
+            data, headers = wire.refusal(problem, self._bus.max_payload - HEADER_ROOM_BYTES)
             handler.errors += 1
             handler.last_error = f"{problem.code}: {problem.message}"
             if isinstance(error, asyncio.CancelledError):
@@ -469,11 +476,12 @@ class CallServer:
             handler.requests += 1
             handler.errors += 1
             handler.last_error = f"{code}: {message}"
-        data, headers = wire.refusal(wire.Problem(code, message, path))
+        problem = wire.Problem(code, message, path)
+        data, headers = wire.refusal(problem, self._bus.max_payload - HEADER_ROOM_BYTES)
         self._send(call.message, data, headers)
 
     def _send(self, message: Message, data: bytes, headers: dict[str, str], epoch: int = 0) -> None:
-        if not message.reply:
+        if not self._names.takes_answers(message.reply):
             return
         headers[wire.ANSWER] = f"{self._node};{epoch}"
         try:
