@@ -65,7 +65,7 @@ class LoopThread:
             raise
 
     def close(self) -> None:
-        """End the thread; what others have begun there is cancelled, and nothing runs there any more by then."""
+        """End the thread; what others have begun there is cancelled. Nothing runs there any more by then."""
         with self._lock:
             self._is_closed = True
             ending = asyncio.run_coroutine_threadsafe(self._end_all(), self._loop)
