@@ -1,4 +1,4 @@
-"""Calls that nobody expects: answers that cannot be sent, cancelled while held, answers to where nobody asked."""
+"""Calls that nobody expects: answers that cannot be sent, calls cancelled while held, odd replies."""
 
 from __future__ import annotations
 
@@ -16,15 +16,19 @@ from phalanx.bus.connection import NatsBus
 from phalanx.messaging import call_wire as wire
 from phalanx.testing.nats import NatsServer
 
-DEEP: Any = []
-for _ in range(100_000):
-    DEEP = [DEEP]
+
+def _deep() -> Any:
+    value: Any = []
+    for _ in range(100_000):
+        value = [value]
+    return value
+
 
 ERRORS = {
     "surrogate": CallError("odd", "half a pair", details={"name": "\udcff"}),
     "code": CallError("od\udcffd", "its code"),
     "path": CallError("odd", "its path", path="$.\udcff"),
-    "deep": CallError("odd", "nested", details=DEEP),
+    "deep": CallError("odd", "nested", details=_deep()),
     "long": CallError("odd", "x" * 2_000_000),
     "half": CallError("odd", "x" * 600_000),
     "details": CallError("odd", "many", details="y" * 2_000_000),
@@ -75,7 +79,7 @@ async def test_call_that_is_cancelled_while_it_is_held_never_begins(
 
 
 async def test_g5_answer_goes_to_no_subject_of_the_platform(nats_server: NatsServer, tmp_path: Path) -> None:
-    """Who may only call an app cannot have its node write for him what he may not: keys, or JetStream's API."""
+    """Who may only call an app cannot have its node write what he may not: keys, or JetStream's API."""
     platform = platform_of(nats_server, tmp_path, "n1")
     app = platform.app("orders")
     called = list[int]()
