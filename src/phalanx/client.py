@@ -402,7 +402,10 @@ class PlatformClient:
         kind = next((s.pattern for s in statuses if s.name == app and s.pattern != "active-passive"), "")
         if kind:
             problem = f"it is a {kind}: there is no one active node that could hand over"
-            raise ConfigError("app", app, problem, "to empty a node stop it; see: phalanx status")
+            remedy = "to empty a node stop it; see: phalanx status"
+            if kind == "pool":
+                remedy = f"to empty a node stop it; how many are active says: phalanx scale {app} N"
+            raise ConfigError("app", app, problem, remedy)
 
     async def _taken_over(
         self, done: HandOver, before: int, began: float, deadline: float, changed: asyncio.Event

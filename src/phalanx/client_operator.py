@@ -27,6 +27,7 @@ from phalanx.coord.election import nominate, read_leader
 from phalanx.decide.election import choose_successor
 from phalanx.decide.timing import OBSERVE_FACTOR, Timing
 from phalanx.decide.why import Explanation, Facts, NodeFacts, explain
+from phalanx.decide.why_pool import explain_pool
 from phalanx.decide.why_ring import explain_ring
 from phalanx.errors import (
     BusTimeout,
@@ -288,6 +289,8 @@ class OperatorClient:
         )
         if any(node.status is not None and node.status.pattern == "ring" for node in nodes):
             return explain_ring(Facts(app, system.wall(), nodes))
+        if any(node.status is not None and node.status.pattern == "pool" for node in nodes):
+            return explain_pool(Facts(app, system.wall(), nodes))
         led = any(node.status is not None and node.status.leader for node in nodes)
         failed = "" if led else await self._last_failure(app)
         return explain(Facts(app, system.wall(), nodes, planned.get(app), failed))

@@ -11,8 +11,9 @@ from phalanx import system
 from phalanx.cli import exits, output, views
 from phalanx.cli.target import Where
 from phalanx.client import PlatformClient
+from phalanx.decide.pool import replicas_text
 from phalanx.errors import BusError
-from phalanx.types import PlannedSwitchover, Role
+from phalanx.types import PlannedSwitchover, PoolState, Role
 
 _WATCH_SECONDS = 0.5
 _WHERE = Where()
@@ -78,6 +79,8 @@ def _show(view: views.PlatformView, *, json: bool, again: bool, pretty: bool) ->
         output.say("")
         output.table(("APP", "ROLE", "NODE", "HEALTH", "EPOCH", "SINCE", "REASON"), _app_rows(view))
         for app in view.apps:
+            if app.pool is not None:
+                output.say(_instances(app, app.pool))
             if app.pause:
                 output.say((f"{app.name}: {app.pause}; nothing changes hands", "bold yellow"))
             if app.planned is not None:
@@ -109,7 +112,8 @@ def _state(node: views.NodeRow) -> tuple[str, str]:
 def _app_rows(view: views.PlatformView) -> list[tuple[str | tuple[str, str], ...]]:
     rows: list[tuple[str | tuple[str, str], ...]] = []
     for app in view.apps:
-        if app.active is None:
+        pool = app.pool
+        if app.active is None and (pool is None or pool.replicas != 0):
             rows.append(
                 (app.name, ("nobody is active", "bold red"), "-", "-", str(app.epoch or "-"), "-", "")
             )
@@ -127,6 +131,13 @@ def _app_rows(view: views.PlatformView) -> list[tuple[str | tuple[str, str], ...
                 )
             )
     return rows
+
+
+def _instances(app: views.AppView, pool: PoolState) -> str:
+    ready = sum(1 for each in app.nodes if each.pool is not None and each.pool.ready)
+    scaled = f", scaled by {pool.scaled_by}" if pool.scaled_by else ""
+    wanted = replicas_text(pool.replicas)
+    return f"{app.name}: {len(app.actives)} of {wanted} instances active, {ready} ready{scaled}"
 
 
 def _share(each: views.AppOnNode) -> str:

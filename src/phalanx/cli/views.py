@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from phalanx.client import NO_ANSWER, NodeView
-from phalanx.types import AppStatus, Health, PlannedSwitchover, ProgramStatus, RingState, Role
+from phalanx.types import AppStatus, Health, PlannedSwitchover, PoolState, ProgramStatus, RingState, Role
 
 
 class AppOnNode(msgspec.Struct, frozen=True):
@@ -26,11 +26,13 @@ class AppOnNode(msgspec.Struct, frozen=True):
     no_failover: bool = False
     hold: str = ""
     ring: RingState | None = None
+    pool: PoolState | None = None
 
 
 class AppView(msgspec.Struct, frozen=True):
-    """One app on the whole platform. ``active`` is None while no node is active. ``pause``: who has paused
-    it and why, empty while it is not. ``planned``: the switchover that is planned for it, null if none is."""
+    """One app on the whole platform. ``active`` is None while no node is active; of a pool it is one of them.
+    ``pause``: who has paused it and why, empty while it is not. ``planned``: the switchover that is planned
+    for it, null if none is."""
 
     name: str
     active: str | None
@@ -45,6 +47,11 @@ class AppView(msgspec.Struct, frozen=True):
     def actives(self) -> list[AppOnNode]:
         """Nodes that say that they are active."""
         return [each for each in self.nodes if each.role == Role.ACTIVE]
+
+    @property
+    def pool(self) -> PoolState | None:
+        """What the nodes of a pool say of it; None for other apps."""
+        return next((each.pool for each in self.nodes if each.pool is not None), None)
 
 
 class NodeRow(msgspec.Struct, frozen=True):
@@ -153,6 +160,7 @@ def _on_node(node: str, app: AppStatus) -> AppOnNode:
         app.standing.no_failover,
         app.hold,
         app.ring,
+        app.pool,
     )
 
 
@@ -171,6 +179,8 @@ def verdict(view: PlatformView) -> list[str]:
     for app in view.apps:
         if app.pattern == "ring":
             reasons += _of_ring(app)
+        elif app.pattern == "pool":
+            reasons += _of_pool(app)
         elif len(app.actives) > 1:
             reasons.append(f"app {app.name}: several nodes say they are active: {_named(app.actives)}")
         elif app.active is None:
@@ -186,6 +196,17 @@ def _of_ring(app: AppView) -> list[str]:
     reasons = [f"app {app.name}: unhealthy on {n.node}" for n in app.nodes if n.health == Health.UNHEALTHY]
     if owned < count or not count:
         reasons.append(f"app {app.name}: {owned} of {count} partitions are served by a node that answers")
+    return reasons
+
+
+def _of_pool(app: AppView) -> list[str]:
+    """As many as there can be are to be active, and well."""
+    wanted = app.pool.replicas if app.pool is not None else None
+    able = len(app.nodes) if wanted is None else min(wanted, len(app.nodes))
+    ill = [node.node for node in app.nodes if node.health == Health.UNHEALTHY]
+    reasons = [f"app {app.name}: unhealthy on {node}" for node in ill]
+    if len(app.actives) < able:
+        reasons.append(f"app {app.name}: {len(app.actives)} of {able} instances are active")
     return reasons
 
 
