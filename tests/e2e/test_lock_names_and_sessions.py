@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import sys
 from pathlib import Path
 
 import msgspec
@@ -63,3 +65,64 @@ async def test_g1_client_ends_no_session_by_the_ttl_of_a_node_that_is_gone(
         records = await client.bus.snapshot(STREAM, NAMES.session_subjects(STREAM))
         mine = [each for each in records if NAMES.session_of(each.subject) == session.id]
         assert [msgspec.json.decode(each.data, type=SessionBody).tombstone for each in mine] == [False]
+
+
+HOLDER = """
+import asyncio, sys
+from phalanx import LockLost, NatsOptions
+from phalanx.client import PlatformClient
+
+async def main():
+    async with PlatformClient("prod", NatsOptions(urls=(sys.argv[1],))) as client:
+        held = await client.locks().acquire("x", timeout=20)
+        print(held.token, flush=True)
+        await asyncio.to_thread(sys.stdin.readline)
+        try:
+            held.check()
+            print("held", flush=True)
+        except LockLost:
+            print("lost", flush=True)
+        await asyncio.wait_for(held.lost.wait(), 20)
+        await held.release()
+        print("told", flush=True)
+
+asyncio.run(main())
+"""
+
+
+async def test_client_that_stood_still_past_its_session_learns_that_it_holds_nothing(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """Stopped like a laptop whose lid was closed: another has the lock by then, its token is refused, and on
+    waking the first look says so."""
+    platform = Platform(
+        "prod",
+        node="n1",
+        nats=nats_server.url(),
+        data_dir=str(tmp_path),
+        http={"enabled": False},
+        timings={"ttl": 4},
+    )
+    async with platform:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", HOLDER, nats_server.url(),
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(60):
+                token = int(await process.stdout.readline())
+                process.send_signal(signal.SIGSTOP)
+                process.stdin.write(b"\n")
+                async with platform.lock("x", timeout=40) as held:
+                    assert held.token > token
+                    assert not await platform.locks.is_current("x", token)
+                    process.send_signal(signal.SIGCONT)
+                    assert await process.stdout.readline() == b"lost\n"
+                    assert await process.stdout.readline() == b"told\n"
+                    held.check()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
