@@ -14,8 +14,9 @@ from tests.waiting import until
 
 from phalanx.bus.connection import NatsBus
 from phalanx.coord.lock_body import Holder
+from phalanx.coord.lock_key import MOST_QUEUED
 from phalanx.coord.locks import Locks
-from phalanx.errors import BusError, BusTimeout, ConfigError, Fenced, LockLost
+from phalanx.errors import BusError, BusTimeout, ConfigError, Fenced, LockLost, LockTimeout, SessionLost
 from phalanx.ports import Connection, Fence, Record
 from phalanx.testing.nats import NatsServer
 from phalanx.types import SessionId
@@ -174,3 +175,36 @@ async def test_holder_whose_write_the_server_lost_learns_it_when_it_is_back(nats
         bus.other = None
         await held.release()
         await locks.close()
+
+
+async def test_those_who_come_after_the_queue_are_told_of_all_that_ends(nats_server: NatsServer) -> None:
+    """More tasks wait than stand in the queue: the later ones time out, are refused, fenced and told of the
+    session's end as the first ones are, and what is given up leaves its place to them."""
+    async with node("a", nats_server.url()) as a, node("b", nats_server.url()) as b:
+        epoch = await a.bus.write(LEADER, b"{}")
+        held = await a.locks.acquire("x", timeout=10)
+        under = b.locks.under(Fence(LEADER, epoch), epoch)
+        fenced = [asyncio.create_task(under.acquire("x", timeout=60)) for _ in range(MOST_QUEUED)]
+        later = [asyncio.create_task(under.acquire("x", timeout=60)) for _ in range(3)]
+        plain = [asyncio.create_task(b.locks.acquire("x", timeout=60)) for _ in range(2 * MOST_QUEUED)]
+        await asyncio.sleep(0)
+        with pytest.raises(LockTimeout):
+            await b.locks.acquire("x", timeout=0.1)
+        with pytest.raises(LockTimeout):
+            await b.locks.acquire("x", timeout=0)
+        await a.bus.write(LEADER, b"{}")
+        ended = await asyncio.wait_for(asyncio.gather(*fenced, *later, return_exceptions=True), 30)
+        assert {type(each) for each in ended} == {Fenced}
+        plain[0].cancel()
+        await asyncio.gather(plain.pop(0), return_exceptions=True)
+        await held.release()
+        first = await asyncio.wait_for(plain.pop(0), 30)
+        await first.release()
+        second = await asyncio.wait_for(plain.pop(0), 30)
+        assert not any(each.done() for each in plain)
+        b.session.lose("the keeper is gone")
+        ended = await asyncio.wait_for(asyncio.gather(*plain, return_exceptions=True), 30)
+        assert {type(each) for each in ended} == {SessionLost}
+        assert second.lost.is_set()
+        await second.release()
+        assert b.session.listeners == 0

@@ -7,6 +7,7 @@ brings the key in line with them by compare-and-set, all at once: many tasks cos
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import random
 from collections.abc import Callable
@@ -66,6 +67,10 @@ class LockKey(KeyView):
         super().__init__(parts, kind, name)
         self.permits, self._on_unused = permits, on_unused
         self.claims: dict[str, Claim] = {}
+        """Those that are looked at: all that hold, and as many that wait as may stand in the queue."""
+        self._later: dict[str, Claim] = {}
+        """Those that come after them. Nothing is done for each of them until it is its turn."""
+        self._looked_at_leader = 0
         self.problem: BusError | None = None
         """Why the latest attempt to write came to nothing, where NATS did not answer."""
         self._used_at = system.now()
@@ -83,8 +88,12 @@ class LockKey(KeyView):
 
     async def add(self, claim: Claim) -> None:
         """Make *claim* one of this node's, and do what can be done at once."""
-        self.claims[claim.entry.nonce] = claim
         self._listen()
+        if not claim.only_now and (self._later or self._waiting >= MOST_QUEUED):
+            self._later[claim.entry.nonce] = claim
+            self.look()
+            return
+        self.claims[claim.entry.nonce] = claim
         if self._busy:
             return
         await self._advance(claim)
@@ -114,6 +123,8 @@ class LockKey(KeyView):
     def drop(self, claim: Claim, *, kick: bool = True) -> None:
         """The same without waiting."""
         self.claims.pop(claim.entry.nonce, None)
+        self._later.pop(claim.entry.nonce, None)
+        self._move_up()
         self._used_at = system.now()
         if not self.claims:
             self._unlisten()
@@ -129,11 +140,27 @@ class LockKey(KeyView):
         over = (
             "" if session.is_valid else f"session {session.id} is over: {session.lost_reason or 'it ran out'}"
         )
+        if over or self.leader_revision != self._looked_at_leader:
+            self._looked_at_leader = self.leader_revision
+            for claim in [each for each in self._later.values() if each.waits]:
+                self._look_at_waiting(claim, over, under)
         for claim in list(self.claims.values()):
             if claim.waits:
                 self._look_at_waiting(claim, over, under)
             elif claim.is_held:
                 self._look_at_held(claim, over)
+        self._move_up()
+
+    @property
+    def _waiting(self) -> int:
+        return sum(claim.waits for claim in self.claims.values())
+
+    def _move_up(self) -> None:
+        """Let those who come later take the places of those who wait no more."""
+        if not self._later:
+            return
+        for nonce in list(itertools.islice(self._later, max(0, MOST_QUEUED - self._waiting))):
+            self.claims[nonce] = self._later.pop(nonce)
 
     def _look_at_waiting(self, claim: Claim, over: str, under: Fence | None) -> None:
         session = self._parts.session
@@ -335,7 +362,7 @@ class LockKey(KeyView):
         log.error("%s %s: %s", self.kind, self.name, error)
         self.problem = error
         self._arm("retry", REFUSED_KEPT_SECONDS, self.kick)
-        for claim in list(self.claims.values()):
+        for claim in [*self.claims.values(), *self._later.values()]:
             if claim.waits:
                 claim.fail(error)
 
@@ -420,7 +447,7 @@ class LockKey(KeyView):
         self._closed = True
         self.look()
         session = self._parts.session
-        for claim in self.claims.values():
+        for claim in [*self.claims.values(), *self._later.values()]:
             if claim.waits:
                 claim.fail(SessionLost(str(session.id), "its node ends it"))
             elif claim.is_held:
