@@ -30,6 +30,7 @@ from phalanx.messaging.event_serving import EventServer
 from phalanx.messaging.events import Events
 from phalanx.messaging.serving import CallServer
 from phalanx.observe.health import HealthMonitor
+from phalanx.observe.metrics import EventCounts
 from phalanx.ports import Backend, SectionAddresses, SectionCalls
 from phalanx.program import RestartPolicy
 from phalanx.types import Health, Pause, Role, Standing, Succession
@@ -98,6 +99,10 @@ class SectionApp(DeclaredApp, Generic[TermT]):
         if self._kv is None:
             raise StartError(f"app {self.name!r} has no KV yet", "use it while the platform runs")
         return self._kv
+
+    def event_counts(self) -> list[EventCounts]:
+        """What became of its events on this node."""
+        return self._events.counts() if self._events is not None else []
 
     @property
     def events(self) -> Events:

@@ -78,10 +78,11 @@ class EventConsumer:
         handler = self._handler
         self._order = EventOrder()
         self._ready = asyncio.Semaphore(0)
-        self._arrived, self._gap = asyncio.Event(), asyncio.Event()
+        self._arrived, self._gap, self._looked = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._recovering = self._ordered
         self._ending = False
-        self._number = 0
+        self._number, self._unbroken_from = 0, 1
+        """The number of the last delivery, and from which one on none is missing."""
         self._extra_room = 0
         self._context: Any = None
         self._timers: set[asyncio.TimerHandle] = set()
@@ -109,7 +110,7 @@ class EventConsumer:
         await self._puller.open()
         self._stop_listening = self._bus.on_connection(self._on_connection)
         name = f"events {self._handler.app}/{self._handler.durable}"
-        self._spawn(self._puller.run(), f"{name} pull")
+        self._spawn(self._pull(), f"{name} pull")
         self._spawn(self._look(), f"{name} look")
         self._spawn(self._keep(), f"{name} keep")
         if self._ordered:
@@ -158,15 +159,22 @@ class EventConsumer:
 
     # --- what comes
 
+    async def _pull(self) -> None:
+        # A first delivery would hide that what was before it has been dropped.
+        await self._looked.wait()
+        await self._puller.run()
+
     def _room(self) -> int:
         return self._handler.in_flight + self._extra_room - len(self._order.items)
 
     def _on_delivery(self, delivery: Delivery) -> None:
         if self._ordered:
-            if self._number and delivery.number > self._number + 1 and not self._recovering:
-                log.info("%s: an event was lost on its way; it is asked for again", self._durable.name)
-                self._recovering = True
-                self._gap.set()
+            if delivery.number > self._number + 1:
+                self._unbroken_from = delivery.number
+                if not self._recovering:
+                    log.info("%s: an event was lost on its way; it is asked for again", self._durable.name)
+                    self._recovering = True
+                    self._gap.set()
             self._number = max(self._number, delivery.number)
         self._handler.lag = delivery.pending
         before = len(self._order.ready)
@@ -212,7 +220,7 @@ class EventConsumer:
             info = await self._puller.info()
             self._note(info)
             here = self._order.count_up_to(info.delivered)
-            if here >= info.unacknowledged:
+            if here >= info.unacknowledged and self._unbroken_from <= info.number + 1:
                 self._number = max(self._number, info.number)
                 return
             self._extra_room = info.unacknowledged
@@ -241,7 +249,11 @@ class EventConsumer:
                 position = await self._check_dropped(info, position)
             except BusError as error:
                 await self._on_trouble(error)
+                if not self._looked.is_set():
+                    await asyncio.sleep(RECOVER_SECONDS[1])
+                    continue
             else:
+                self._looked.set()
                 self._note(info)
                 if self._ordered and not self._recovering and info.number > self._number:
                     await self._check_numbers()

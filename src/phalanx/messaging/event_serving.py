@@ -15,6 +15,7 @@ from phalanx.messaging.event_handlers import EventHandlers
 from phalanx.messaging.event_publishing import FencedPublisher, Publisher
 from phalanx.messaging.events import Events
 from phalanx.names import Names
+from phalanx.observe.metrics import EventCounts
 from phalanx.ports import Bus, Fence, SectionCalls
 
 log = logging.getLogger("phalanx.events")
@@ -47,7 +48,11 @@ class EventServer:
         self._consumers = [EventConsumer(handler, bus, names, report) for handler in handlers]
         self._shared = [c for c, handler in zip(self._consumers, handlers, strict=True) if handler.anywhere]
         self._in_section = [c for c in self._consumers if c not in self._shared]
-        self.public = Events.over(lambda: bus, names, app)
+        self._unfenced = Publisher(lambda: bus, names, app)
+        self.public = Events(lambda: bus, names, app, lambda: self._unfenced)
+        self._fenced: list[FencedPublisher] = []
+        self._fenced_before = 0
+        """Events that sections of this node have published which are over."""
 
     # --- with the node
 
@@ -64,11 +69,25 @@ class EventServer:
         self.handlers.is_served = False
         await _end_all(self._shared, graceful=True)
 
+    def counts(self) -> list[EventCounts]:
+        """What became of events on this node."""
+        found = [
+            EventCounts(self._app, each.durable, 0, each.handled, each.failed, each.dead, each.lag)
+            for each in self.handlers
+        ]
+        if self.has_own:
+            found.append(EventCounts(self._app, published=self._unfenced.published + self._fenced_count))
+        return found
+
     # --- with the section
 
     async def seal(self, epoch: int) -> None:
         """From now on no leader of an earlier epoch can publish its events. Raises Fenced, BusError."""
         self._sealed = await self._fence.seal(epoch)
+
+    @property
+    def _fenced_count(self) -> int:
+        return self._fenced_before + sum(each.published for each in self._fenced)
 
     def active(self, epoch: int) -> Events:
         """What the section of *epoch* publishes with."""
@@ -82,6 +101,8 @@ class EventServer:
                 publisher = FencedPublisher(
                     self._bus, self._names, self._app, self._fence, self._sealed, epoch
                 )
+                self._fenced_before = self._fenced_count
+                self._fenced = [publisher]
             return publisher
 
         return Events(lambda: self._bus, self._names, self._app, fenced)

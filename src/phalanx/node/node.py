@@ -17,7 +17,7 @@ from pathlib import Path
 from phalanx import system
 from phalanx.aio import Background
 from phalanx.alarm import Alarm
-from phalanx.app import App, NodeApp
+from phalanx.app import App, NodeApp, PoolApp
 from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.config import EmbeddedNats, NatsOptions, PlatformConfig
@@ -194,6 +194,8 @@ class Node:
         self._metrics.read_renewals(lambda: self._sessions.renewals if self._sessions is not None else 0)
         for app in self.apps:
             self._metrics.declare_app(app)
+        with_events = [app for app in self.apps.values() if isinstance(app, App | PoolApp)]
+        self._metrics.read_events(lambda: [each for app in with_events for each in app.event_counts()])
         options = await self._find_nats(stack)
         self.bus = await NatsBus.connect(
             options, name=f"phalanx {self.names.platform}/{self.node}", ping_interval=self._ping_interval
@@ -277,7 +279,9 @@ class Node:
         founding = Founding(self.bus, self.names, self.node, self.data_dir, self.journal)
         histories = {name: app.config.kv_history for name, app in self.apps.items()}
         databases = [name for name, app in self.apps.items() if app.config.database is not None]
-        declared = [(name, app.events_config) for name, app in self.apps.items() if isinstance(app, App)]
+        declared = [
+            (name, app.events_config) for name, app in self.apps.items() if isinstance(app, App | PoolApp)
+        ]
         kept = {name: events for name, events in declared if events is not None}
         await patiently(
             lambda: founding.run(self._replicas, histories, databases, kept), "set up the platform in NATS"

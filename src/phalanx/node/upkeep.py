@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from typing import NoReturn
 
 from phalanx import system
-from phalanx.app import NodeApp
+from phalanx.app import App, NodeApp, PoolApp
 from phalanx.bus import provision
 from phalanx.bus.connection import NatsBus
 from phalanx.coord.register import Register
@@ -69,6 +69,9 @@ class StreamCheck:
         names = self._names
         buckets = [names.platform_bucket, *(names.app_bucket(app.name) for app in self._apps)]
         needed = {names.bucket_stream(bucket): f"the bucket {bucket!r}" for bucket in buckets}
+        for name in (app.name for app in self._apps if isinstance(app, App | PoolApp) and app.events_config):
+            stream = names.events_stream(name)
+            needed[stream] = f"the stream {stream!r}, the events of app {name!r},"
         for name in (app.name for app in self._apps if app.database is not None):
             log_stream, objects = names.wal_stream(name), names.object_stream(names.snapshots_bucket(name))
             needed[log_stream] = f"the stream {log_stream!r}, the log of the database of app {name!r},"

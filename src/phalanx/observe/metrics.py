@@ -16,6 +16,8 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 
+import msgspec
+
 from phalanx.types import AppStatus, DatabaseState, Health, NodeStatus, Role
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -27,6 +29,31 @@ BUCKETS_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0,
 _BOUNDS = (*(str(bound) for bound in BUCKETS_SECONDS), "+Inf")
 
 
+class EventCounts(msgspec.Struct, frozen=True):
+    """What one durable consumer of *app* has done on this node; without ``durable``: what was published."""
+
+    app: str
+    durable: str = ""
+    published: int = 0
+    handled: int = 0
+    failed: int = 0
+    dead: int = 0
+    pending: int = 0
+
+
+_EVENT_COUNTS: tuple[tuple[str, str, str, Callable[[EventCounts], int]], ...] = (
+    ("phalanx_events_handled_total", "counter", "Events that were handled here.", lambda each: each.handled),
+    ("phalanx_events_failed_total", "counter", "Tries that failed here.", lambda each: each.failed),
+    ("phalanx_events_dead_total", "counter", "Events that became dead letters here.", lambda each: each.dead),
+    (
+        "phalanx_events_pending",
+        "gauge",
+        "Events that the consumer has not seen yet, as this node was told last.",
+        lambda each: each.pending,
+    ),
+)
+
+
 class Metrics:
     """The metrics of one node. Only for the thread of the event loop."""
 
@@ -35,6 +62,7 @@ class Metrics:
         self._version = version
         self._renewals: Callable[[], int] = int
         self._undelivered: Callable[[], int] = int
+        self._events: Callable[[], Iterable[EventCounts]] = tuple
         self._ignored: Callable[[], int] = int
         self._disconnections = 0
         self._loop_lag = 0.0
@@ -101,11 +129,16 @@ class Metrics:
         """At each scrape *total* is asked how many datagrams to ``direct`` were ignored so far."""
         self._ignored = total
 
+    def read_events(self, counts: Callable[[], Iterable[EventCounts]]) -> None:
+        """At each scrape *counts* is asked what became of events on this node."""
+        self._events = counts
+
     # --- what is shown
 
     def render(self, status: NodeStatus) -> bytes:
         """All metrics, of type :data:`CONTENT_TYPE`, with the gauges taken from *status*."""
-        return "\n".join([*self._of_node(status), *self._of_apps(status), *self._durations(), ""]).encode()
+        parts = (self._of_node(status), self._of_apps(status), self._of_events(), self._durations())
+        return "\n".join([*(line for part in parts for line in part), ""]).encode()
 
     def _of_node(self, status: NodeStatus) -> Iterator[str]:
         version = _labels(version=self._version)
@@ -161,6 +194,15 @@ class Metrics:
         yield from self._simple("phalanx_failovers_total", "counter", about, self._failovers.items())
         about = "Restarts of the app's program in place on this node."
         yield from self._simple("phalanx_backend_restarts_total", "counter", about, self._restarts.items())
+
+    def _of_events(self) -> Iterator[str]:
+        counts = list(self._events())
+        handlers = [(_labels(app=each.app, durable=each.durable), each) for each in counts if each.durable]
+        about = "Events that this node has published for the app."
+        published = [(_labels(app=each.app), each.published) for each in counts if not each.durable]
+        yield from self._simple("phalanx_events_published_total", "counter", about, published)
+        for name, kind, about, value in _EVENT_COUNTS:
+            yield from self._simple(name, kind, about, [(label, value(each)) for label, each in handlers])
 
     def _durations(self) -> Iterator[str]:
         name = "phalanx_step_seconds"
