@@ -120,3 +120,16 @@ async def test_answer_to_a_ping_that_nobody_waits_for_any_more_ends_nothing() ->
             async with asyncio.timeout(5):
                 await heard.wait()
             assert events == []
+
+
+async def test_stored_message_with_a_header_status_is_read_as_any_other(nats_server: NatsServer) -> None:
+    """An application may name a header of its events so: it is no status of the server's."""
+    async with connected(nats_server) as bus:
+        await bus.api(
+            "STREAM.CREATE.STATUS", {"name": "STATUS", "subjects": ["status.*"], "allow_direct": True}
+        )
+        for number, status in enumerate(("204", "503", "shipped", "")):
+            await bus.write(f"status.{number}", b"x", headers={"Status": status} if status else None)
+        read = await bus.read_log("STATUS", "status.*", timeout=10)
+        assert [record.revision for record in read] == [1, 2, 3, 4]
+        assert [record.headers.get("Status") for record in read] == ["204", "503", "shipped", None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from nats.aio.client import Client
 from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError, ProtocolError
 from nats.protocol.parser import Parser
 
-from phalanx.bus.protocol import MessageParser, read_headers, write_headers, write_message
+from phalanx.bus.protocol import TURN_SECONDS, MessageParser, read_headers, write_headers, write_message
 from phalanx.ports import Message
 
 STREAM = (
@@ -103,6 +105,24 @@ async def test_subject_that_is_not_utf_8_does_not_end_the_connection() -> None:
     await parser.parse(b"MSG \xff 1 0\r\n\r\nMSG \xff 2 0\r\n\r\nMSG a 1 0\r\n\r\nMSG b 2 0\r\n\r\n")
     assert [message.subject for message in taken] == ["a"]
     assert [each[1] for each in client.seen] == [b"b"]
+
+
+async def test_flood_of_messages_leaves_others_their_turns() -> None:
+    """What is read without end, each message taken at once: signs of life are still sent."""
+    parser, turns = MessageParser(_Client()), 0
+    parser.direct[1] = lambda _: time.sleep(TURN_SECONDS / 2)
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    other = asyncio.create_task(others())
+    for _ in range(10):
+        await parser.parse(b"MSG a 1 0\r\n\r\n" * 3)
+    other.cancel()
+    assert turns >= 9
 
 
 async def test_what_had_come_of_a_message_is_forgotten_at_a_reset() -> None:

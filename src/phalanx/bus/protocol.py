@@ -8,8 +8,10 @@ ADR-4 for headers).
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
+import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -20,6 +22,9 @@ from nats.protocol.parser import Parser
 from phalanx.ports import Message
 
 log = logging.getLogger("phalanx.nats")
+
+TURN_SECONDS = 0.01
+"""After so long with what was read at once others have a turn: more may have come meanwhile, without end."""
 
 _CRLF = b"\r\n"
 _VERSION = "NATS/1.0"
@@ -146,6 +151,7 @@ class MessageParser(Parser):
             data = bytes(self._begun)
             self._begun.clear()
         self._wanted = 0
+        began = time.monotonic()
         resets, start, end = self._resets, 0, len(data)
         while start < end:
             line_end = data.find(_CRLF, start)
@@ -192,6 +198,8 @@ class MessageParser(Parser):
             start = after
         if start < end:
             self._begun += data[start:]
+        if time.monotonic() - began > TURN_SECONDS:
+            await asyncio.sleep(0)
 
     def _take(self, direct: Direct, subject: bytes, reply: bytes, data: bytes, block: bytes) -> None:
         try:

@@ -429,7 +429,10 @@ class Caller:
             if ring is None:
                 ring = RingView(self._bus, self._names, app, view)
                 await ring.start()
-                self._rings[app] = ring
+                if self._closed.is_set():
+                    await ring.close()
+                else:
+                    self._rings[app] = ring
         return ring
 
     async def _pause(self, call: _Call) -> None:
