@@ -221,3 +221,38 @@ def test_step_of_a_large_ring_costs_what_changes() -> None:
     ring.own.on_written(77, 1, take=True)
     assert ring.step() == [Begin(77, 1)]
     assert ring.own.held == [77]
+
+
+def test_g6_session_of_an_earlier_life_goes_on_with_no_epoch_that_it_had() -> None:
+    """Taken up in a pause: what ran under those epochs has ended with that process."""
+    own = Ownership(ME, 1, lambda session: False, taken_up=True)
+    own.on_plan(("me",))
+    own.on_record(0, 4, ME)
+    assert own.step(valid=True, may_begin=True) == [Write(0, 4, True)]
+    own.on_record(0, 9, ME)  # the watch is faster than the answer
+    own.on_written(0, 9, take=True)
+    assert own.step(valid=True, may_begin=True) == [Begin(0, 9)]
+
+
+def test_g6_the_same_is_so_of_what_is_read_after_a_lost_answer() -> None:
+    """It may be this life's own write or an earlier one's: it is taken anew."""
+    own = Ownership(ME, 1, lambda session: False, taken_up=True)
+    own.on_plan(("me",))
+    assert own.step(valid=True, may_begin=True) == [Write(0, 0, True)]
+    own.on_not_written(0)
+    assert own.step(valid=True, may_begin=True) == [Read(0)]
+    own.on_read(0, 5, ME)
+    assert own.step(valid=True, may_begin=True) == [Write(0, 5, True)]
+
+
+def test_node_that_does_not_leave_after_all_takes_again() -> None:
+    """It was to end because of another app, which has ended in the meantime."""
+    ring = Ring.owning()
+    ring.own.leave()
+    assert ring.step() == [End(0, 4, "the node is stopping", False)]
+    ring.own.on_ended(0)
+    assert ring.step() == [Write(0, 4, False)]
+    ring.own.on_written(0, 6, take=False)
+    assert ring.step() == []
+    ring.own.leave(False)
+    assert ring.step() == [Write(0, 6, True)]
