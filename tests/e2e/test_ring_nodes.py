@@ -45,6 +45,13 @@ def ring(url: str, tmp_path: Path, count: int, *, ttl: float = 2.0, **settings: 
     history.close()
 
 
+@pytest.fixture
+def nats_server_of_own() -> Iterator[NatsServer]:
+    """One that the test may kill."""
+    with NatsServer() as server:
+        yield server
+
+
 async def test_g6_killed_node_loses_its_partitions_at_once_and_a_returning_one_gets_its_share(
     nats_server: NatsServer, tmp_path: Path
 ) -> None:
@@ -84,6 +91,26 @@ async def test_g6_frozen_host_cannot_go_on_after_its_session(nats_server: NatsSe
         await until(lambda: not made.nodes["n1"].is_running)
         after = [e.kind for e in made.history.events(since=thawed_at) if e.node == "n1"]
         assert after == []
+        assert made.violations() == []
+
+
+async def test_g9_nats_is_away_longer_than_the_session_and_all_is_owned_again_under_new_epochs(
+    nats_server_of_own: NatsServer, tmp_path: Path
+) -> None:
+    """Cut off, every node ends what it owns in time; with NATS back all is owned under new sessions."""
+    server = nats_server_of_own
+    with ring(server.url(), tmp_path, 2) as made:
+        await until(lambda: made.counts() == {"n1": 16, "n2": 16})
+        cut_at = system.now()
+        server.kill()
+        await until(lambda: len(made.history.events("release", since=cut_at)) == 32)
+        server.start()
+        back_at = system.now()
+
+        def owned() -> set[int]:
+            return {event.data["partition"] for event in made.history.events("owned", since=back_at)}
+
+        await until(lambda: len(owned()) == 32)
         assert made.violations() == []
 
 

@@ -27,6 +27,8 @@ class MicroService:
         self._app, self._node, self._handlers = app, node, handlers
         self._bus, self._names = bus, names
         self.id = secrets.token_hex(11)
+        self.is_ring = False
+        """Whether the owner of a partition answers them."""
         self.is_pool = False
         """Whether any instance answers all of its methods."""
         self._started = datetime.fromtimestamp(system.wall(), UTC).isoformat().replace("+00:00", "Z")
@@ -97,6 +99,8 @@ class MicroService:
         names = self._names
         if handler.anywhere or self.is_pool:
             subject, queue = names.call_any_subject(self._app, handler.name), names.call_queue(self._app)
+        elif self.is_ring:
+            subject, queue = names.call_partition_subject(self._app, "*", handler.name), ""
         else:
             subject, queue = names.call_leader_subject(self._app, handler.name), ""
         if handler.is_stream:

@@ -20,6 +20,7 @@ class RingCallServer(CallServer):
     ) -> None:
         super().__init__(app, node, handlers, bus, names, kv)
         self._leading = wire.Leading("", 0, handlers.idempotent, "ring", partitions)
+        self._micro.is_ring = True
 
     async def open(self) -> None:
         """See :meth:`CallServer.open`."""
