@@ -225,8 +225,11 @@ async def test_streams_count_as_calls_that_run(nats_server: NatsServer, tmp_path
         await third.aclose()
 
 
-async def test_hand_over_ends_streams_at_once(nats_server: NatsServer, tmp_path: Path) -> None:
+async def test_hand_over_ends_streams_at_once(
+    nats_server: NatsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The caller is told, the generator is closed before the next leader is active, which answers then."""
+    monkeypatch.setattr("phalanx.messaging.serving.DRAIN_SECONDS", 600.0)  # that it does not wait for
     async with two(nats_server, tmp_path) as (clocks, api), asyncio.timeout(60):
         items = api.stream("wait", timeout=30)
         assert await anext(items) == "n1"

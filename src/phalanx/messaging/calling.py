@@ -9,15 +9,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import random
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any as Value
-from typing import Protocol
 
 from phalanx import system
 from phalanx.aio import wait_at_most
-from phalanx.decide.backoff import Backoff
 from phalanx.decide.partition import partition_of
 from phalanx.errors import (
     BusError,
@@ -44,66 +41,18 @@ from phalanx.messaging.ring_view import RingView
 from phalanx.messaging.routes import Any, Default, Key, Leader, Node, Route
 from phalanx.messaging.serving import HEADER_ROOM_BYTES
 from phalanx.messaging.stream_in import IncomingStream
+from phalanx.messaging.tries import OutgoingTries
 from phalanx.names import Names
 from phalanx.observe.tracing import call_span, inject, tracer
 from phalanx.ports import Bus, Message
 
 log = logging.getLogger("phalanx.calls")
 
-RETRY = Backoff(first=0.01, longest=0.5)
-"""Delays between tries at whoever is busy or not there; each is varied by half."""
-
 OWNER_SECONDS = 0.1
 """The longest delay between tries at the owner of a partition, while it changes hands."""
 
 KNOWN_APP_SECONDS = 0.5
 """How long the look may take whether the platform has such an app."""
-
-
-class Ask(Protocol):
-    """What :meth:`phalanx.ports.Bus.request` does, in whatever way."""
-
-    def __call__(
-        self, subject: str, data: bytes, *, headers: Mapping[str, str], timeout: float
-    ) -> Awaitable[Message]: ...
-
-
-class _Call:
-    """One call, over all its tries."""
-
-    __slots__ = (
-        "app", "ask", "busy", "content_type", "data", "deadline", "followed", "headers", "id", "idempotent",
-        "may_have_begun", "method", "tries", "why",
-    )  # fmt: skip
-
-    def __init__(
-        self, app: str, method: str, data: bytes, content_type: str, deadline: float, idempotent: bool | None
-    ) -> None:
-        self.app, self.method, self.data, self.content_type = app, method, data, content_type
-        self.deadline, self.idempotent = deadline, idempotent
-        self.headers: dict[str, str] = {}
-        self.ask: Ask | None = None
-        """Makes the request; None: the bus does."""
-        self.followed: Followed | None = None
-        """Where it is heard that the last try will not be answered."""
-        self.id = ""
-        self.tries = 0
-        self.may_have_begun = False
-        """Whether an earlier try may have been carried out."""
-        self.why = ""
-        """Why the last try came to nothing."""
-        self.busy: CallError | None = None
-        """What the last one was answered, if that was "busy"."""
-
-    def delay(self) -> float:
-        """Before the next try."""
-        self.tries += 1
-        return RETRY.delay(self.tries) * random.uniform(0.5, 1.5)
-
-    def failed(self, kind: type[CallError], code: str, message: str) -> CallError:
-        """The error for the caller."""
-        why = f"{message}{f': {self.why}' if self.why else ''}"
-        return kind(code, why, app=self.app, method=self.method, started=self.may_have_begun)
 
 
 class Caller:
@@ -248,7 +197,7 @@ class Caller:
             for node in sorted({*expected, *answers})
         }
 
-    def _one_of_many(self, call: _Call, answer: Message, returns: Value) -> Value | CallError:
+    def _one_of_many(self, call: OutgoingTries, answer: Message, returns: Value) -> Value | CallError:
         problem = wire.problem_of(answer.data, answer.headers)
         if problem is not None:
             return wire.error_of(problem, call.app, call.method, wire.answered_by(answer.headers)[0])
@@ -266,9 +215,9 @@ class Caller:
         idempotent: bool | None,
         content_type: str,
         headers: Mapping[str, str] | None,
-    ) -> _Call:
+    ) -> OutgoingTries:
         deadline = min(system.now() + timeout, callers_deadline())
-        call = _Call(app, method, b"", content_type, deadline, idempotent)
+        call = OutgoingTries(app, method, b"", content_type, deadline, idempotent)
         call.data = self._encoded(call, request)
         call.id = f"{self._prefix}-{next(self._numbers)}"
         call.headers = dict(headers) if headers else {}
@@ -276,14 +225,14 @@ class Caller:
             call.headers[wire.CONTENT_TYPE] = content_type
         return call
 
-    async def _answer(self, call: _Call, view: LeaderView, to: Route) -> Message:
+    async def _answer(self, call: OutgoingTries, view: LeaderView, to: Route) -> Message:
         if to is Leader or to is Default:
             return await self._to_leader(call, view, to)
         if isinstance(to, Key):
             return await self._to_key(call, view, to)
         return await self._to(call, view, to)
 
-    def _encoded(self, call: _Call, request: object) -> bytes:
+    def _encoded(self, call: OutgoingTries, request: object) -> bytes:
         try:
             data = encode(request, call.content_type)
         except ContentError as error:
@@ -296,7 +245,7 @@ class Caller:
             raise call.failed(TooLarge, "too-large", problem)
         return data
 
-    def _decoded(self, call: _Call, answer: Message, returns: Value) -> Value:
+    def _decoded(self, call: OutgoingTries, answer: Message, returns: Value) -> Value:
         content_type = wire.content_type_of(answer.headers)
         path = "$"
         if content_type is None:
@@ -311,7 +260,7 @@ class Caller:
             "wrong-type", problem, app=call.app, method=call.method, node=node, path=path, started=True
         )
 
-    def _cancel(self, call: _Call) -> None:
+    def _cancel(self, call: OutgoingTries) -> None:
         """Nobody waits for it any more: whoever runs it may end it."""
         try:
             self._bus().send(self._names.call_cancel_subject(call.app), call.id.encode())
@@ -332,7 +281,7 @@ class Caller:
                     self._views[app] = view
         return view
 
-    def _check_open(self, call: _Call, view: Followed) -> None:
+    def _check_open(self, call: OutgoingTries, view: Followed) -> None:
         """Raises what a call ends with that may not go on: its caller was closed, or there is no such app."""
         if self._closed.is_set():
             if call.may_have_begun:
@@ -341,11 +290,11 @@ class Caller:
         if view.is_closed:
             raise self._unknown(call)
 
-    def _unknown(self, call: _Call) -> CallError:
+    def _unknown(self, call: OutgoingTries) -> CallError:
         problem = f"platform {self._names.platform} has no app {call.app}; phalanx status lists them"
         return call.failed(UnknownApp, "unknown-app", problem)
 
-    async def _check_known(self, call: _Call, view: LeaderView) -> None:
+    async def _check_known(self, call: OutgoingTries, view: LeaderView) -> None:
         """Nobody of the app is there: raises UnknownApp if there never was, as far as we may know that.
 
         Then *view* is dropped: names of no app, from whomever, must not add up.
@@ -371,7 +320,7 @@ class Caller:
 
     # --- routes
 
-    async def _to_leader(self, call: _Call, view: LeaderView, to: Route) -> Message:
+    async def _to_leader(self, call: OutgoingTries, view: LeaderView, to: Route) -> Message:
         if not view.answered and not await view.ask(call.deadline):
             await self._check_known(call, view)
         while True:
@@ -399,7 +348,7 @@ class Caller:
             if view.node == node and view.epoch == epoch:
                 await view.wait(call.deadline, call.delay())
 
-    async def _to_key(self, call: _Call, view: LeaderView, to: Key) -> Message:
+    async def _to_key(self, call: OutgoingTries, view: LeaderView, to: Key) -> Message:
         """To the owner of the key's partition: waits while that changes hands."""
         while not view.partitions:
             self._check_open(call, view)
@@ -435,11 +384,11 @@ class Caller:
                     self._rings[app] = ring
         return ring
 
-    async def _pause(self, call: _Call) -> None:
+    async def _pause(self, call: OutgoingTries) -> None:
         """Before the next try of a call to an owner, who may be a moment away."""
         await wait_at_most(self._closed, min(call.delay(), OWNER_SECONDS, call.deadline - system.now()))
 
-    async def _to(self, call: _Call, view: LeaderView, to: Route) -> Message:
+    async def _to(self, call: OutgoingTries, view: LeaderView, to: Route) -> Message:
         names = self._names
         subject = names.call_any_subject(call.app, call.method)
         if isinstance(to, Node):
@@ -459,7 +408,7 @@ class Caller:
                 await self._check_known(call, view)
             await wait_at_most(self._closed, min(call.delay(), call.deadline - system.now()))
 
-    def _too_late(self, call: _Call, kind: type[CallError], code: str, message: str) -> CallError:
+    def _too_late(self, call: OutgoingTries, kind: type[CallError], code: str, message: str) -> CallError:
         if call.busy is not None and not call.may_have_begun:
             return call.busy
         if call.may_have_begun:
@@ -469,7 +418,7 @@ class Caller:
     # --- one try
 
     async def _try(
-        self, call: _Call, view: Followed, subject: str, left: float, epoch: int | None
+        self, call: OutgoingTries, view: Followed, subject: str, left: float, epoch: int | None
     ) -> Message | None:
         """One request: its answer, or None if another one may be made. Raises CallError."""
         call.headers[wire.CALL] = wire.call_header(call.id, left, epoch, self._name)
@@ -503,7 +452,9 @@ class Caller:
             under_way.close()
         return self._judge(call, view, answer, epoch)
 
-    def _judge(self, call: _Call, view: Followed, answer: Message, epoch: int | None) -> Message | None:
+    def _judge(
+        self, call: OutgoingTries, view: Followed, answer: Message, epoch: int | None
+    ) -> Message | None:
         headers = answer.headers
         problem = wire.problem_of(answer.data, headers) if headers else None
         if problem is None or problem.started:
@@ -525,11 +476,11 @@ class Caller:
             return None
         raise error
 
-    def _interrupted(self, call: _Call, view: Followed, why: str) -> None:
+    def _interrupted(self, call: OutgoingTries, view: Followed, why: str) -> None:
         """A try that may have been carried out was broken off. Returns if it may be made again."""
         call.why, call.may_have_begun = why, True
         if not self._may_repeat(call, view):
             raise call.failed(OutcomeUnknown, "interrupted", "it may have been carried out or not")
 
-    def _may_repeat(self, call: _Call, view: Followed) -> bool:
+    def _may_repeat(self, call: OutgoingTries, view: Followed) -> bool:
         return call.idempotent if call.idempotent is not None else call.method in view.idempotent

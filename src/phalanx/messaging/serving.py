@@ -25,6 +25,7 @@ from phalanx.messaging import call_wire as wire
 from phalanx.messaging.content import ContentError, encode
 from phalanx.messaging.context import CURRENT, CallContext
 from phalanx.messaging.handlers import Handler, Handlers
+from phalanx.messaging.incoming import IncomingCall, Together
 from phalanx.messaging.micro import MicroService
 from phalanx.messaging.middleware import traced
 from phalanx.messaging.stream_out import OutgoingStream
@@ -50,73 +51,6 @@ _NEVER_AGAIN = 1 << 63
 """No reign has so high an epoch."""
 
 
-class _Call(wire.CallHeader):
-    """One request, as far as it is known without its body. ``epoch``: for the leader of that reign or a later
-    one; None: for this very node, whatever it is."""
-
-    __slots__ = (
-        "_has_begun", "_is_cancelled", "content_type", "deadline", "expired", "message", "method",
-        "node_route", "section", "slot", "stream", "task", "window",
-    )  # fmt: skip
-
-    def __init__(self, message: Message, *, to_leader: bool, node_route: bool) -> None:
-        headers = message.headers
-        super().__init__(headers.get(wire.CALL, ""))
-        self.message, self.method = message, Names.last_token(message.subject)
-        self.content_type = wire.content_type_of(headers)
-        self.deadline = system.now() + self.timeout_seconds
-        if to_leader and self.epoch is None:
-            self.epoch = 0
-        self.node_route = node_route
-        self.expired = False
-        """Whether it was cancelled because its deadline is over."""
-        self.section = 0
-        """The epoch of the section that it runs in; 0: in none."""
-        said = headers.get(wire.STREAM, "")
-        self.window = int(said[:9]) if said.isdecimal() else 0
-        """How many items the caller takes at first; 0: it wants one answer."""
-        self.stream: OutgoingStream | None = None
-        self.slot = 0
-        self.task: asyncio.Task[None] | None = None
-        self._has_begun = self._is_cancelled = False
-
-    def begin(self) -> None:
-        """Its task runs. Raises CancelledError if it was cancelled before."""
-        self._has_begun = True
-        if self._is_cancelled:
-            raise asyncio.CancelledError
-
-    def cancel(self) -> None:
-        """End it. A task that is cancelled before its first step would do nothing at all, and not answer."""
-        self._is_cancelled = True
-        if self._has_begun and self.task is not None:
-            self.task.cancel()
-
-    def check(self) -> None:
-        """Raises CancelledError if it is to end, whatever its handler makes of that."""
-        if self._is_cancelled:
-            raise asyncio.CancelledError
-
-    def expire(self) -> None:
-        """End it, as nobody waits for it any more."""
-        self.expired = True
-        self.cancel()
-
-
-class _Together:
-    """Several subscriptions that end as one."""
-
-    def __init__(self, each: list[Subscription]) -> None:
-        self._each = each
-
-    async def unsubscribe(self) -> None:
-        for each in self._each:
-            await each.unsubscribe()
-
-    async def drain(self, timeout: float) -> None:
-        await asyncio.gather(*(each.drain(timeout) for each in self._each))
-
-
 class CallServer:
     """What one app answers on this node. ``open`` and ``close`` with the node, ``begin`` and ``end`` with the
     active section."""
@@ -134,11 +68,11 @@ class CallServer:
         self._leading = wire.Leading(idempotent=handlers.idempotent)
         self.instances: Callable[[], tuple[str, ...]] = lambda: (node,)
         """The nodes that run the app, as this one knows them."""
-        self._held: deque[_Call] = deque()
-        self._running: dict[asyncio.Task[None], _Call] = {}
-        self._deadlines: Deadlines[_Call] = Deadlines(_Call.expire)
+        self._held: deque[IncomingCall] = deque()
+        self._running: dict[asyncio.Task[None], IncomingCall] = {}
+        self._deadlines: Deadlines[IncomingCall] = Deadlines(IncomingCall.expire)
         self._loop = asyncio.get_running_loop()
-        self._by_id: dict[str, _Call] = {}
+        self._by_id: dict[str, IncomingCall] = {}
         self._draining = 0
         self._micro = MicroService(app, node, handlers, bus, names)
 
@@ -172,7 +106,7 @@ class CallServer:
         """For calls with one answer, and for those with many."""
         both = (subject, self._names.many_subject(subject))
         subscribe = functools.partial(self._bus.subscribe, queue=queue, direct=True)
-        return _Together([await subscribe(each, on_message) for each in both])
+        return Together([await subscribe(each, on_message) for each in both])
 
     def _route_of_all(self) -> tuple[str, Callable[[Message], None]]:
         """What every instance answers, as one queue group."""
@@ -253,13 +187,13 @@ class CallServer:
     # --- what comes
 
     def _on_leader_call(self, message: Message) -> None:
-        self._consider(_Call(message, to_leader=True, node_route=False))
+        self._consider(IncomingCall(message, to_leader=True, node_route=False))
 
     def _on_node(self, message: Message) -> None:
-        self._consider(_Call(message, to_leader=False, node_route=True))
+        self._consider(IncomingCall(message, to_leader=False, node_route=True))
 
     def _on_any(self, message: Message) -> None:
-        self._consider(_Call(message, to_leader=False, node_route=False))
+        self._consider(IncomingCall(message, to_leader=False, node_route=False))
 
     def _on_who(self, message: Message) -> None:
         leading = msgspec.structs.replace(self._leading, nodes=self.instances())
@@ -283,7 +217,7 @@ class CallServer:
         if call is not None and call.stream is not None and total.isdecimal():
             call.stream.grant(int(total[:18]))
 
-    def _consider(self, call: _Call) -> None:
+    def _consider(self, call: IncomingCall) -> None:
         """Begin it, hold it, or say why not."""
         handler = self._handlers.by_name.get(call.method)
         if handler is None:
@@ -311,7 +245,7 @@ class CallServer:
         known = ", ".join(sorted(self._handlers.by_name))
         return "unknown-method", f"app {self._app} has no method {method}; it has: {known}"
 
-    def _hold(self, call: _Call) -> None:
+    def _hold(self, call: IncomingCall) -> None:
         if len(self._held) >= MAX_HELD:
             now = system.now()
             self._held = deque(held for held in self._held if held.deadline > now)
@@ -329,7 +263,7 @@ class CallServer:
 
     # --- one call
 
-    def _begin_call(self, call: _Call, handler: Handler) -> None:
+    def _begin_call(self, call: IncomingCall, handler: Handler) -> None:
         if handler.running >= handler.concurrency:
             problem = f"{handler.concurrency} calls of {handler.name} run on node {self._node} already"
             self._refuse(call, "busy", problem)
@@ -364,7 +298,7 @@ class CallServer:
         else:
             call.slot = self._deadlines.add(call, call.deadline - system.now())
 
-    def _open_stream(self, call: _Call, content_type: str) -> None:
+    def _open_stream(self, call: IncomingCall, content_type: str) -> None:
         def send(data: bytes, headers: dict[str, str]) -> None:
             self._send(call.message, data, headers, call.section)
 
@@ -384,7 +318,7 @@ class CallServer:
         )
         call.stream.begin()
 
-    def _ended(self, call: _Call, handler: Handler) -> None:
+    def _ended(self, call: IncomingCall, handler: Handler) -> None:
         self._deadlines.remove(call, call.slot)
         if call.stream is not None:
             call.stream.close()
@@ -395,7 +329,7 @@ class CallServer:
         if self._by_id.get(call.call_id) is call:  # and not a later try of the same call
             del self._by_id[call.call_id]
 
-    async def _run(self, call: _Call, handler: Handler, request: Any, content_type: str) -> None:
+    async def _run(self, call: IncomingCall, handler: Handler, request: Any, content_type: str) -> None:
         epoch = call.section
         active = self._active if epoch else None
         context = CallContext(
@@ -438,12 +372,14 @@ class CallServer:
             self._ended(call, handler)
         self._send_end(call, data, headers)
 
-    def _send_end(self, call: _Call, data: bytes, headers: dict[str, str]) -> None:
+    def _send_end(self, call: IncomingCall, data: bytes, headers: dict[str, str]) -> None:
         if call.stream is not None:
             headers[wire.STREAM] = call.stream.end_header()
         self._send(call.message, data, headers, call.section)
 
-    def _problem(self, handler: Handler, call: _Call, error: BaseException, epoch: int) -> wire.Problem:
+    def _problem(
+        self, handler: Handler, call: IncomingCall, error: BaseException, epoch: int
+    ) -> wire.Problem:
         """What the caller is told: never a traceback. That is in the log."""
         what = f"{self._app}.{handler.name} (call {call.call_id or '?'})"
         match error:
@@ -467,9 +403,9 @@ class CallServer:
 
     def _turn_away(self, message: Message, code: str, problem: str) -> None:
         """Whatever it asks for: answer that it was not begun."""
-        self._refuse(_Call(message, to_leader=False, node_route=False), code, problem)
+        self._refuse(IncomingCall(message, to_leader=False, node_route=False), code, problem)
 
-    def _refuse(self, call: _Call, code: str, message: str, path: str = "") -> None:
+    def _refuse(self, call: IncomingCall, code: str, message: str, path: str = "") -> None:
         """Answer that it was not begun."""
         handler = self._handlers.by_name.get(call.method)
         if handler is not None and code != wire.MOVED:
