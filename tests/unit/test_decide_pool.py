@@ -6,8 +6,10 @@ from typing import Any
 
 import msgspec
 
+from phalanx.config.patterns import MAX_REPLICAS
 from phalanx.decide.pool import (
     HEAD_START_SECONDS,
+    MAX_SEATS,
     SETTLE_SECONDS,
     Leave,
     SeatView,
@@ -108,3 +110,8 @@ def test_scaled_to_nothing_nobody_is_active() -> None:
     """Zero is a number as good as any other."""
     assert act(view(A, replicas=0)) == Leave()
     assert act(view(A, seats={0: A}, mine=0, replicas=0)) == Leave("the pool is scaled to 0")
+
+
+def test_declared_are_at_most_as_many_as_there_are_seats() -> None:
+    """Two layers that cannot import each other say the same."""
+    assert MAX_REPLICAS == MAX_SEATS
