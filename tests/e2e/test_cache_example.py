@@ -11,6 +11,7 @@ from tests.waiting import until
 from phalanx import Key, NatsOptions, partition_of
 from phalanx.client import PlatformClient
 from phalanx.client_ring import report
+from phalanx.errors import BusError, ConfigError, PlatformNotFound
 from phalanx.testing.nats import NatsServer
 from phalanx.testing.nodes import Nodes
 
@@ -22,7 +23,10 @@ async def settled(client: PlatformClient, counts: dict[str, int]) -> None:
     """Wait until these nodes serve so many partitions."""
 
     async def serving() -> dict[str, int]:
-        nodes = (await report(client, "cache")).nodes
+        try:
+            nodes = (await report(client, "cache")).nodes
+        except (ConfigError, BusError, PlatformNotFound):  # no node has made it yet
+            return {}
         return {node.node: node.serving for node in nodes if node.is_live and node.serving}
 
     async with asyncio.timeout(60):
@@ -37,9 +41,9 @@ async def test_cache_keeps_its_keys_while_nodes_come_and_go(nats_server: NatsSer
     with Nodes(command, nats_server.urls, count=2, env=env) as nodes:
         async with PlatformClient("prod", NatsOptions(urls=tuple(nats_server.urls))) as client:
             api = client.api("cache")
+            await settled(client, {"n1": 32, "n2": 32})
             for key in KEYS:
                 await api.call("put", {"key": key, "value": key.upper()}, to=Key(key), timeout=60)
-            await settled(client, {"n1": 32, "n2": 32})
             nodes["n1"].terminate()
             assert nodes["n1"].wait(30) == 0
             for key in KEYS:
