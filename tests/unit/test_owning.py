@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from phalanx.app.owning import PartitionContext, PartitionHook, PartitionHooks
+from phalanx.app.owning import PartitionContext, PartitionHook, PartitionHooks, Presence
 from phalanx.decide.backoff import Backoff
+from phalanx.errors import BackendError
 from phalanx.ports import Fence
 from phalanx.testing.virtual_time import virtual_time
 
@@ -20,6 +21,7 @@ class Stage:
         own: Callable[[int], Awaitable[None]] | None = None,
         release: Callable[[int], Awaitable[None]] | None = None,
         most_at_once: int = 4,
+        presence: Presence | None = None,
     ) -> None:
         self.lines: list[str] = []
         self.failed: list[str] = []
@@ -36,6 +38,7 @@ class Stage:
             release_seconds=2.0,
             most_at_once=most_at_once,
             retry=Backoff(first=1.0, longest=4.0),
+            presence=presence,
             on_failed=lambda partition, error: self.failed.append(str(error)),
         )
 
@@ -192,3 +195,34 @@ def test_g6_partition_is_not_given_back_while_a_hook_of_it_goes_on() -> None:
         stage = Stage(own=deaf)
         run(play(stage))
     assert "does not end, 1 s after it was cancelled" in stage.failed[0]
+
+
+class _FullDisk:
+    """The keeper's side: it cannot take note of anything."""
+
+    async def enter(self) -> None:
+        """As a presence."""
+        raise BackendError("sessions", "start", "the keeper cannot take note of it: no space left")
+
+    def leave(self) -> None:
+        """Never: nothing has entered."""
+        raise AssertionError
+
+
+def test_partition_that_the_keeper_cannot_take_note_of_goes_to_another_node() -> None:
+    """It does not stay here unserved, nor keep the node from ending: it steps aside, and is given back."""
+
+    async def play(stage: Stage) -> None:
+        stage.begin(1)
+        await asyncio.sleep(0.1)
+        assert stage.lines == ["aside 1"]
+        stage.hooks.end(1, "it has failed here", False)
+        await asyncio.sleep(0.1)
+        assert stage.lines == ["aside 1", "ended 1"]
+        assert stage.hooks.is_empty
+        await stage.hooks.close()
+
+    with virtual_time() as run:
+        stage = Stage(presence=_FullDisk())
+        run(play(stage))
+    assert "no space left" in stage.failed[0]

@@ -243,6 +243,12 @@ class PartitionHooks:
         except SessionLost as error:
             log.warning("app %s: partition %d does not begin: %s", self._app, partition, error)
             await tenure.ending.wait()
+        except PhalanxError as error:
+            # The keeper cannot take note of it: its disk is full. Another node may be able to.
+            self._report("on_own", tenure, f"cannot begin: {error}")
+            if not tenure.ending.is_set():
+                self._step_aside(partition)
+            await tenure.ending.wait()
         else:
             await self._live(partition, tenure)
             self._presence.leave()

@@ -268,7 +268,10 @@ class SectionApp(DeclaredApp, Generic[TermT]):
         if not self._candidacy.is_started:
             return
         if self._events is not None:
-            await self._events.close()
+            try:
+                await self._events.close()
+            except HookFailed as error:
+                self._on_hook_failed(str(error))  # it runs on no epoch: the rest is stopped all the same
         if self._calls is not None:
             await self._calls.close()
         try:

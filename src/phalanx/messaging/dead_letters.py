@@ -15,7 +15,7 @@ import msgspec
 from phalanx import system
 from phalanx.errors import ConfigError
 from phalanx.messaging.content import shape_of
-from phalanx.messaging.event import MESSAGE_ID, ONLY_FOR, decoded, key_of
+from phalanx.messaging.event import CONTENT_TYPE, KEY, MESSAGE_ID, ONLY_FOR, decoded, key_of
 from phalanx.messaging.event_publishing import store_once
 from phalanx.names import Names
 from phalanx.ports import Bus, Record
@@ -26,7 +26,14 @@ SEQUENCE = "Phalanx-Dead-Sequence"
 ATTEMPTS = "Phalanx-Dead-Attempts"
 EVENT_ID = "Phalanx-Dead-Id"
 
+BODY_LEFT = "Phalanx-Dead-Body-Left"
+"""The letter would have been too large: the body is in the event alone, as long as that is kept."""
+
 _MAX_REASON = 1000
+_HEADER_BYTES = 4
+"""What a header takes besides its name and value: ": " and the end of the line."""
+_ROOM_BYTES = 256
+"""For the first line of the headers, and those that the bus adds."""
 _PAGE = 256
 
 
@@ -70,18 +77,34 @@ async def bury(
     timeout: float,
 ) -> None:
     """Store an event as a dead letter, once however often it is tried. Raises BusError."""
+    ours = {
+        # Of the app, too: two may handle the platform's events under one name.
+        MESSAGE_ID: f"{stream}-{app}-{durable}-{sequence}",
+        EVENT_ID: headers.get(MESSAGE_ID, ""),
+        STREAM: stream,
+        SEQUENCE: str(sequence),
+        ATTEMPTS: str(attempts),
+        REASON: _one_line(reason),
+    }
     kept = {name: value for name, value in headers.items() if not name.startswith("Nats-")}
-    kept.update(
-        {
-            MESSAGE_ID: f"{stream}-{durable}-{sequence}",
-            EVENT_ID: headers.get(MESSAGE_ID, ""),
-            STREAM: stream,
-            SEQUENCE: str(sequence),
-            ATTEMPTS: str(attempts),
-            REASON: _one_line(reason),
-        }
-    )
+    data, kept = _fitting(data, kept, ours, bus.max_payload - _ROOM_BYTES)
     await store_once(bus, names.dead_subject(app, durable, subject), data, kept, timeout)
+
+
+def _fitting(
+    data: bytes, kept: dict[str, str], ours: dict[str, str], most_bytes: int
+) -> tuple[bytes, dict[str, str]]:
+    """Body and headers of a letter. Who is no part of Phalanx may publish an event that leaves no room for
+    *ours*, and its key waits until there is a letter: then other headers are left out, or the body."""
+    if len(data) + _size(kept | ours) > most_bytes:
+        kept = {name: kept[name] for name in (KEY, CONTENT_TYPE, ONLY_FOR) if name in kept}
+    if len(data) + _size(kept | ours) > most_bytes:
+        return b"", {**kept, **ours, BODY_LEFT: "1"}
+    return data, {**kept, **ours}
+
+
+def _size(headers: dict[str, str]) -> int:
+    return sum(len(name) + len(value.encode()) + _HEADER_BYTES for name, value in headers.items())
 
 
 def _one_line(text: str) -> str:
@@ -105,13 +128,24 @@ class DeadLetters:
             start = page[-1].revision + 1
 
     async def get(self, number: int) -> DeadLetter:
-        """One of them. Raises ConfigError if there is none of that number, BusError."""
+        """One of them. Raises ConfigError if there is none of that number, BusError.
+
+        A body that did not fit into it is read from the event; empty if that is not kept any more.
+        """
         page = await self._bus.read_log(
             self._names.dead_stream, self._names.dead_subjects, start=number, limit=1
         )
         if not page or page[0].revision != number:
             raise ConfigError("number", number, "no dead letter", "see: phalanx events dead list")
-        return _letter(page[0])
+        letter = _letter(page[0])
+        if BODY_LEFT not in letter.headers:
+            return letter
+        subject = self._names.event_subject(_app_of(letter, self._names), letter.subject)
+        events = await self._bus.read_log(letter.stream, subject, start=letter.sequence, limit=1)
+        if not events or events[0].revision != letter.sequence:
+            return letter
+        headers = {name: value for name, value in letter.headers.items() if name != BODY_LEFT}
+        return msgspec.structs.replace(letter, data=events[0].data, headers=headers)
 
     async def delete(self, number: int) -> DeadLetter:
         """Remove one for good. Raises ConfigError, BusError."""
@@ -125,17 +159,24 @@ class DeadLetters:
         Raises ConfigError, BusError.
         """
         letter = await self.get(number)
+        if BODY_LEFT in letter.headers:
+            problem = "its body did not fit into the letter, and the event is not kept any more"
+            raise ConfigError("number", number, problem, "delete it, and have the event published again")
         headers = {name: value for name, value in letter.headers.items() if not name.startswith("Nats-")}
         for name in (REASON, STREAM, SEQUENCE, ATTEMPTS, EVENT_ID):
             headers.pop(name, None)
         # Twice at the same time, or after a failure before the delete: stored once.
         headers[MESSAGE_ID] = f"retry-{self._names.dead_stream}-{number}"
         headers[ONLY_FOR] = f"{letter.app}/{letter.durable}"
-        of = None if letter.stream == self._names.events_stream(None) else letter.app
-        subject = self._names.event_subject(of, letter.subject)
+        subject = self._names.event_subject(_app_of(letter, self._names), letter.subject)
         sequence = await store_once(self._bus, subject, letter.data, headers, 10.0)
         await self._bus.api(f"STREAM.MSG.DELETE.{self._names.dead_stream}", {"seq": number})
         return sequence
+
+
+def _app_of(letter: DeadLetter, names: Names) -> str | None:
+    """Whose event it was; None: the platform's."""
+    return None if letter.stream == names.events_stream(None) else letter.app
 
 
 def _letter(record: Record) -> DeadLetter:

@@ -312,6 +312,8 @@ class EventConsumer:
                 await self._handle(item)
             finally:
                 del self._running[task]
+            if self._ending:
+                return  # a handler may have swallowed the cancellation that was to end this
 
     async def _handle(self, item: Item) -> None:
         handler, message = self._handler, item.message

@@ -44,7 +44,8 @@ class EventServer:
         self._app, self._bus, self._names, self.has_own = app, bus, names, has_own
         self.handlers = handlers
         self._fence = EventFence(bus, names, app, node)
-        self._sealed: Fence | None = None
+        self._sealed: tuple[int, Fence] | None = None
+        """The epoch that has sealed last on this node, and what its events carry."""
         self._consumers = [EventConsumer(handler, bus, names, report) for handler in handlers]
         self._shared = [c for c, handler in zip(self._consumers, handlers, strict=True) if handler.anywhere]
         self._in_section = [c for c in self._consumers if c not in self._shared]
@@ -83,7 +84,7 @@ class EventServer:
 
     async def seal(self, epoch: int) -> None:
         """From now on no leader of an earlier epoch can publish its events. Raises Fenced, BusError."""
-        self._sealed = await self._fence.seal(epoch)
+        self._sealed = (epoch, await self._fence.seal(epoch))
 
     @property
     def _fenced_count(self) -> int:
@@ -96,11 +97,11 @@ class EventServer:
         def fenced() -> Publisher:
             nonlocal publisher
             if publisher is None:
-                if self._sealed is None:
-                    raise Fenced(self._app, epoch)  # only sections that have begun get here
-                publisher = FencedPublisher(
-                    self._bus, self._names, self._app, self._fence, self._sealed, epoch
-                )
+                # What a later reign of this very node has sealed lets none of an earlier one pass.
+                if self._sealed is None or self._sealed[0] != epoch:
+                    raise Fenced(self._app, epoch)
+                sealed = self._sealed[1]
+                publisher = FencedPublisher(self._bus, self._names, self._app, self._fence, sealed, epoch)
                 self._fenced_before = self._fenced_count
                 self._fenced = [publisher]
             return publisher
