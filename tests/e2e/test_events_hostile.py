@@ -6,12 +6,25 @@ import asyncio
 import contextlib
 from pathlib import Path
 
+import msgspec
 import pytest
-from tests.e2e.test_events import NAMES, Mails, User, client_of, dead_of, make_streams, platform_of
+from tests.e2e.test_events import (
+    NAMES,
+    Mails,
+    Reign,
+    User,
+    client_of,
+    dead_of,
+    make_streams,
+    platform_of,
+    stored,
+)
 from tests.waiting import until
 
 from phalanx import AppContext, Event, Fenced, NatsOptions, Role
 from phalanx.bus.connection import NatsBus
+from phalanx.errors import BusError
+from phalanx.messaging.event_fence import FenceBody
 from phalanx.messaging.event_handlers import EventHandlers
 from phalanx.messaging.event_serving import EventServer
 from phalanx.names import LEADER_KEY
@@ -135,3 +148,49 @@ async def test_section_that_ends_leaves_no_worker_behind_though_a_handler_swallo
         await asyncio.wait_for(begun.wait(), 20)
     left = [task.get_name() for task in asyncio.all_tasks() if "events wiki/mailer" in task.get_name()]
     assert left == []
+
+
+async def test_fence_is_written_anew_while_others_publish_without_a_pause(nats_server: NatsServer) -> None:
+    """Retention took the fence, and events of other nodes come faster than one can look: a leader begins."""
+    bus, other = [await NatsBus.connect(NatsOptions(urls=tuple(nats_server.urls))) for _ in range(2)]
+    await make_streams(bus)
+    flooding = True
+
+    async def flood() -> None:
+        while flooding:
+            with contextlib.suppress(BusError):
+                await other.write(NAMES.event_subject("wiki", "large"), b"x" * 2_000)
+
+    floods = [asyncio.create_task(flood()) for _ in range(8)]
+    try:
+        reign = Reign(bus, "n1")
+        reign.epoch = await bus.write(NAMES.key_subject(NAMES.app_bucket("wiki"), LEADER_KEY), b"{}")
+        sealed = await reign.fence.seal(reign.epoch, timeout=20)
+        assert sealed.revision > 0
+    finally:
+        flooding = False
+        await asyncio.gather(*floods)
+    with pytest.raises(Fenced):
+        await reign.fence.seal(reign.epoch - 1)
+    await bus.close()
+    await other.close()
+
+
+async def test_g2_fence_of_a_deposed_leader_that_was_written_late_lets_nobody_publish(
+    nats_server: NatsServer,
+) -> None:
+    """It comes once retention has taken the present leader's: no deposed one gets past."""
+    bus = await NatsBus.connect(NatsOptions(urls=tuple(nats_server.urls)))
+    await make_streams(bus)
+    reigns = [Reign(bus, name) for name in ("n1", "n2", "n3")]
+    publishers = [await reign.lead() for reign in reigns]
+    for _ in range(40):
+        await bus.write(NAMES.event_subject("wiki", "large"), b"x" * 50_000)
+    body = msgspec.json.encode(FenceBody(reigns[0].epoch, "n1"))
+    await bus.write(NAMES.event_fence_subject("wiki"), body)
+    for publisher in publishers[:2]:
+        with pytest.raises(Fenced):
+            await publisher.publish("old")
+    await publishers[2].publish("new")
+    assert "old" not in await stored(bus)
+    await bus.close()

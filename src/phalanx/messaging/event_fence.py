@@ -5,11 +5,12 @@ leader wrote it; so once another leader has, the server refuses it. Both are in 
 server can compare them.
 
 * A new leader seals before anything of its section runs: it reads the fence, finds an older epoch (a newer
-  one means that it is deposed), and replaces exactly that message (compare-and-set). Epochs in the fence so
-  only grow, however long a leader sleeps in between.
+  one means that it is deposed), and replaces exactly that message (compare-and-set).
 * ``max_age`` does not remove the fence (its TTL is "never"), but ``max_bytes`` or an operator's purge can.
-  Then it is written anew by who finds the leader key its own *after* the look and before anything else was
-  stored in the whole stream: the look cannot have missed a fence that came and went.
+  Then whoever needs it writes it anew, a deposed leader that wakes up as well: epochs in the fence can go
+  back. Nothing hangs on that, as nobody publishes under a fence before it has found the leader key its own
+  *after* that fence was stored. Whoever leads later seals later, so from then on that fence is not the last
+  one any more; and should that seal be gone in turn, there is none, which is refused just the same.
 """
 
 from __future__ import annotations
@@ -77,35 +78,24 @@ class EventFence:
 
     async def _try_to_seal(self, epoch: int) -> Fence:
         found = await self._bus.read(self._stream, self._subject, timeout=ANSWER_SECONDS)
-        if found is None:
-            return await self._write_anew(epoch)
-        if (sealed := _epoch_of(found)) > epoch:
+        sealed = _epoch_of(found) if found is not None else 0
+        if sealed > epoch:
             raise Fenced(self._app, epoch)
-        if sealed == epoch:
-            return Fence(self._subject, found.revision)
-        body = _encode(FenceBody(epoch, self._node))
-        revision = await self._bus.write(
-            self._subject, body, expect=found.revision, headers=_NEVER, timeout=ANSWER_SECONDS
-        )
-        return Fence(self._subject, revision)
-
-    async def _write_anew(self, epoch: int) -> Fence:
-        """There is none: the first one ever, or retention has taken it."""
-        info = await self._bus.api(f"STREAM.INFO.{self._stream}", {}, timeout=ANSWER_SECONDS)
-        last = int(info["state"]["last_seq"])
-        if await self._bus.read(self._stream, self._subject, timeout=ANSWER_SECONDS) is not None:
-            raise WrongRevision(self._subject, 0, None)
+        if found is None or sealed < epoch:
+            revision = await self._bus.write(
+                self._subject,
+                _encode(FenceBody(epoch, self._node)),
+                expect=found.revision if found is not None else 0,
+                headers=_NEVER,
+                timeout=ANSWER_SECONDS,
+            )
+        else:
+            revision = found.revision  # ours, of which the answer was lost, or which was not checked yet
         await self._check_leading(epoch)
-        body = _encode(FenceBody(epoch, self._node))
-        headers = {**_NEVER, "Nats-Expected-Last-Sequence": str(last)}
-        revision = await self._bus.write(
-            self._subject, body, expect=0, headers=headers, timeout=ANSWER_SECONDS
-        )
-        log.info("app %s: the fence of its events is written anew, epoch %d", self._app, epoch)
         return Fence(self._subject, revision)
 
     async def _check_leading(self, epoch: int) -> None:
-        """By a write, as a server that leads the bucket no more may answer a read."""
+        """By a write: a server that leads the bucket no more may answer a read. Raises Fenced, BusError."""
         leading = Fence(self._leader_key, epoch)
         try:
             await self._bus.write(self._beside, fence=leading, timeout=ANSWER_SECONDS)
