@@ -17,6 +17,7 @@ from phalanx.bus.provision import bucket_config, create_stream
 from phalanx.coord.election import Reign
 from phalanx.coord.seats import Seats
 from phalanx.decide.pool import PoolScale
+from phalanx.decide.ring_ownership import PartitionBody
 from phalanx.errors import ConfigError, WrongRevision
 from phalanx.names import POOL_SCALE_KEY
 from phalanx.testing.nats import NatsServer
@@ -207,3 +208,30 @@ async def test_pool_names_no_successor_by_an_operators_word(nats_server: NatsSer
     async with pool.nodes("a") as nodes:
         with pytest.raises(ConfigError, match="is a pool"):
             nodes[0].seats.check_successor("b")
+
+
+async def test_seat_of_a_session_that_was_taken_up_is_given_back_by_a_node_that_is_not_fit(
+    nats_server: NatsServer,
+) -> None:
+    """Nothing of it runs, its ``on_start`` has failed, say: it begins nothing, and another node is active."""
+    pool = Pool(nats_server.url(), 1)
+    async with connected("a", (nats_server.url(),)) as bus:
+        await create_stream(bus, bucket_config(NAMES, BUCKET, APP, history=1, replicas=1))
+        session = TimedHeartbeat(bus, "a")
+        session.is_taken_up = True
+        subject = NAMES.key_subject(BUCKET, NAMES.seat_key(0))
+        await bus.write(subject, msgspec.json.encode(PartitionBody(session.id)))
+        async with registered(bus, session) as register:
+            seats = Seats(bus, NAMES, APP, session, register, replicas=1)
+            seats.set_candidacy(False, "on_start has failed")
+            running = asyncio.create_task(seats.run())
+            reign = asyncio.create_task(seats.next_reign())
+            try:
+                async with pool.node("b") as other:
+                    await until(lambda: reign.done() or other.reign is not None)
+                    assert not reign.done()
+                    assert pool.names() == {"b"}
+            finally:
+                for task in (running, reign):
+                    task.cancel()
+                await asyncio.gather(running, reign, return_exceptions=True)

@@ -318,8 +318,11 @@ class Seats:
         adopted = self._adopted if epoch in self._inherited else epoch
         taken_up = self._session.is_taken_up
         if begins_anew(epoch, highest=self._highest, is_taken_up=taken_up, adopted=adopted):
-            # Nothing of it runs here: the key is written again, and is past that epoch then.
+            # Nothing of it runs here: the key is written again, and is past that epoch then; or given back.
             self._own.on_ended(seat)
+            if not self._eligible:
+                self._releasing.add(seat)
+                self._aim(None)
             self._changed.set()
             return
         self._target = seat
