@@ -21,7 +21,7 @@ from tests.e2e.test_events import (
 )
 from tests.waiting import until
 
-from phalanx import AppContext, Event, Fenced, NatsOptions, Role
+from phalanx import AppContext, Event, Events, Fenced, NatsOptions, Role
 from phalanx.bus.connection import NatsBus
 from phalanx.errors import BusError
 from phalanx.messaging.event_fence import FenceBody
@@ -194,3 +194,31 @@ async def test_g2_fence_of_a_deposed_leader_that_was_written_late_lets_nobody_pu
     await publishers[2].publish("new")
     assert "old" not in await stored(bus)
     await bus.close()
+
+
+async def test_app_whose_consumer_cannot_be_made_is_stopped_again(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """The node does not start; what the app had begun by then, its database say, is not left running."""
+    first = platform_of(nats_server, tmp_path)
+    first.app("wiki", events=Events())
+    async with first:
+        pass
+    bus = await NatsBus.connect(NatsOptions(urls=tuple(nats_server.urls)))
+    stream = NAMES.events_stream("wiki")
+    config = {"durable_name": "mailer", "name": "mailer", "ack_policy": "none"}
+    await bus.api(f"CONSUMER.CREATE.{stream}.mailer", {"stream_name": stream, "config": config})
+    await bus.close()
+    second = platform_of(nats_server, tmp_path)
+    app, stopped = second.app("wiki"), list[str]()
+    Mails(app)
+
+    @app.on_stop
+    async def stop(ctx: AppContext) -> None:
+        stopped.append(ctx.node)
+
+    with pytest.raises(BusError):
+        await second.start()
+    await second.stop()
+    assert stopped == ["n1"]
+    assert app.role is Role.STOPPED

@@ -241,8 +241,14 @@ class SectionApp(DeclaredApp, Generic[TermT]):
                 self._on_hook_failed(str(error))
         self._calls = self._make_calls(parts, kv)
         self._calls.instances = instances_of(parts, self.name)
-        await self._calls.open()
-        await self._open_events(parts)
+        try:
+            await self._calls.open()
+            await self._open_events(parts)
+        except BaseException:
+            # The node stops what has started only: what runs by now, the database say, is ended here.
+            self._candidacy.is_started = True
+            await self.stop()
+            raise
         self._candidacy.is_started = True
 
     async def _open_events(self, parts: NodeParts) -> None:
