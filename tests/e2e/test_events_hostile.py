@@ -28,6 +28,7 @@ from phalanx.messaging.event_fence import FenceBody
 from phalanx.messaging.event_handlers import EventHandlers
 from phalanx.messaging.event_serving import EventServer
 from phalanx.names import LEADER_KEY
+from phalanx.ports import Message
 from phalanx.testing.nats import NatsServer
 
 
@@ -222,3 +223,31 @@ async def test_app_whose_consumer_cannot_be_made_is_stopped_again(
     await second.stop()
     assert stopped == ["n1"]
     assert app.role is Role.STOPPED
+
+
+async def test_delivered_events_far_apart_in_a_busy_stream_come_again_at_once(
+    nats_server: NatsServer, tmp_path: Path
+) -> None:
+    """Two that a dead node had, with thousands of other subjects between: neither waits for ack_wait."""
+    first = platform_of(nats_server, tmp_path)
+    Mails(first.app("wiki"), ack_wait=3000)
+    async with first:
+        await first.apps["wiki"].wait_for_role(Role.ACTIVE, timeout=20)
+    bus = await NatsBus.connect(NatsOptions(urls=tuple(nats_server.urls)))
+    taken = list[Message]()
+    await bus.subscribe("thief", taken.append, direct=True)
+    user, page = (NAMES.event_subject("wiki", name) for name in ("user.made", "page.made"))
+    await bus.write(user, b'{"name": "u0"}')
+    for _ in range(24):
+        for _ in range(500):
+            bus.send(page, b"{}")
+        await bus.write(page, b"{}")
+    await bus.write(user, b'{"name": "u1"}')
+    pull = f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.events_stream('wiki')}.mailer"
+    bus.send(pull, b'{"batch": 2, "expires": 20000000000}', reply="thief")
+    await until(lambda: len(taken) >= 2)
+    second = platform_of(nats_server, tmp_path)
+    mails = Mails(second.app("wiki"), ack_wait=3000)
+    async with second:
+        await until(lambda: mails.names == ["u0", "u1"])
+    await bus.close()

@@ -216,6 +216,7 @@ class EventConsumer:
 
     async def _fetch_missing(self) -> None:
         delay, longest = RECOVER_SECONDS
+        asked = 0  # up to there all were asked for: most sequences may be of other subjects, and never come
         while True:
             info = await self._puller.info()
             self._note(info)
@@ -226,13 +227,18 @@ class EventConsumer:
             self._extra_room = info.unacknowledged
             for ack in list(self._order.done.values()):
                 self._puller.say(ack, ACK)
-            for sequence in self._order.missing(info.floor, info.delivered, MAX_NAKS):
+            missing = list(self._order.missing(max(info.floor, asked), info.delivered, MAX_NAKS))
+            for sequence in missing:
                 self._puller.say(self._puller.subject_for(sequence, info), nak())
             self._puller.look()
             self._arrived.clear()
-            await wait_at_most(self._arrived, delay)
+            if len(missing) == MAX_NAKS:
+                asked = missing[-1]
+            else:
+                asked = 0  # from the start again
+                await wait_at_most(self._arrived, delay)
+                delay = min(longest, 2 * delay)
             await asyncio.sleep(RECOVER_SECONDS[0])
-            delay = min(longest, 2 * delay)
 
     # --- what is looked after
 
