@@ -166,7 +166,7 @@ class World:
 def run_one(seed: int, broken: str = "") -> tuple[str, dict[str, int]]:
     """The violation of that schedule (empty: none), and what happened in it."""
     random.seed(seed)
-    with virtual_time() as run, contextlib.ExitStack() as stack:
+    with virtual_time(threads=False) as run, contextlib.ExitStack() as stack:
         world: World | None = None
 
         async def drive() -> None:

@@ -83,7 +83,7 @@ def test_g7_own_then_release_then_the_partition_is_given_back() -> None:
         assert stage.hooks.ready == []
         await asyncio.sleep(0.1)
 
-    with virtual_time() as run:
+    with virtual_time(threads=False) as run:
         stage = Stage()
         run(play(stage))
     assert stage.lines == ["own 7", "release 7", "ended 7"]
@@ -101,7 +101,7 @@ def test_g7_hooks_run_side_by_side_up_to_their_bound() -> None:
         assert len(stage.hooks.ready) == 10
         await stage.hooks.close()
 
-    with virtual_time() as run:
+    with virtual_time(threads=False) as run:
         stage = Stage(own=lambda partition: asyncio.sleep(1))
         run(play(stage))
     assert stage.most == 4
@@ -118,7 +118,7 @@ def test_partition_that_ends_while_it_waits_for_its_turn_never_begins() -> None:
         assert stage.lines == ["own 1", "ended 2"]
         await stage.hooks.close()
 
-    with virtual_time() as run:
+    with virtual_time(threads=False) as run:
         stage = Stage(own=lambda partition: asyncio.sleep(1), most_at_once=1)
         run(play(stage))
 
@@ -145,7 +145,7 @@ def test_own_that_fails_or_overruns_steps_aside_for_a_while_that_grows() -> None
         assert stage.lines[-1] == "again 1"
         await stage.hooks.close()
 
-    with virtual_time() as run:
+    with virtual_time(threads=False) as run:
         stage = Stage(own=fail)
         run(play(stage))
     assert "of partition 1 failed: ValueError: no room" in stage.failed[0]
@@ -166,7 +166,7 @@ def test_hard_end_cancels_and_runs_no_release() -> None:
         await asyncio.sleep(0.1)
         assert stage.lines[-1] == "ended 2"
 
-    with virtual_time() as run:
+    with virtual_time(threads=False) as run:
         stage = Stage(own=lambda partition: asyncio.sleep(1), release=lambda partition: asyncio.sleep(1))
         run(play(stage))
     assert stage.failed == []
@@ -191,7 +191,7 @@ def test_g6_partition_is_not_given_back_while_a_hook_of_it_goes_on() -> None:
         await asyncio.sleep(60)
         assert stage.lines == ["own 1", "ended 1"]
 
-    with virtual_time() as run:
+    with virtual_time(threads=False) as run:
         stage = Stage(own=deaf)
         run(play(stage))
     assert "does not end, 1 s after it was cancelled" in stage.failed[0]
@@ -222,7 +222,7 @@ def test_partition_that_the_keeper_cannot_take_note_of_goes_to_another_node() ->
         assert stage.hooks.is_empty
         await stage.hooks.close()
 
-    with virtual_time() as run:
+    with virtual_time(threads=False) as run:
         stage = Stage(presence=_FullDisk())
         run(play(stage))
     assert "no space left" in stage.failed[0]

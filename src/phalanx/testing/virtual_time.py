@@ -30,8 +30,9 @@ _THREAD_GRACE_SECONDS = 0.02
 class _Selector(selectors.DefaultSelector):
     """Waits not at all, but says how long it would have waited."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: bool) -> None:
         super().__init__()
+        self._threads = threads
         self.skipped = 0.0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
@@ -45,7 +46,7 @@ class _Selector(selectors.DefaultSelector):
                 raise RuntimeError("virtual time: everything waits, and no timer is set")
             return ready
         # Threads finish in real time: give one that is about to a chance before time jumps.
-        ready = super().select(_THREAD_GRACE_SECONDS if _threads_run() else 0)
+        ready = super().select(_THREAD_GRACE_SECONDS if self._threads and _threads_run() else 0)
         if not ready:
             self.skipped += timeout
         return ready
@@ -60,8 +61,8 @@ def _threads_run() -> bool:
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """``time()`` begins at 0 and jumps."""
 
-    def __init__(self) -> None:
-        self._virtual = _Selector()
+    def __init__(self, threads: bool = True) -> None:
+        self._virtual = _Selector(threads)
         super().__init__(self._virtual)
 
     def time(self) -> float:
@@ -85,9 +86,13 @@ class Run:
 
 
 @contextmanager
-def virtual_time() -> Generator[Run]:
-    """A loop in virtual time; ``phalanx.system.now()`` follows it meanwhile."""
-    loop = VirtualTimeLoop()
+def virtual_time(*, threads: bool = True) -> Generator[Run]:
+    """A loop in virtual time; ``phalanx.system.now()`` follows it meanwhile.
+
+    *threads*: whether a thread may bring news. If the process has any, time then waits for them in each
+    step, up to 20 ms of real time: thousands of steps take minutes.
+    """
+    loop = VirtualTimeLoop(threads)
     real = system.now
     system.now = loop.time
     try:
