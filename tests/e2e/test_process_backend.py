@@ -250,6 +250,9 @@ async def test_holder_that_stands_still(
     assert not sections.resources
     with pytest.raises(BackendError, match="has not answered"):  # it holds nothing: it is given up
         await sections.start("sleep 62")
+    assert sections.holder is not None
+    assert sections.holder._link is not None
+    assert sections.holder._link.is_gone  # what comes next asks another one, and not this one while it dies
     again = await sections.start(["/bin/echo", "up"])
     assert await again.ended == "exited with code 0"
     await again.stop("done")

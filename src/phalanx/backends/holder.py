@@ -379,6 +379,7 @@ class _Link:
             )
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._pid, signal.SIGKILL)
+            self._on_end()  # at once: whoever starts something next must not ask it, while it dies
 
     def follow(
         self,
