@@ -250,13 +250,23 @@ async def test_holder_that_stands_still(
     assert not sections.resources
     with pytest.raises(BackendError, match="has not answered"):  # it holds nothing: it is given up
         await sections.start("sleep 62")
-    assert sections.holder is not None
-    assert sections.holder._link is not None
-    assert sections.holder._link.is_gone  # what comes next asks another one, and not this one while it dies
     again = await sections.start(["/bin/echo", "up"])
     assert await again.ended == "exited with code 0"
     await again.stop("done")
     assert not [pid for marker in sections.markers for pid in system.find_marked(marker)]
+
+
+async def test_holder_that_is_given_up_is_asked_nothing_while_it_dies(sections: Sections) -> None:
+    """Whoever starts something at that very moment gets a new one."""
+    await (await sections.start("sleep 60")).kill()
+    assert sections.holder is not None
+    link = sections.holder._link
+    assert link is not None
+    link._give_up()
+    assert link.is_gone
+    again = await sections.start(["/bin/echo", "up"])
+    assert await again.ended == "exited with code 0"
+    await again.stop("done")
 
 
 async def test_holder_that_is_killed_takes_its_programs_with_it(sections: Sections, tmp_path: Path) -> None:
