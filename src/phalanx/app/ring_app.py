@@ -12,21 +12,23 @@ from typing import Any, TypeVar
 import msgspec
 
 from phalanx import system
+from phalanx.app.contexts import HealthChange
+from phalanx.app.on_node import OnNode
 from phalanx.app.owning import PartitionHook
-from phalanx.app.parts import NodeParts
+from phalanx.app.parts import NodeParts, instances_of
 from phalanx.app.ring_term import RingTerm
-from phalanx.app.sharing import SharingApp
 from phalanx.config import AppConfig, Ring
+from phalanx.coord.locks import Locks
 from phalanx.coord.register import Register
+from phalanx.coord.ring import other_partitions
 from phalanx.coord.session import Session
 from phalanx.decide.partition import partition_of
 from phalanx.decide.ring_plan import RingPlan
 from phalanx.errors import BusError, ConfigError, HookFailed, StartError
 from phalanx.messaging.ring_serving import RingCallServer
-from phalanx.messaging.serving import CallServer
 from phalanx.names import RING_PLAN_KEY
 from phalanx.ports import SectionCalls
-from phalanx.types import AppStatus, Role, Standing
+from phalanx.types import AppStatus, Health, Role, Standing
 
 log = logging.getLogger("phalanx.app")
 
@@ -40,8 +42,13 @@ STUCK_SECONDS = 10.0
 ends."""
 
 
-class RingApp(SharingApp):
+class RingApp(OnNode):
     """An app whose partitions are spread over the nodes. Made by :meth:`phalanx.Platform.app`."""
+
+    can_adopt = False
+    """What it runs is code inside the node."""
+    stays_in_pause = False
+    spool_bytes = 0
 
     def __init__(self, config: AppConfig) -> None:
         super().__init__(config)
@@ -50,6 +57,12 @@ class RingApp(SharingApp):
         self._partition_hooks: dict[str, PartitionHook] = {}
         self._term: RingTerm | None = None
         self._ring_calls: RingCallServer | None = None
+        self._barred = ""
+        """Why this node does nothing for the app as long as it lives; empty: it does."""
+        self._leaving = ""
+        """Why it begins nothing more under this session, which is being given up."""
+        self._is_started = False
+        self._when_idle: Callable[[], None] | None = None
         self._stuck_timers: set[asyncio.TimerHandle] = set()
 
     # --- declaring
@@ -113,6 +126,19 @@ class RingApp(SharingApp):
             return None
         return session.node
 
+    def _locks_now(self) -> Locks | None:
+        return self._term.locks if self._term is not None else None
+
+    def _unready_because(self) -> str:
+        """Why this node should own nothing now; empty if it may."""
+        if self._barred or self._leaving:
+            return self._barred or self._leaving
+        if self.health.verdict is Health.UNHEALTHY:
+            return f"unhealthy: {self.health.reason}"
+        if self.health.verdict is Health.UNKNOWN and self.config.checks:
+            return "its health checks have not answered yet"
+        return ""
+
     @property
     def has_section(self) -> bool:
         """Whether something of a partition may run here."""
@@ -153,9 +179,33 @@ class RingApp(SharingApp):
     # --- life on a node
 
     async def start(self, parts: NodeParts) -> None:
-        """Run ``on_start``. Raises ConfigError if the ring has another number of partitions than declared."""
+        """Run ``on_start``. A failure bars this node from the app; the others are not affected.
+
+        Raises ConfigError if the ring has another number of partitions than declared.
+        """
         await self._check_partitions(parts)
-        await super().start(parts)
+        self._take_up(parts)
+        self._role.set(Role.STARTING, "")
+        if problem := await self._run_hook("on_start"):
+            self._barred = problem
+        partitions = self.pattern.partitions
+        self._calls = self._ring_calls = RingCallServer(
+            self.name, parts.node, self.handlers, parts.bus, parts.names, self.kv, partitions
+        )
+        self._calls.instances = instances_of(parts, self.name)
+        await self._calls.open()
+        self._is_started = True
+
+    async def stop(self) -> None:
+        """Run ``on_stop``. What ran has ended before."""
+        if not self._is_started:
+            return
+        if self._calls is not None:
+            await self._calls.close()
+        await self._run_hook("on_stop")
+        self.hooks.close()
+        self._role.set(Role.STOPPED, "")
+        self._is_started = False
 
     async def _check_partitions(self, parts: NodeParts) -> None:
         """Data lies by the number: where it is another one nothing is to begin at all."""
@@ -195,7 +245,6 @@ class RingApp(SharingApp):
             on_stuck=self._on_partition_stuck,
             on_change=self._on_ring_changed,
         )
-        self._locks = term.locks
         self.health.set_active(True)
         self._look()
         try:
@@ -209,9 +258,15 @@ class RingApp(SharingApp):
             self._stuck_timers.clear()
             await term.close()
             self.health.set_active(False)
-            self._term = self._locks = None
+            self._term = None
             if self._is_started:
                 self._show_role()
+
+    async def _tell_news(self) -> None:
+        async def at_once() -> None:
+            """Nothing that is becoming active shares its turn with them."""
+
+        await self._news.run(at_once)
 
     async def _run_ring(self, term: RingTerm) -> None:
         try:
@@ -255,7 +310,22 @@ class RingApp(SharingApp):
                 async with asyncio.timeout(0.05):  # NATS may say nothing for a while
                     await self._role.wait_changed()
 
+    def on_idle(self, callback: Callable[[], None] | None) -> None:
+        """Have one function told each time the app becomes idle; None: nobody."""
+        self._when_idle = callback
+
     # --- what happens
+
+    def on_pauses(self) -> None:
+        """Something was paused or resumed; if it was this app, what was only reported counts now."""
+        if self._pausing.has_changed():
+            self._look()
+            self._role.wake()
+
+    def _on_health(self, health: Health, reason: str) -> None:
+        self._journal.report("health-changed", f"{health}: {reason}" if reason else str(health))
+        self._news.tell("on_health_change", HealthChange(self.name, health, reason))
+        self._look()
 
     def on_fenced(self) -> None:
         """A node was said to be off: partitions that wait for that are taken now."""
@@ -306,25 +376,8 @@ class RingApp(SharingApp):
 
     # --- calls
 
-    def _make_calls(self, parts: NodeParts) -> CallServer:
-        partitions = self.pattern.partitions
-        self._ring_calls = RingCallServer(
-            self.name, parts.node, self.handlers, parts.bus, parts.names, self.kv, partitions
-        )
-        return self._ring_calls
-
     def _calls_of(self, partition: int) -> SectionCalls | None:
         return self._ring_calls.of_partition(partition) if self._ring_calls is not None else None
-
-
-def other_partitions(app: str, declared: int, found: int) -> ConfigError:
-    """What is wrong if the ring of *app* has *found* partitions."""
-    return ConfigError(
-        f"apps.{app}.pattern.partitions",
-        declared,
-        f"the ring of app {app} has {found} partitions",
-        "a ring keeps its number of partitions, as data lies by it: declare that one, or a new app",
-    )
 
 
 __all__ = ["RingApp"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from phalanx import system
@@ -13,36 +12,32 @@ from phalanx.app.candidacy import Candidacy
 from phalanx.app.contest import SectionTerm
 from phalanx.app.contexts import AppContext, HealthChange
 from phalanx.app.declared import DeclaredApp
-from phalanx.app.journal import AppJournal
-from phalanx.app.news import News
+from phalanx.app.on_node import OnNode
 from phalanx.app.parts import NodeParts, instances_of
-from phalanx.app.pausing import Pausing
 from phalanx.app.reigns import Reigns
 from phalanx.app.restarts import AppRestarts
-from phalanx.app.role import AppRole
 from phalanx.config import AppConfig
 from phalanx.coord.kv import AppKV
-from phalanx.coord.locks import Lock, Locks, Semaphore
+from phalanx.coord.locks import Locks
 from phalanx.coord.register import Register
 from phalanx.coord.session import Session
 from phalanx.errors import HookFailed, NotActive, StartError
 from phalanx.messaging.event_serving import EventServer
 from phalanx.messaging.events import Events
 from phalanx.messaging.serving import CallServer
-from phalanx.observe.health import HealthMonitor
 from phalanx.observe.metrics import EventCounts
 from phalanx.ports import Backend, SectionAddresses, SectionCalls
 from phalanx.program import RestartPolicy
-from phalanx.types import Health, Pause, Role, Standing, Succession
+from phalanx.types import Health, Role, Standing, Succession
 
 if TYPE_CHECKING:
     # At run time only by apps that declare a database: it brings libraries of its own along.
-    from phalanx.data.database import AppDatabase
+    pass
 
 TermT = TypeVar("TermT", bound=SectionTerm)
 
 
-class SectionApp(DeclaredApp, Generic[TermT]):
+class SectionApp(OnNode, DeclaredApp, Generic[TermT]):
     """An app that is active on this node in one section after the other. :meth:`_make_term` says when."""
 
     stays_in_pause = True
@@ -50,41 +45,17 @@ class SectionApp(DeclaredApp, Generic[TermT]):
     def __init__(
         self, config: AppConfig, backend: Backend | None, addresses: SectionAddresses | None = None
     ) -> None:
-        self._journal = journal = AppJournal(config.name)
-        super().__init__(config, backend, addresses, journal.hook)
-        self.health = HealthMonitor(config.name, config.checks, self._on_health)
-        self._role = role = AppRole()
+        super().__init__(config, backend, addresses)
+        role, journal = self._role, self._journal
         self._candidacy = Candidacy(self, self.health, role)
-        self._pausing = Pausing(self.name, role, journal)
         restarts = AppRestarts(config, self.health, self._candidacy, self._pausing, role, journal)
         policy = RestartPolicy(config.restart, restarts)
         self._reigns = Reigns(self, self.health, self._candidacy, self._pausing, policy, journal)
-        self._news = News(self.name, self.hooks, self._on_hook_failed)
-        self._parts: NodeParts | None = None
         self._term: TermT | None = None
         self._highest_epoch = 0
-        self._kv: AppKV | None = None
-        self.database: AppDatabase | None = None
-        """The app's database on this node, while the node runs and the app declares one."""
-        self._calls: CallServer | None = None
         self._events: EventServer | None = None
 
     # --- what is so
-
-    @property
-    def node(self) -> str:
-        """This node's id. Raises StartError before the platform was started."""
-        return self._running_parts.node
-
-    @property
-    def role(self) -> Role:
-        """What this node is for the app."""
-        return self._role.role
-
-    @property
-    def is_active(self) -> bool:
-        """Whether this node is active for the app."""
-        return self.role is Role.ACTIVE
 
     @property
     def epoch(self) -> int:
@@ -92,13 +63,6 @@ class SectionApp(DeclaredApp, Generic[TermT]):
         if self._reigns.context is None:
             raise NotActive(self.name)
         return self._reigns.context.epoch
-
-    @property
-    def kv(self) -> AppKV:
-        """The app's own key-value store, for any node and any role (not fenced: see ``ctx.kv``)."""
-        if self._kv is None:
-            raise StartError(f"app {self.name!r} has no KV yet", "use it while the platform runs")
-        return self._kv
 
     def event_counts(self) -> list[EventCounts]:
         """What became of its events on this node."""
@@ -113,38 +77,8 @@ class SectionApp(DeclaredApp, Generic[TermT]):
             raise StartError(f"app {self.name!r} has no events of its own", "declare them: events=Events()")
         return self._events.public
 
-    @property
-    def locks(self) -> Locks:
-        """The app's locks."""
-        if self._term is None:
-            raise StartError(f"app {self.name!r} has no locks yet", "use them while the platform runs")
-        return self._term.locks
-
-    def lock(
-        self, name: str, *, timeout: float = 10.0, cancel: bool = False
-    ) -> AbstractAsyncContextManager[Lock]:
-        """One of the app's locks, held through this node's session: ``async with app.lock("x") as held``."""
-        return self.locks.lock(name, timeout=timeout, cancel=cancel)
-
-    def semaphore(self, name: str, *, permits: int) -> Semaphore:
-        """One of the app's semaphores: at most *permits* are held at a time. Raises ConfigError."""
-        return Semaphore(lambda: self.locks, name, permits)
-
-    @property
-    def _running_parts(self) -> NodeParts:
-        if self._parts is None:
-            raise StartError(f"app {self.name!r} does not run yet", "start its platform first")
-        return self._parts
-
-    @property
-    def pause(self) -> Pause | None:
-        """The pause that the app is under, its own or its platform's, as far as this node knows."""
-        return self._pausing.pause
-
-    @property
-    def is_paused(self) -> bool:
-        """Whether nothing of the app may change hands."""
-        return self._pausing.is_paused
+    def _locks_now(self) -> Locks | None:
+        return self._term.locks if self._term is not None else None
 
     @property
     def has_section(self) -> bool:
@@ -187,10 +121,6 @@ class SectionApp(DeclaredApp, Generic[TermT]):
 
     # --- what one can wait for, and ask for
 
-    async def wait_for_role(self, *roles: Role, timeout: float) -> Role:
-        """Wait until this node's role is one of *roles*. Raises TimeoutError after *timeout* seconds."""
-        return await self._role.wait_for(*roles, timeout=timeout)
-
     async def wait_ended(self) -> None:
         """Wait until nothing of a section runs here."""
         await self._reigns.wait_ended()
@@ -226,20 +156,12 @@ class SectionApp(DeclaredApp, Generic[TermT]):
 
     async def start(self, parts: NodeParts) -> None:
         """Run ``on_start``. A failure bars this node from the app; the others are not affected."""
-        self._parts = parts
-        self._journal.write_to(parts.journal)
-        self._pausing.look_at(lambda: parts.pauses)
-        self._role.on_change = lambda: parts.on_app_changed(self.name)
-        self._kv = kv = AppKV(parts.bus, parts.names, self.name)
+        self._take_up(parts)
         self._candidacy.set_role(Role.STARTING)
         await self._start_more(parts)
-        if "on_start" in self.hooks:
-            try:
-                await self.hooks.call("on_start", AppContext(self.name, self.node, self.kv))
-            except HookFailed as error:
-                self._candidacy.barred = str(error)
-                self._on_hook_failed(str(error))
-        self._calls = self._make_calls(parts, kv)
+        if problem := await self._run_hook("on_start"):
+            self._candidacy.barred = problem
+        self._calls = self._make_calls(parts, self.kv)
         self._calls.instances = instances_of(parts, self.name)
         try:
             await self._calls.open()
@@ -280,10 +202,7 @@ class SectionApp(DeclaredApp, Generic[TermT]):
                 self._on_hook_failed(str(error))  # it runs on no epoch: the rest is stopped all the same
         if self._calls is not None:
             await self._calls.close()
-        try:
-            await self.hooks.call("on_stop", AppContext(self.name, self.node, self.kv))
-        except HookFailed as error:
-            self._on_hook_failed(str(error))
+        await self._run_hook("on_stop")
         self.hooks.close()
         await self._stop_more()
         self._candidacy.set_role(Role.STOPPED)
@@ -365,9 +284,6 @@ class SectionApp(DeclaredApp, Generic[TermT]):
         self._candidacy.offer()
         if self._reigns.section is None and self._candidacy.is_started and self._term is not None:
             self._candidacy.set_passive()
-
-    def _on_hook_failed(self, problem: str) -> None:
-        self._journal.report("hook-failed", problem, level=logging.ERROR)
 
 
 __all__ = ["SectionApp"]

@@ -312,12 +312,7 @@ class RingPartitions:
 
     def _learn_plan(self, revision: int, plan: RingPlan | None) -> None:
         if plan is not None and len(plan.owners) != self._count:
-            self._refused = ConfigError(
-                "pattern.partitions",
-                self._count,
-                f"the ring of app {self._app} has {len(plan.owners)} partitions",
-                "a ring keeps its number of partitions, as data lies by it: declare that one, or a new app",
-            )
+            self._refused = other_partitions(self._app, self._count, len(plan.owners))
         elif revision > self._planner.revision:
             self._planner.on_plan(revision, plan, system.now())
             self._own.on_plan(plan.owner_names() if plan is not None else (None,) * self._count)
@@ -354,3 +349,13 @@ class RingPartitions:
             if self.members.get(node) != self._offer:
                 # What was sent long ago, or by an earlier life, may have arrived after all: say it again.
                 self._offered = None
+
+
+def other_partitions(app: str, declared: int, found: int) -> ConfigError:
+    """What is wrong if the ring of *app* has *found* partitions."""
+    return ConfigError(
+        f"apps.{app}.pattern.partitions",
+        declared,
+        f"the ring of app {app} has {found} partitions",
+        "a ring keeps its number of partitions, as data lies by it: declare that one, or a new app",
+    )
