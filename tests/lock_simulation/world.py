@@ -250,21 +250,21 @@ class SimulatedRegister:
         self._callbacks: list[Callable[[SessionId], None]] = []
 
     def is_over(self, session: SessionId) -> bool:
-        """See Sessions."""
+        """See Judges."""
         return session in self.over
 
     def note(self, session: SessionId) -> None:
-        """See Sessions."""
+        """See Judges."""
 
     def unnote(self, session: SessionId) -> None:
-        """See Sessions."""
+        """See Judges."""
 
     def on_over(self, callback: Callable[[SessionId], None]) -> None:
-        """See Sessions."""
+        """See Judges."""
         self._callbacks.append(callback)
 
     def off_over(self, callback: Callable[[SessionId], None]) -> None:
-        """See Sessions."""
+        """See Judges."""
         if callback in self._callbacks:
             self._callbacks.remove(callback)
 

@@ -27,7 +27,7 @@ RETRY = Backoff(first=0.5, longest=10.0)
 
 
 class FencingRegister:
-    """The register of sessions, as a ring sees it (:class:`phalanx.coord.ring.Judges`).
+    """The register of sessions, as a ring sees it (:class:`phalanx.coord.noted_sessions.Judges`).
 
     *holds*: whether any partition names that session. *wants_fence*: whether its node asks to be fenced.
     *rank*: how many nodes try before this one.

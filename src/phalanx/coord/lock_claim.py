@@ -10,6 +10,7 @@ import msgspec
 
 from phalanx import system
 from phalanx.aio import Background
+from phalanx.coord.noted_sessions import Judges
 from phalanx.decide.lock import Entry
 from phalanx.names import Names
 from phalanx.ports import Bus, Fence
@@ -31,16 +32,6 @@ class HoldingSession(Protocol):
     def off_change(self, callback: Callable[[], None]) -> None: ...
 
 
-class Sessions(Protocol):
-    """What locks need of :class:`phalanx.coord.register.Register`."""
-
-    def is_over(self, session: SessionId) -> bool: ...
-    def note(self, session: SessionId) -> None: ...
-    def unnote(self, session: SessionId) -> None: ...
-    def on_over(self, callback: Callable[[SessionId], None]) -> None: ...
-    def off_over(self, callback: Callable[[SessionId], None]) -> None: ...
-
-
 class Parts(msgspec.Struct, frozen=True):
     """What all locks of one app (None: of the platform itself) on one node share.
 
@@ -51,7 +42,7 @@ class Parts(msgspec.Struct, frozen=True):
     names: Names
     app: str | None
     session: HoldingSession
-    register: Sessions
+    register: Judges
     settling: Background
     mark: str = ""
 
@@ -108,4 +99,4 @@ class Claim:
         return bool(self.token) and not self.lost.is_set()
 
 
-__all__ = ["Claim", "HoldingSession", "Parts", "Sessions"]
+__all__ = ["Claim", "HoldingSession", "Parts"]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from phalanx import system
 from phalanx.coord.lock_body import Kind, decode_state
 from phalanx.coord.lock_claim import Parts
+from phalanx.coord.noted_sessions import NotedSessions
 from phalanx.coord.watch import Watch
 from phalanx.decide.lock import Entry, LockState
 from phalanx.names import LEADER_KEY
@@ -41,7 +42,7 @@ class KeyView(ABC):
         self._is_unsure = False
         """Whether it has to be read from the leader, whatever is known."""
         self._end_connection_watch = parts.bus.on_connection(self._on_connection)
-        self._noted: set[SessionId] = set()
+        self._noted = NotedSessions(parts.register)
         self._watches: dict[str, Watch] = {}
         self._starting: set[asyncio.Task[None]] = set()
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -114,11 +115,7 @@ class KeyView(ABC):
         if self._listening:
             named = {each.session for each in (*self.state.holders, *self.state.queue)}
             named.discard(self._parts.session.id)
-        for session in named - self._noted:
-            self._parts.register.note(session)
-        for session in self._noted - named:
-            self._parts.register.unnote(session)
-        self._noted = named
+        self._noted.are(named)
 
     async def read(self) -> None:
         """Learn the key from the stream's leader. Raises BusError."""

@@ -30,9 +30,10 @@ from phalanx import system
 from phalanx.aio import Background, wait_at_most
 from phalanx.coord.codec import check_key
 from phalanx.coord.lock_body import Kind
-from phalanx.coord.lock_claim import Claim, HoldingSession, Parts, Sessions
+from phalanx.coord.lock_claim import Claim, HoldingSession, Parts
 from phalanx.coord.lock_key import LockKey
 from phalanx.coord.lock_status import LockHolder, LockStatus, LockWaiter, all_statuses, status_of
+from phalanx.coord.noted_sessions import Judges
 from phalanx.decide.lock import Entry
 from phalanx.errors import ConfigError, LockLost, LockTimeout
 from phalanx.names import Names
@@ -46,7 +47,6 @@ __all__ = [
     "LockWaiter",
     "Locks",
     "Semaphore",
-    "Sessions",
 ]
 
 log = logging.getLogger("phalanx.locks")
@@ -62,7 +62,7 @@ class _Family:
     """What the locks of one app on one node share, whatever epoch they are taken under."""
 
     def __init__(
-        self, bus: Bus, names: Names, app: str | None, session: HoldingSession, register: Sessions
+        self, bus: Bus, names: Names, app: str | None, session: HoldingSession, register: Judges
     ) -> None:
         self.mark = f"{secrets.token_hex(4)}-"
         self.settling = Background(log)
@@ -183,7 +183,7 @@ class Locks:
     """
 
     def __init__(
-        self, bus: Bus, names: Names, app: str | None, session: HoldingSession, register: Sessions
+        self, bus: Bus, names: Names, app: str | None, session: HoldingSession, register: Judges
     ) -> None:
         self._family = _Family(bus, names, app, session, register)
         self._fence: Fence | None = None

@@ -15,6 +15,7 @@ import msgspec
 from phalanx import system
 from phalanx.aio import Background, wait_at_most
 from phalanx.coord.complaints import Complaints
+from phalanx.coord.noted_sessions import Judges, NotedSessions
 from phalanx.coord.owned_keys import OwnedKeys, holder_in
 from phalanx.coord.watch import Watch
 from phalanx.decide.ring_ownership import Begin, End, Ownership, Read, Write
@@ -52,16 +53,6 @@ class RingSession(Protocol):
     def is_taken_up(self) -> bool: ...
     def on_change(self, callback: Callable[[], None]) -> None: ...
     def off_change(self, callback: Callable[[], None]) -> None: ...
-
-
-class Judges(Protocol):
-    """What a ring needs of the node's register of sessions (:class:`phalanx.coord.register.Register`)."""
-
-    def is_over(self, session: SessionId) -> bool: ...
-    def note(self, session: SessionId) -> None: ...
-    def unnote(self, session: SessionId) -> None: ...
-    def on_over(self, callback: Callable[[SessionId], None]) -> None: ...
-    def off_over(self, callback: Callable[[SessionId], None]) -> None: ...
 
 
 class RingPartitions:
@@ -103,7 +94,7 @@ class RingPartitions:
         self._offered: RingMember | None = None
         self._offer_revision = 0
         self._offering = self._proposing = False
-        self._noted: set[SessionId] = set()
+        self._noted = NotedSessions(register)
         self._refused: ConfigError | None = None
         self._complaints = Complaints(log, app)
         self._background = Background(log)
@@ -207,9 +198,7 @@ class RingPartitions:
             stop_listening()
             self._register.off_over(self._on_session_over)
             self._session.off_change(self._changed.set)
-            for session in self._noted:
-                self._register.unnote(session)
-            self._noted.clear()
+            self._noted.are(set())
             await self._keys.close()
             await self._background.close()
             await self._watch.close()
@@ -226,7 +215,7 @@ class RingPartitions:
                     self._on_end(partition, reason, hard)
                 case Write() | Read():
                     self._keys.carry_out(action)
-        self._note_sessions()
+        self._noted.are({*self._own.holders(), *(member.session for member in self.members.values())})
         moments: list[float] = []
         if valid:
             ends = session.valid_until
@@ -241,15 +230,6 @@ class RingPartitions:
 
     def _subject(self, partition: int) -> str:
         return self._names.key_subject(self._bucket, self._names.partition_key(partition))
-
-    def _note_sessions(self) -> None:
-        """The register judges whoever is named by a key, even if no session stream holds it."""
-        named = {*self._own.holders(), *(member.session for member in self.members.values())}
-        for session in named - self._noted:
-            self._register.note(session)
-        for session in self._noted - named:
-            self._register.unnote(session)
-        self._noted = named
 
     # --- membership and plan
 

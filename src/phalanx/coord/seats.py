@@ -16,8 +16,9 @@ from phalanx import system
 from phalanx.aio import Background, wait_at_most
 from phalanx.coord.complaints import Complaints
 from phalanx.coord.election import Reign
+from phalanx.coord.noted_sessions import Judges, NotedSessions
 from phalanx.coord.owned_keys import OwnedKeys, holder_in
-from phalanx.coord.ring import Judges, RingSession
+from phalanx.coord.ring import RingSession
 from phalanx.coord.watch import Watch
 from phalanx.decide.election import begins_anew
 from phalanx.decide.pool import MAX_SEATS, Leave, PoolScale, SeatView, Take, Wait, next_seat, ranked
@@ -90,7 +91,7 @@ class Seats:
         """Who had each seat before it was taken the last time: epoch and session."""
         self._kept = False
         self._joined_at = self._free_since = float("inf")
-        self._noted: set[SessionId] = set()
+        self._noted = NotedSessions(register)
         self._changed = asyncio.Event()
         self._released = asyncio.Event()
         self._complaints = Complaints(log, app)
@@ -225,9 +226,7 @@ class Seats:
             stop_listening()
             self._register.off_over(self._on_session_over)
             self._session.off_change(self._changed.set)
-            for session in self._noted:
-                self._register.unnote(session)
-            self._noted.clear()
+            self._noted.are(set())
             await self._keys.close()
             await self._background.close()
             await self._watch.close()
@@ -238,7 +237,7 @@ class Seats:
             return None
         session, now = self._session, system.now()
         valid, may_begin = session.is_valid, session.may_begin
-        self._note_sessions()
+        self._noted.are({*self._own.holders(), *(offer.session for offer in self.candidates.values())})
         self._note_released()
         moments = [self._choose(now, may_begin)]
         for action in self._own.step(valid=valid, may_begin=may_begin):
@@ -359,15 +358,6 @@ class Seats:
                 self._releasing.discard(seat)
         if not self._releasing:
             self._released.set()
-
-    def _note_sessions(self) -> None:
-        """The register judges whoever is named by a key, even if no session stream holds it."""
-        named = {*self._own.holders(), *(offer.session for offer in self.candidates.values())}
-        for session in named - self._noted:
-            self._register.note(session)
-        for session in self._noted - named:
-            self._register.unnote(session)
-        self._noted = named
 
     def _subject(self, seat: int) -> str:
         return self._names.key_subject(self._bucket, self._names.seat_key(seat))
