@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.e2e.echo_app import declared, running
 from tests.waiting import until
 
 from phalanx import (
-    App,
     CallContext,
     CallError,
     CallTimeout,
@@ -21,31 +20,10 @@ from phalanx import (
     HandlerFailed,
     OutgoingCall,
     Platform,
-    Role,
     current_call,
 )
 from phalanx.messaging.middleware import Proceed
 from phalanx.testing.nats import NatsServer
-
-
-def declared(nats: NatsServer, folder: Path) -> tuple[Platform, App]:
-    """A node n1 that does not run yet, with an app that echoes."""
-    platform = Platform("test", node="n1", nats=nats.urls, data_dir=str(folder), http={"enabled": False})
-    app = platform.app("orders")
-
-    @app.handle("echo")
-    async def echo(value: Any) -> Any:
-        return value
-
-    return platform, app
-
-
-@asynccontextmanager
-async def running(platform: Platform) -> AsyncIterator[None]:
-    """Until it is left, the node runs, and its app is active."""
-    async with platform:
-        await platform.wait_for_role("orders", Role.ACTIVE)
-        yield
 
 
 async def test_both_sides_run_in_the_order_of_their_declaration(

@@ -9,17 +9,15 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from opentelemetry.trace import SpanKind, StatusCode
+from tests.e2e.echo_app import declared, running
 from tests.spans import Spans
 from tests.waiting import until
 
 from phalanx import (
-    App,
     CallContext,
     Event,
     HandlerFailed,
@@ -29,26 +27,6 @@ from phalanx import (
     Role,
 )
 from phalanx.testing.nats import NatsServer
-
-
-def declared(nats: NatsServer, folder: Path) -> tuple[Platform, App]:
-    """A node n1 that does not run yet, with an app that echoes."""
-    platform = Platform("test", node="n1", nats=nats.urls, data_dir=str(folder), http={"enabled": False})
-    app = platform.app("orders")
-
-    @app.handle("echo")
-    async def echo(value: Any) -> Any:
-        return value
-
-    return platform, app
-
-
-@asynccontextmanager
-async def running(platform: Platform) -> AsyncIterator[None]:
-    """Until it is left, the node runs, and its app is active."""
-    async with platform:
-        await platform.wait_for_role("orders", Role.ACTIVE)
-        yield
 
 
 async def test_trace_goes_through_a_call_and_the_calls_of_its_handler(
