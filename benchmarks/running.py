@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import secrets
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -22,6 +24,30 @@ def run(work: Coroutine[Any, Any, T], *, as_nodes: bool = True) -> T:
             return runner.run(work)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def validation_parser(
+    script: str, about: str | None, *, seconds: float, lasts: str
+) -> argparse.ArgumentParser:
+    """The arguments that every validation script has. *lasts*: what its *seconds* are."""
+    parser = argparse.ArgumentParser(prog=f"scripts/{script}", description=about)
+    parser.add_argument("--seconds", type=float, default=seconds, help=f"{lasts} (default {seconds:g})")
+    parser.add_argument("--seed", type=int, help="draws the faults (default: a new one, which is printed)")
+    parser.add_argument("--ttl", type=float, default=2.0, help="of the sessions, in seconds (default 2)")
+    parser.add_argument("--keep", action="store_true", help="keep history and logs also if nothing broke")
+    return parser
+
+
+def validation_arguments(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> argparse.Namespace:
+    """What was given, with a seed. Exits with 2 where it is out of range."""
+    parsed = parser.parse_args(arguments)
+    if parsed.seconds <= 0 or not 1 <= parsed.ttl <= 300:
+        parser.error("--seconds must be above 0, --ttl from 1 to 300")
+    if parsed.seed is None:
+        parsed.seed = secrets.randbelow(1_000_000)
+    return parsed
 
 
 def _interrupt(number: int, frame: object) -> None:

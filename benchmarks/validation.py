@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import contextlib
 import random
-import secrets
 import shutil
 import sys
 import tempfile
@@ -29,17 +28,10 @@ RECOVERY_SECONDS = 60.0
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/validate-election.sh", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long there are faults (default 60)")
-    parser.add_argument("--seed", type=int, help="draws the faults (default: a new one, which is printed)")
-    parser.add_argument("--ttl", type=float, default=2.0, help="of the sessions, in seconds (default 2)")
-    parser.add_argument("--keep", action="store_true", help="keep history and logs also if nothing broke")
-    parsed = parser.parse_args(arguments)
-    if parsed.seconds <= 0 or not 1 <= parsed.ttl <= 300:
-        parser.error("--seconds must be above 0, --ttl from 1 to 300")
-    if parsed.seed is None:
-        parsed.seed = secrets.randbelow(1_000_000)
-    return parsed
+    parser = running.validation_parser(
+        "validate-election.sh", __doc__, seconds=60.0, lasts="how long there are faults"
+    )
+    return running.validation_arguments(parser, arguments)
 
 
 async def validate(seed: int, seconds: float, ttl: float, *, keep: bool = False) -> Verdict:

@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import contextlib
 import random
-import secrets
 import shutil
 import sys
 import tempfile
@@ -40,17 +39,13 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/validate-replication.sh", description=__doc__)
+    parser = running.validation_parser(
+        "validate-replication.sh", __doc__, seconds=900.0, lasts="within which the kills happen"
+    )
     parser.add_argument("--failovers", type=int, default=30, help="kills of the writer (default 30)")
-    parser.add_argument("--seconds", type=float, default=900.0, help="within which they happen (default 900)")
-    parser.add_argument("--seed", type=int, help="draws the faults (default: a new one, which is printed)")
-    parser.add_argument("--ttl", type=float, default=2.0, help="of the sessions, in seconds (default 2)")
-    parser.add_argument("--keep", action="store_true", help="keep all files also if nothing broke")
-    parsed = parser.parse_args(arguments)
-    if parsed.seconds <= 0 or parsed.failovers < 1 or not 1 <= parsed.ttl <= 300:
-        parser.error("--seconds must be above 0, --failovers 1 or more, --ttl from 1 to 300")
-    if parsed.seed is None:
-        parsed.seed = secrets.randbelow(1_000_000)
+    parsed = running.validation_arguments(parser, arguments)
+    if parsed.failovers < 1:
+        parser.error("--failovers must be 1 or more")
     return parsed
 
 

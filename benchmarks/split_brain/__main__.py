@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import secrets
 import shutil
 import sys
 from collections import Counter
@@ -24,12 +23,9 @@ from phalanx.testing.netlab import NetLabError
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/validate-split-brain.sh", description=__doc__)
-    parser.add_argument(
-        "--seconds", type=float, default=600.0, help="how long there are faults (default 600)"
+    parser = running.validation_parser(
+        "validate-split-brain.sh", __doc__, seconds=600.0, lasts="how long there are faults"
     )
-    parser.add_argument("--seed", type=int, help="draws the faults (default: a new one, which is printed)")
-    parser.add_argument("--ttl", type=float, default=2.0, help="of the sessions, in seconds (default 2)")
     parser.add_argument(
         "--available",
         type=float,
@@ -39,13 +35,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--no-vip", action="store_true", help="without a virtual address: clients look around"
     )
-    parser.add_argument("--keep", action="store_true", help="keep history and logs also if nothing broke")
-    parsed = parser.parse_args(arguments)
-    if parsed.seconds <= 0 or not 1 <= parsed.ttl <= 300:
-        parser.error("--seconds must be above 0, --ttl from 1 to 300")
-    if parsed.seed is None:
-        parsed.seed = secrets.randbelow(1_000_000)
-    return parsed
+    return running.validation_arguments(parser, arguments)
 
 
 async def validate(
