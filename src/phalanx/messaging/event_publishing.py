@@ -153,9 +153,9 @@ async def store_once(
             )
         except BusTimeout as error:
             unknown = problem = error
-        except (BusUnavailable, WrongRevision) as error:
-            if isinstance(error, WrongRevision):
-                raise
+        except WrongRevision:
+            raise
+        except BusUnavailable as error:
             problem = error
         except BusError as error:
             if error.code not in (*NO_LEADER, SAME_ID_UNDER_WAY):
